@@ -1,0 +1,1 @@
+"""The paper's experiments and fair comparisons: data sets, networks, normalisers and one training loop."""
