@@ -3,15 +3,17 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 from torch import Tensor
 
-from normprop.gaussian import FAR, Expectations, density, half_moments, tail_moments
+from normprop.gaussian import FAR, Expectations, density, gauss_legendre, half_moments, tail_moments
 
 Scalar = float | Tensor
 
+# Divisor in place of a zero std: its square is still a normal number, so neither values nor gradients become NaN.
+TINY = 1e-140
+# Up to this width (times max(1, distance)) a part is integrated by Gauss-Legendre, beyond it by a difference of two tails.
 _NARROW = 2.0
 
 
@@ -22,7 +24,14 @@ class Polynomial:
     c0: Scalar = 0.0
     c1: Scalar = 0.0
     c2: Scalar = 0.0
-    origin: Scalar = 0.0
+    origin: float = 0.0
+
+    def at(self, u: Tensor) -> Tensor:
+        """The polynomial's value at u."""
+        offset = u - self.origin
+        if _is_zero(self.c2):
+            return self.c0 + offset * self.c1
+        return self.c0 + offset * (self.c1 + offset * self.c2)
 
 
 @dataclass(frozen=True)
@@ -30,151 +39,151 @@ class Piecewise:
     """`pieces[i]` between `knots[i − 1]` and `knots[i]` (ascending); `continuous` promises that neighbours meet at their knot."""
 
     pieces: Sequence[Polynomial]
-    knots: Sequence[Scalar] = ()
+    knots: Sequence[float] = ()
     continuous: bool = True
 
 
 def piecewise_moments(f: Piecewise, mean: Tensor, std: Tensor) -> Expectations:
-    """Moments of f(u), u ~ N(mean, std²), for float tensors mean and std of one shape (derived).
+    """Moments of f(u), u ~ N(mean, std²), for float tensors mean and std of one shape, in closed form (derived)."""
+    linear = all(_is_zero(p.c2) for p in f.pieces)
+    if linear and f.continuous and len(f.pieces) == 2:
+        return _one_kink(f, mean, std)
+    return _many_parts(f, mean, std, 2 if linear else 4)
+
+
+def _one_kink(f: Piecewise, mean: Tensor, std: Tensor) -> Expectations:
+    """Two lines that meet: slope p on the mean's side of the knot, q on the other, at a distance of t standard deviations.
+
+    With z pointing from the mean to the knot, f − f(mean) = ±std [p z + (q − p)(z − t)_+], and E z (z − t)_+ = I_0(t) (Stein), so
+
+        E f = f(mean) ± std (q − p) I_1        Var f = std² [p² + 2p(q − p) I_0 + (q − p)² (I_2 − I_1²)]
+        E f'² = p² + (q² − p²) I_0             d E f / d mean = p + (q − p) I_0
+
+    For ReLU at mean 0, std 1 this is Remark 1 of the paper, for PReLU its Remark 2.
+    """
+    left, right = f.pieces
+    distance = mean - f.knots[0]
+    on_right = distance > 0
+    a, b = (x.c1 if isinstance(x.c1, Tensor) else mean.new_tensor(x.c1) for x in (left, right))
+    p, q = torch.where(on_right, b, a), torch.where(on_right, a, b)
+    i0, i1, i2 = tail_moments(distance.abs() / std.clamp_min(TINY), 2).unbind()
+    center = torch.where(on_right, right.at(mean), left.at(mean))
+    bend = (b - a).square()
+    average = center + (b - a) * std * i1
+    var = std.square() * (p * (p + 2 * (q - p) * i0) + bend * (i2 - i1 * i1))
+    slope = p * p * (1 - i0) + q * q * i0
+    return _packed(average, var, var + average * average, slope, p + (q - p) * i0)
+
+
+def _many_parts(f: Piecewise, mean: Tensor, std: Tensor, order: int) -> Expectations:
+    """Any pieces of degree ≤ 2.
 
     Every piece is cut at the mean into a part on its right and one on its left, so that each part starts at a distance t ≥ 0 from
-    the mean (in units of std) and runs outwards. On a part f − f(mean) is a polynomial in the distance y from the part's start, and
-    E y^n is a difference of the tail moments I_n, taken by Gauss-Legendre where the part is too narrow for a difference. All
-    second moments are sums of positive terms, so none of them cancels.
+    the mean (in units of std) and runs outwards; the left ones are mirrored. On a part, f − f(mean) is a polynomial in the distance
+    y from the part's start, and E y^n follows from the tail moments. A second moment is a sum over parts of positive terms.
+    Tensors have dimensions [side, piece, …].
     """
-    quadratic = any(not _is_zero(p.c2) for p in f.pieces)
-    order = 4 if quadratic else 2
-    side = torch.tensor([[1.0], [-1.0]], dtype=mean.dtype, device=mean.device)
-    c0, c1, c2, origin = (_both_sides(f, name, mean) for name in ("c0", "c1", "c2", "origin"))
+    side = mean.new_tensor([1.0, -1.0]).reshape(2, 1, *[1] * mean.dim())
+    m, s = side * mean, std
+    knots = torch.stack([_column(f.knots, mean), -_column(f.knots, mean).flip(0)])
+    coefficients = ([getattr(p, name) for p in f.pieces] for name in ("c0", "c1", "c2", "origin"))
+    c0, c1, c2, origin = (torch.stack([c, c.flip(0)]) for c in (_column(values, mean) for values in coefficients))
     c1, origin = c1 * side, origin * side
-    m = mean[..., None, None] * side
-    s = std[..., None, None]
-    knots = _both_knots(f, mean) * side
 
     parts = _part_moments(knots, m, s, order)
-    start = m.expand(c0.shape[:-1] + (len(f.pieces),)) if knots.shape[-1] == 0 else _anchors(knots, m)
+    start = torch.cat([m, torch.maximum(knots, m)], dim=1)
     offset = start - origin
     value = c0 + offset * (c1 + offset * c2)
-    d1 = (c1 + 2 * offset * c2) * s
-    d2 = c2 * s * s
-    center = _value_at_mean(f, mean)
-    moved = value - center[..., None, None]
+    center = f.pieces[0].at(mean)
+    for knot, piece in zip(f.knots, f.pieces[1:], strict=True):
+        center = torch.where(mean > knot, piece.at(mean), center)
+    moved = value - center
+    tilt = c1 + 2 * offset * c2
+    d1, d2 = tilt * s, c2 * s * s
 
-    def expect(*coefficients: Tensor) -> Tensor:
-        return (torch.stack(coefficients, dim=-1) * parts[..., : len(coefficients)]).sum((-3, -2, -1))
+    def expect(*polynomial: Tensor) -> Tensor:
+        terms = [a * y for a, y in zip(polynomial, parts, strict=False)]
+        return sum(terms[1:], terms[0]).sum((0, 1))
 
-    if quadratic:
-        shift = expect(moved, d1, d2)
-        spread = expect(moved * moved, 2 * moved * d1, d1 * d1 + 2 * moved * d2, 2 * d1 * d2, d2 * d2)
-        second = expect(value * value, 2 * value * d1, d1 * d1 + 2 * value * d2, 2 * d1 * d2, d2 * d2)
+    def square(a: Tensor, b: Tensor, c: Tensor) -> tuple[Tensor, ...]:
+        low = (a * a, 2 * a * b, b * b)
+        return low if order == 2 else (*low[:2], low[2] + 2 * a * c, 2 * b * c, c * c)
+
+    shift = expect(moved, d1, d2) if order == 4 else expect(moved, d1)
+    average = center + shift
+    var = expect(*square(moved, d1, d2)) - shift * shift
+    second = expect(*square(value, d1, d2))
+    if order == 2:
+        slope, mean_slope = expect(tilt * tilt), expect(side * tilt)
     else:
-        shift = expect(moved, d1)
-        spread = expect(moved * moved, 2 * moved * d1, d1 * d1)
-        second = expect(value * value, 2 * value * d1, d1 * d1)
-    e1, e2 = c1 + 2 * offset * c2, 2 * c2 * s
-    slope = expect(e1 * e1, 2 * e1 * e2, e2 * e2)
-    mean_slope = expect(side * e1, side * e2)
+        bend = 2 * c2 * s
+        slope, mean_slope = expect(tilt * tilt, 2 * tilt * bend, bend * bend), expect(side * tilt, side * bend)
     if not f.continuous:
+        safe = std.clamp_min(TINY)
         for knot, left, right in zip(f.knots, f.pieces, f.pieces[1:], strict=False):
-            k = _tensor(knot, mean)
-            jump = _evaluate(right, k) - _evaluate(left, k)
-            z = ((k - mean) / std.clamp_min(1e-140)).clamp(-FAR, FAR)
-            mean_slope = mean_slope + jump * density(z) / std.clamp_min(1e-140)
+            jump = right.at(mean.new_tensor(knot)) - left.at(mean.new_tensor(knot))
+            mean_slope = mean_slope + jump * density(((knot - mean) / safe).clamp(-FAR, FAR)) / safe
             slope = torch.where(jump != 0, math.inf, slope)
-    mean_out = center + shift
-    error = 1e-13 * (mean_out.abs() + second + torch.where(slope.isinf(), 0.0, slope)).detach()
-    return Expectations(mean_out, spread - shift * shift, second, slope, mean_slope, error)
+    return _packed(average, var, second, slope, mean_slope)
 
 
 def _part_moments(knots: Tensor, m: Tensor, s: Tensor, order: int) -> Tensor:
-    """E y^n over each part, [..., 2 sides, pieces, order + 1]."""
-    safe = s.clamp_min(1e-140)
-    at_mean = half_moments(order, m).expand(torch.broadcast_shapes(m.shape[:-1], s.shape[:-1]) + (1, order + 1))
-    if knots.shape[-1] == 0:
+    """∫ y^n φ over every part, [n, side, piece, …]."""
+    at_mean = half_moments(order, m).reshape(-1, *[1] * m.dim()).expand(order + 1, *m.shape)
+    if knots.shape[1] == 0:
         return at_mean
+    safe = s.clamp_min(TINY)
     t = (torch.relu(knots - m) / safe).clamp(max=FAR)
+    begin = torch.cat([m, torch.maximum(knots, m)[:, :-1]], dim=1)
+    # From the knots themselves, not from t, so that no digits are lost.
+    width = (torch.relu(knots - begin) / safe).clamp(max=2 * FAR)
     tails = tail_moments(t, order)
-    width = _widths(knots, m, safe)
-    starts = torch.cat([at_mean, tails], dim=-2)
-    inner = starts[..., :-1, :] - _shifted(tails, width.clamp(max=2 * FAR), order)
-    inner = torch.where(width[..., None] > 0, inner, 0.0)
-    if knots.shape[-1] > 1:
-        # Only pieces that end on both sides can be narrow altogether.
-        begin, w = t[..., :-1], width[..., 1:]
-        narrow = (w * begin.clamp(min=1.0) < _NARROW)[..., None]
-        careful = torch.where(narrow, _narrow(begin, w.clamp(max=2 * _NARROW), order), inner[..., 1:, :])
-        inner = torch.cat([inner[..., :1, :], careful], dim=-2)
-    return torch.cat([inner, starts[..., -1:, :]], dim=-2)
+    starts = torch.cat([at_mean, tails], dim=2)
+    inner = starts[:, :, :-1] - _shifted(tails, width)
+    inner = torch.where(width > 0, inner, 0.0)
+    if knots.shape[1] > 1:
+        # Only a piece that ends on both sides can be narrow as a whole.
+        t, width = t[:, :-1], width[:, 1:]
+        wide = width * t.clamp(min=1.0) > _NARROW
+        careful = torch.where(wide, inner[:, :, 1:], _narrow(t, width.clamp(max=2 * _NARROW), order))
+        inner = torch.cat([inner[:, :, :1], careful], dim=2)
+    return torch.cat([inner, starts[:, :, -1:]], dim=2)
 
 
-def _widths(knots: Tensor, m: Tensor, s: Tensor) -> Tensor:
-    """Width of every part but the last, in units of std, taken from the knots themselves so that no digits are lost."""
-    begin = torch.cat([m.expand(knots.shape[:-1] + (1,)), torch.maximum(knots, m)[..., :-1]], dim=-1)
-    return torch.relu(knots - begin) / s
-
-
-def _shifted(tails: Tensor, width: Tensor, order: int) -> Tensor:
-    """∫_end^∞ (z − end + width)^n φ dz = Σ_k C(n, k) width^{n−k} I_k(end)."""
-    powers = [torch.ones_like(width)]
-    for _ in range(order):
-        powers.append(powers[-1] * width)
-    rows = []
-    for n in range(order + 1):
-        terms = [math.comb(n, k) * powers[n - k] * tails[..., k] for k in range(n + 1)]
-        rows.append(sum(terms[1:], terms[0]))
-    return torch.stack(rows, dim=-1)
+def _shifted(tails: Tensor, width: Tensor) -> Tensor:
+    """∫_end^∞ (z − end + width)^n φ dz = Σ_k C(n, k) width^{n−k} I_k(end), by repeated Horner steps."""
+    rows = list(tails.unbind())
+    for low in range(1, len(rows)):
+        for n in range(len(rows) - 1, low - 1, -1):
+            rows[n] = rows[n] + width * rows[n - 1]
+    return torch.stack(rows)
 
 
 def _narrow(start: Tensor, width: Tensor, order: int) -> Tensor:
     """∫_0^width y^n φ(start + y) dy by Gauss-Legendre on 16 nodes."""
-    nodes, weights = (torch.tensor(x, dtype=start.dtype, device=start.device) for x in unit_gauss_legendre(16))
-    values = density(start[..., None] + width[..., None] * nodes)
+    nodes, weights = gauss_legendre(16, start)
     n = torch.arange(order + 1, device=start.device)
-    return values @ (weights[:, None] * nodes[:, None] ** n) * width[..., None] ** (n + 1)
+    y = width * nodes.reshape(-1, *[1] * start.dim())
+    values = density(start + y).reshape(16, -1)
+    unit = ((weights * nodes ** n[:, None]) @ values).reshape(-1, *start.shape)
+    powers = [width]
+    for _ in range(order):
+        powers.append(powers[-1] * width)
+    return unit * torch.stack(powers)
 
 
-@cache
-def unit_gauss_legendre(count: int) -> tuple[list[float], list[float]]:
-    """Nodes and weights of the Gauss-Legendre rule on [0, 1], by Golub and Welsch."""
-    k = torch.arange(1, count, dtype=torch.float64)
-    beta = k / torch.sqrt(4 * k * k - 1)
-    values, vectors = torch.linalg.eigh(torch.diag(beta, 1) + torch.diag(beta, -1))
-    return ((values + 1) / 2).tolist(), (vectors[0] ** 2).tolist()
+def _packed(mean: Tensor, var: Tensor, second: Tensor, slope: Tensor, mean_slope: Tensor) -> Expectations:
+    size = mean.abs() + second + torch.where(slope.isinf(), 0.0, slope)
+    return Expectations(mean, var, second, slope, mean_slope, 1e-13 * size.detach())
 
 
-def _anchors(knots: Tensor, m: Tensor) -> Tensor:
-    """Where each part starts: the point of its piece that is nearest the mean, on this side of it."""
-    first = m.expand(knots.shape[:-1] + (1,))
-    return torch.cat([first, torch.maximum(knots, m)], dim=-1)
-
-
-def _both_sides(f: Piecewise, name: str, like: Tensor) -> Tensor:
-    values = torch.stack(torch.broadcast_tensors(*(_tensor(getattr(p, name), like) for p in f.pieces)), dim=-1)
-    return torch.stack([values, values.flip(-1)], dim=-2)
-
-
-def _both_knots(f: Piecewise, like: Tensor) -> Tensor:
-    if not f.knots:
-        return like.new_zeros(2, 0)
-    values = torch.stack(torch.broadcast_tensors(*(_tensor(k, like) for k in f.knots)), dim=-1)
-    values = torch.stack([values, values.flip(-1)], dim=-2)
-    return values.expand(torch.broadcast_shapes(values.shape[:-2], like.shape) + values.shape[-2:])
-
-
-def _value_at_mean(f: Piecewise, mean: Tensor) -> Tensor:
-    value = _evaluate(f.pieces[0], mean)
-    for knot, piece in zip(f.knots, f.pieces[1:], strict=True):
-        value = torch.where(mean > knot, _evaluate(piece, mean), value)
-    return value
-
-
-def _evaluate(p: Polynomial, u: Tensor) -> Tensor:
-    offset = u - p.origin
-    return p.c0 + offset * (p.c1 + offset * p.c2)
-
-
-def _tensor(value: Scalar, like: Tensor) -> Tensor:
-    return value.to(like) if isinstance(value, Tensor) else like.new_tensor(value)
+def _column(values: Sequence[Scalar], like: Tensor) -> Tensor:
+    """Numbers or tensors as one tensor [len(values), …] that broadcasts against `like`."""
+    if any(isinstance(v, Tensor) for v in values):
+        tensors = [v.to(like) if isinstance(v, Tensor) else like.new_tensor(v) for v in values]
+        column = torch.stack(torch.broadcast_tensors(*tensors))
+        return column.reshape(len(values), *[1] * (like.dim() - column.dim() + 1), *column.shape[1:])
+    return like.new_tensor(values).reshape(-1, *[1] * like.dim())
 
 
 def _is_zero(value: Scalar) -> bool:

@@ -5,8 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from normprop.gaussian import Expectations, density
-from normprop.piecewise import unit_gauss_legendre
+from normprop.gaussian import Expectations, density, gauss_legendre
 
 Function = Callable[[Tensor], Tensor]
 
@@ -21,7 +20,7 @@ def integrate(fn: Function, mean: Tensor, std: Tensor, breakpoints: Sequence[flo
     grid = torch.linspace(-_REACH, _REACH, 39, dtype=mean.dtype, device=mean.device)
     z = ((edges - mean[..., None]) / std.clamp_min(1e-140)[..., None]).clamp(-_REACH, _REACH)
     z = torch.cat([z, grid.expand(z.shape[:-1] + grid.shape)], dim=-1).sort(dim=-1).values
-    nodes, weights = (torch.tensor(x, dtype=mean.dtype, device=mean.device) for x in unit_gauss_legendre(order))
+    nodes, weights = gauss_legendre(order, mean)
     width = z.diff(dim=-1)
     points = (z[..., :-1, None] + width[..., None] * nodes).flatten(-2).detach()
     measure = (width[..., None] * weights).flatten(-2).detach() * density(points)
