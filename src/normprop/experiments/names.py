@@ -7,7 +7,6 @@ from collections.abc import Iterable
 
 from normprop.errors import NormPropError
 
-
 # timm knows a thousand models.
 _SHOWN = 20
 

@@ -1,0 +1,125 @@
+"""Everything that determines what a run learns, and the defaults that depend on each other."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from normprop.errors import NormPropError
+from normprop.experiments.images import Images
+from normprop.experiments.normalizers import normalizer
+from normprop.experiments.schedules import Schedule
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One training run: equal recipes on equal machines give equal weights.
+
+    Example:
+        >>> Recipe(norm="batch", batch_size=16).resolved().lr
+        0.05
+    """
+
+    data: str = "digits"
+    """digits, mnist, fashion-mnist, cifar10, cifar100, svhn, FILE.npz, or a folder of images."""
+    model: str = "nin"
+    """nin, mlp, plain12, resnet8 … resnet110, torchvision:NAME, timm:NAME, or MODULE:FUNCTION."""
+    width: float = 1.0
+    """Factor on the number of channels of the built-in networks."""
+    norm: str = "normprop"
+    """normprop, paper, batch, group, layer, instance or none."""
+    batch_size: int = 50
+    """Samples in a step, over all processes together."""
+    epochs: int = 10
+    """Passes over the training set."""
+    lr: float | None = None
+    """Highest learning rate; by default one that suits the normaliser at batch 64, times √(batch size / 64)."""
+    train_images: int | None = None
+    """Use a fixed random subset of the training set."""
+    image_size: int | None = None
+    """Resize the images of a folder to this height and width."""
+    seed: int = 0
+    """Of initialisation, order, augmentation and dropout."""
+    schedule: Schedule = "onecycle"
+    """How the learning rate moves; halving is the paper's."""
+    halve_every: int | None = None
+    """Epochs between two halvings; by default an eighth of the run, as in the paper."""
+    momentum: float = 0.9
+    """Of SGD."""
+    weight_decay: float = 5e-4
+    """On weights; never on gains and biases."""
+    clip: float | None = None
+    """Adaptive gradient clipping at this ratio of gradient to weight, 0 for none; by default 0.05 for normprop."""
+    flips: bool = False
+    """Mirror training images at random."""
+    crops: int = 0
+    """Shift training images at random by up to this many pixels."""
+    data_norm: Literal["global", "batch"] = "global"
+    """Standardise the input by statistics of the training set or of the mini-batch."""
+    dtype: Literal["float32", "bf16"] = "float32"
+    """bf16 computes under autocast; weights stay float32."""
+
+    def resolved(self) -> Recipe:
+        """The same recipe with its dependent defaults filled in, checked.
+
+        Raises:
+            NormPropError: for numbers out of range and combinations that can't train.
+        """
+        norm = normalizer(self.norm)
+        for name, least in (("batch_size", 1), ("epochs", 0), ("crops", 0), ("momentum", 0.0), ("weight_decay", 0.0)):
+            if getattr(self, name) < least:
+                raise NormPropError(f"{_flag(name)} is {getattr(self, name)}.\nUse {least} or more.")
+        if self.lr is not None and not 0 < self.lr < math.inf:
+            raise NormPropError(f"--lr is {self.lr}.\nUse a rate above 0.")
+        if self.batch_size < norm.smallest_batch:
+            raise NormPropError(
+                f"--norm {self.norm} can't train at batch size {self.batch_size}: a batch of one has no statistics.\n"
+                f"Use --batch-size {norm.smallest_batch} or more, or --norm normprop, which works at any batch size."
+            )
+        if self.data_norm == "batch" and self.batch_size == 1:
+            raise NormPropError("--data-norm batch can't train at batch size 1.\nUse --data-norm global.")
+        return dataclasses.replace(
+            self,
+            lr=norm.rate * math.sqrt(self.batch_size / 64) if self.lr is None else self.lr,
+            clip=norm.clip if self.clip is None else self.clip,
+            halve_every=self.halve_every or max(1, self.epochs // 8),
+        )
+
+    def check_fits(self, images: Images, *, world: int = 1) -> None:
+        """Refuse data, or a number of processes, that this recipe can't be followed with.
+
+        Raises:
+            NormPropError: for batches larger than the data or not divisible by `world`; flips or crops of vectors.
+        """
+        if self.batch_size > len(images.x_train):
+            raise NormPropError(
+                f"--batch-size {self.batch_size} is more than the {len(images.x_train)} training images.\n"
+                "Use a smaller one."
+            )
+        if self.batch_size % world:
+            raise NormPropError(
+                f"{world} processes can't share batches of {self.batch_size} evenly.\n"
+                f"Use a --batch-size divisible by {world}."
+            )
+        if (self.flips or self.crops) and len(images.shape) != 3:
+            raise NormPropError(
+                f"--flips and --crops need images, not samples of shape {images.shape}.\nLeave them out."
+            )
+
+    def changes_from(self, earlier: dict[str, Any]) -> list[str]:
+        """What keeps a run recorded with the `earlier` recipe from being continued with this one: `field: old → new`.
+
+        More epochs are no obstacle under a schedule that doesn't look at the end.
+        """
+        open_ended = self.schedule in ("constant", "halving")
+        return [
+            f"{_flag(name)} {earlier.get(name)} → {value}"
+            for name, value in dataclasses.asdict(self).items()
+            if earlier.get(name) != value and not (name == "epochs" and open_ended and value > earlier.get(name, 0))
+        ]
+
+
+def _flag(field: str) -> str:
+    return "--" + field.replace("_", "-")
