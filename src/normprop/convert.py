@@ -1,0 +1,194 @@
+"""BatchNorm network in, NormProp network out."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+
+from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from normprop.calibrate import preserve_
+from normprop.converted import ConvertedModule
+from normprop.errors import NormPropError
+from normprop.plan import SitePlan, plan_sites
+from normprop.rewrite import Rewriter
+from normprop.rules.table import Key, Rule
+from normprop.sites import Site
+from normprop.trace import Leaf
+from normprop.walk import Walk, input_moments, prepare, reference_tensor
+
+
+def convert(
+    model: nn.Module,
+    input: Any = None,
+    *,
+    method: Literal["exact", "paper"] = "exact",
+    center: Literal["auto"] | bool = "auto",
+    preserve: Literal["auto"] | bool = "auto",
+    normalize: Literal["batchnorm", "all"] = "batchnorm",
+    rules: Mapping[Key, Rule | Callable[..., Any]] | None = None,
+    leaf_modules: Sequence[Leaf] = (),
+) -> ConvertedModule:
+    """A copy of the network in which computed statistics take the place of batch statistics.
+
+    Every BatchNorm becomes ``γ (z − E − d)/√(k V) + β`` with E and V computed from the weights and from the moments of the
+    layer's input (METHOD §3). Where it follows a convolution or linear layer that nothing else reads, all of that is folded
+    into an effective weight and bias, recomputed from the parameters in every forward, so that the data sees the plain
+    network only.
+
+    Args:
+        model: a network that torch.fx can trace. It is not changed.
+        input: moments of the input, `InputStats` or `Moments` (a sequence of them for several inputs); standard normal by
+            default, as for standardised data.
+        method: "exact" follows γ and β through every activation; "paper" is eqs 9 and 11 with constants.
+        center: subtract each filter's mean. "auto" does where nothing is preserved, except for filters with one input
+            channel.
+        preserve: keep the function of a trained network, from its running statistics. "auto" does if they have been
+            trained.
+        normalize: "all" also gives a site to every convolution and linear layer that has no normaliser, the output layers
+            aside.
+        rules: moment rules for this call, operation → function.
+        leaf_modules: modules, classes or paths that tracing must not enter.
+
+    Returns:
+        The converted network, in the mode of the model. Paths and keys of weights, γ and β are the model's own; each site
+        adds ``shift`` (d) and ``scale`` (k), constant parameters.
+
+    Raises:
+        UnsupportedOpError: operations without a moment rule, all of them named.
+        TracingError: control flow on values.
+        NormPropError: nothing to convert, converted already, or contradicting options.
+
+    Example:
+        >>> import torch, normprop
+        >>> net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.ReLU())
+        >>> normprop.convert(net)(torch.randn(1, 3, 8, 8)).shape
+        torch.Size([1, 8, 6, 6])
+    """
+    _check_options(model, method, center, preserve, normalize)
+    root = copy.deepcopy(model)
+    keep = _is_trained(root) if preserve == "auto" else preserve
+    if keep and center is True:
+        raise NormPropError("centring changes what a trained network computes.\nPass preserve=False, or center=False.")
+    centring = not keep if center == "auto" else center
+    walks = _walks(root, rules, leaf_modules, _sample_shape(input))
+    plans = {mode: plan_sites(walk, normalize, centring) for mode, walk in walks.items()}
+    if not plans[False]:
+        raise NormPropError("the network has no BatchNorm to convert.\nnormalize='all' gives every layer a site.")
+    statistics = _install_sites(root, [*plans[False], *plans[True]])
+    inputs = _install_inputs(root, walks[False], input)
+    graphs = {False: Rewriter(walks[False], plans[False], inputs).run()}
+    graphs[True] = graphs[False] if walks[True] is walks[False] else Rewriter(walks[True], plans[True], inputs).run()
+    converted = ConvertedModule.assemble(root, graphs, type(model).__name__, {"inputs": walks[False].inputs()})
+    if keep:
+        preserve_(converted, statistics)
+    return converted
+
+
+def _check_options(model: nn.Module, method: str, center: Any, preserve: Any, normalize: str) -> None:
+    if not isinstance(model, nn.Module):
+        raise NormPropError(f"convert takes a torch.nn.Module, not a {type(model).__name__}.")
+    if isinstance(model, ConvertedModule) or any(isinstance(m, Site) for m in model.modules()):
+        raise NormPropError("the network is converted already.")
+    for name, value, allowed in (
+        ("method", method, ("exact", "paper")),
+        ("center", center, ("auto", True, False)),
+        ("preserve", preserve, ("auto", True, False)),
+        ("normalize", normalize, ("batchnorm", "all")),
+    ):
+        if value not in allowed:
+            raise NormPropError(f"{name}={value!r} is none of {', '.join(map(repr, allowed))}.")
+
+
+def _is_trained(root: nn.Module) -> bool:
+    """Whether any BatchNorm's running statistics have left their initial values."""
+    for module in root.modules():
+        if isinstance(module, _NormBase) and module.running_mean is not None and module.running_var is not None:
+            mean, var = module.running_mean, module.running_var
+            if mean.device.type != "meta" and (bool((mean != 0).any()) or bool((var != 1).any())):
+                return True
+    return False
+
+
+def _sample_shape(given: Any) -> tuple[int, ...] | None:
+    first = given[0] if isinstance(given, tuple | list) and given else given
+    shape = getattr(first, "shape", None)
+    return tuple(shape) if shape else None
+
+
+def _walks(root: nn.Module, rules: Any, leaf_modules: Sequence[Leaf], shape: Any) -> dict[bool, Walk]:
+    """The walk of each mode; one and the same if both modes run the same operations."""
+    training = root.training
+    walks = {
+        mode: prepare(root.train(mode), rules=rules, leaf_modules=leaf_modules, shape=shape) for mode in (True, False)
+    }
+    root.train(training)
+    if _signature(walks[True].graph_module.graph) == _signature(walks[False].graph_module.graph):
+        walks[True] = walks[False]
+    return walks
+
+
+def _signature(graph: fx.Graph) -> list[Any]:
+    name = lambda node: node.name
+    return [
+        (n.op, n.target, repr(fx.node.map_arg(n.args, name)), repr(fx.node.map_arg(n.kwargs, name))) for n in graph.nodes
+    ]
+
+
+def _install_sites(root: nn.Module, plans: Sequence[SitePlan]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Put a `Site` at every planned path; returns running mean, and running variance plus ε, by path."""
+    statistics: dict[str, tuple[Tensor, Tensor]] = {}
+    for path in dict.fromkeys(plan.path for plan in plans):
+        plan = next(p for p in plans if p.path == path)
+        calls = 1 + max(p.call for p in plans if p.path == path)
+        parent_path, _, name = path.rpartition(".")
+        parent = root.get_submodule(parent_path)
+        old = getattr(parent, name, None)
+        if isinstance(old, _NormBase):
+            if old.running_mean is not None and old.running_var is not None:
+                statistics[path] = (old.running_mean, old.running_var + old.eps)
+            site = _site(old.num_features, calls, reference_tensor(root), old.weight, old.bias)
+            for key, child in old.named_children():  # the activation of a norm-act module
+                site.add_module(key, child)
+            site.train(old.training)
+        else:
+            assert plan.layer is not None
+            like = plan.layer.module.weight
+            ones, zeros = like.new_ones(plan.layer.channels), like.new_zeros(plan.layer.channels)
+            site = _site(plan.layer.channels, calls, reference_tensor(root), nn.Parameter(ones), nn.Parameter(zeros))
+            site.train(root.training)
+        setattr(parent, name, site)
+    for plan in plans:
+        bias = None if plan.layer is None else plan.layer.module.bias
+        if bias is not None:  # normalised away: no gradient would reach it
+            bias.requires_grad_(False)
+    return statistics
+
+
+def _site(channels: int, calls: int, like: Tensor, weight: Any, bias: Any) -> Site:
+    shape = (channels,) if calls == 1 else (calls, channels)
+    return Site(weight, bias, like.new_zeros(shape), like.new_ones(shape))
+
+
+def _install_inputs(root: nn.Module, walk: Walk, given: Any) -> list[tuple[str, str] | None]:
+    """Keep input moments that are not standard normal as constant parameters of the network."""
+    found = input_moments(walk, given, reference_tensor(root))
+    if given is None:
+        return [None] * len(found)
+    paths: list[tuple[str, str] | None] = []
+    for i, moments in enumerate(found):
+        if bool((moments.mean == 0).all()) and bool((moments.var == 1).all()):
+            paths.append(None)
+            continue
+        name = f"input_moments_{i}" if len(found) > 1 else "input_moments"
+        holder = nn.Module()
+        holder.mean = nn.Parameter(moments.mean.contiguous(), requires_grad=False)
+        holder.var = nn.Parameter(moments.var.contiguous(), requires_grad=False)
+        root.add_module(name, holder)
+        paths.append((f"{name}.mean", f"{name}.var"))
+    return paths
+
+

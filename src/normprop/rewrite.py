@@ -1,0 +1,113 @@
+"""From a walk to a graph with two lanes: the data lane is the plain network, the moment lane stands beside it."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import fx
+
+from normprop import sites
+from normprop.plan import SitePlan
+from normprop.walk import Kind, Walk
+
+
+class Rewriter:
+    """Writes the converted graph of one walk.
+
+    Args:
+        walk: the prepared model.
+        plans: its sites.
+        inputs: for every input of the network the paths of two parameters with its mean and variance, or None where it is
+            standard normal.
+    """
+
+    def __init__(self, walk: Walk, plans: Sequence[SitePlan], inputs: Sequence[tuple[str, str] | None]) -> None:
+        self.walk = walk
+        self.plans = {plan.node: plan for plan in plans}
+        self.merged = {plan.merged for plan in plans}
+        self.inputs = iter(inputs)
+        self.graph = fx.Graph()
+        self.data: dict[fx.Node, fx.Node] = {}
+        self.lane: dict[fx.Node, fx.Node] = {}
+        self.needed = self._needed()
+
+    def run(self) -> fx.Graph:
+        """The new graph."""
+        for node in self.walk.graph_module.graph.nodes:
+            if node in self.merged:
+                continue
+            if node in self.plans:
+                self._write_site(self.plans[node])
+                continue
+            self.data[node] = self.graph.node_copy(node, self.data.__getitem__)
+            if node.op == "placeholder" and self.walk.kinds[node] is Kind.DATA:
+                given = next(self.inputs)
+                if node in self.needed:
+                    self.lane[node] = self._write_input(node, given)
+            elif node in self.needed:
+                self.lane[node] = self._write_rule(node)
+        self.graph.lint()
+        return self.graph
+
+    def _needed(self) -> set[fx.Node]:
+        """Nodes whose moments some site asks for."""
+        needed: set[fx.Node] = set()
+        stack = [plan.source for plan in self.plans.values()]
+        while stack:
+            node = stack.pop()
+            if node not in needed:
+                needed.add(node)
+                if node not in self.plans and node.op != "placeholder":
+                    stack.extend(self.walk.data_arguments(node))
+        return needed
+
+    def _call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
+        return self.graph.call_function(function, args, kwargs)
+
+    def _write_input(self, node: fx.Node, given: tuple[str, str] | None) -> fx.Node:
+        if given is not None:
+            return self._call(sites.given_moments, *(self.graph.get_attr(path) for path in given))
+        like = next(p for p in self.plans.values())
+        shape = self.walk.values[node].shape
+        ones = (1, shape[1], *(1,) * (len(shape) - 2)) if len(shape) > 1 else (1,)
+        return self._call(sites.standard_normal, self.graph.get_attr(f"{like.path}.shift"), ones)
+
+    def _write_rule(self, node: fx.Node) -> fx.Node:
+        if self.walk.rules[node].training_only:
+            return self.lane[self.walk.data_arguments(node)[0]]
+        module = self.graph.get_attr(str(node.target)) if node.op == "call_module" else None
+        function, args, kwargs = self.walk.call(node, self.lane.__getitem__, self.data.__getitem__, module)
+        return self._call(function, *args, **kwargs)
+
+    def _write_site(self, plan: SitePlan) -> None:
+        site = self.graph.get_attr(plan.path)
+        x, moments = self.data[plan.source], self.lane[plan.source]
+        call = {"call": plan.call} if plan.call else {}
+        if plan.layer is not None:
+            weight = self.graph.get_attr(f"{plan.layer.path}.weight")
+            pair = self._call(sites.effective_weight, weight, site, moments, **_options(plan), **call)
+            effective, bias = (self._call(operator.getitem, pair, i) for i in (0, 1))
+            self.data[plan.node] = plan.layer.write(self.graph, x, effective, bias)
+        else:
+            pair = self._call(sites.effective_affine, site, moments, channel=plan.channel, **call)
+            factor, offset = (self._call(operator.getitem, pair, i) for i in (0, 1))
+            self.data[plan.node] = self._call(sites.apply_affine, x, factor, offset)
+        if plan.node in self.needed:
+            rank = self.walk.values[plan.node].dim()
+            self.lane[plan.node] = self._call(sites.site_moments, site, rank, plan.channel)
+
+
+def _options(plan: SitePlan) -> dict[str, Any]:
+    """What of a layer the arithmetic of its site depends on, defaults left out."""
+    layer = plan.layer
+    assert layer is not None
+    options: dict[str, Any] = {"channel": layer.channel}
+    if layer.groups > 1:
+        options["groups"] = layer.groups
+    if layer.transposed:
+        options["transposed_stride"] = layer.transposed_stride
+    if plan.center:
+        options["center"] = True
+    return options

@@ -1,0 +1,20 @@
+"""Moment rules: one table, operation → what it does to `Moments`."""
+
+from normprop.rules import (  # the families register themselves
+    arithmetic,
+    attention,
+    combine,
+    elementwise,
+    linear,
+    normalization,
+    pooling,
+    shape,
+    stochastic,
+)
+from normprop.rules.elementwise import module_activation as activation
+from normprop.rules.table import TABLE, Rule, RuleTable, rule, unsupported
+
+__all__ = [
+    "TABLE", "Rule", "RuleTable", "activation", "rule", "unsupported",
+    "arithmetic", "attention", "combine", "elementwise", "linear", "normalization", "pooling", "shape", "stochastic",
+]  # fmt: skip

@@ -1,0 +1,111 @@
+"""Activations: any scalar function of one tensor, by `normprop.moments`."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from normprop.activation_moments import ActivationMoments, activation_moments, canonical, moments
+from normprop.channel_moments import Moments
+from normprop.rules.table import TABLE, Rule, rule
+
+# One line an operation: its name for `activation_moments`, its parameters in order, and where a graph meets it.
+_FUNCTIONS: dict[str, tuple[str, tuple[Any, ...]]] = {
+    "relu": ("", (F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_")),
+    "relu6": ("", (F.relu6,)),
+    "leaky_relu": ("negative_slope", (F.leaky_relu, F.leaky_relu_)),
+    "prelu": ("weight", (F.prelu, torch.prelu)),
+    "elu": ("alpha", (F.elu, F.elu_)),
+    "celu": ("alpha", (F.celu, F.celu_)),
+    "selu": ("", (F.selu, F.selu_)),
+    "gelu": ("approximate", (F.gelu,)),
+    "silu": ("", (F.silu,)),
+    "mish": ("", (F.mish,)),
+    "hardswish": ("", (F.hardswish,)),
+    "hardsigmoid": ("", (F.hardsigmoid,)),
+    "hardtanh": ("min_val max_val", (F.hardtanh, F.hardtanh_)),
+    "hardshrink": ("lambd", (F.hardshrink, torch.hardshrink, "hardshrink")),
+    "softshrink": ("lambd", (F.softshrink,)),
+    "softplus": ("beta threshold", (F.softplus,)),
+    "softsign": ("", (F.softsign,)),
+    "tanhshrink": ("", (F.tanhshrink,)),
+    "logsigmoid": ("", (F.logsigmoid,)),
+    "threshold": ("threshold value", (F.threshold, F.threshold_)),
+    "sigmoid": ("", (F.sigmoid, torch.sigmoid, "sigmoid", "sigmoid_")),
+    "tanh": ("", (F.tanh, torch.tanh, "tanh", "tanh_")),
+    "exp": ("", (torch.exp, "exp", "exp_")),
+    "erf": ("", (torch.erf, "erf", "erf_")),
+    "sin": ("", (torch.sin, "sin", "sin_")),
+    "cos": ("", (torch.cos, "cos", "cos_")),
+    "abs": ("", (torch.abs, "abs", "abs_")),
+    "square": ("", (torch.square, "square", "square_")),
+    "clamp": ("min max", (torch.clamp, "clamp", "clamp_", torch.clip, "clip")),
+}
+
+_MODULES = (
+    nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.RReLU, nn.ELU, nn.CELU, nn.SELU, nn.GELU, nn.SiLU, nn.Mish,
+    nn.Hardswish, nn.Hardsigmoid, nn.Hardtanh, nn.Hardshrink, nn.Softshrink, nn.Softplus, nn.Softsign, nn.Tanhshrink,
+    nn.LogSigmoid, nn.Threshold, nn.Sigmoid, nn.Tanh,
+)  # fmt: skip
+
+
+def _fitting(parameter: Any, x: Moments) -> Any:
+    """A parameter per channel (PReLU's slopes) as a tensor that meets the channels of x along dimension 1."""
+    if isinstance(parameter, Tensor) and parameter.numel() > 1:
+        return parameter.reshape(1, -1, *(1,) * (x.mean.dim() - 2))
+    return parameter
+
+
+def named_activation_moments(
+    name: str, parameters: tuple[str, ...], x: Moments, *args: Any, **kwargs: Any
+) -> ActivationMoments:
+    """All moments of a named activation called as in torch: ``F.leaky_relu(x, 0.2)``."""
+    given = dict(zip(parameters, args, strict=False)) | kwargs
+    given.pop("inplace", None)
+    return activation_moments(name, x.mean, x.std, **{k: _fitting(v, x) for k, v in given.items()})
+
+
+def named_activation(name: str, parameters: tuple[str, ...], x: Moments, *args: Any, **kwargs: Any) -> Moments:
+    """``E f(u)`` and ``Var f(u)`` for u ~ N(m, v) ([P] remark 1 and eq. 12, at the channel's own m and v [SF, PN])."""
+    result = named_activation_moments(name, parameters, x, *args, **kwargs)
+    return Moments(result.mean, result.var)
+
+
+def module_activation_moments(module: nn.Module, x: Moments) -> ActivationMoments:
+    """All moments of an activation module; an unknown module that works elementwise is integrated numerically."""
+    known = canonical(module)
+    if known is None:
+        return moments(module, x.mean, x.std)
+    name, parameters = known
+    return activation_moments(name, x.mean, x.std, **{k: _fitting(v, x) for k, v in parameters.items()})
+
+
+@rule(*_MODULES)
+def module_activation(module: nn.Module, x: Moments) -> Moments:
+    """As `named_activation`; learned parameters (PReLU's slopes) take part in the gradient ([P] remark 2)."""
+    result = module_activation_moments(module, x)
+    return Moments(result.mean, result.var)
+
+
+for _name, (_parameters, _keys) in _FUNCTIONS.items():
+    for _key in dict.fromkeys(_keys):  # torch gives some functions two names
+        TABLE.add(_key, Rule(named_activation, leading=(_name, tuple(_parameters.split()))))
+
+
+@rule(nn.GLU, F.glu, standing="approximate", reason="the two halves are taken as independent", shaped=True)
+def glu(*args: Any, in_shapes: Any, out_shape: Any, **kwargs: Any) -> Moments:
+    """``a · σ(b)`` for the halves a, b of one dimension: moments of a product of independent factors (derived)."""
+    module = args[0] if isinstance(args[0], nn.Module) else None
+    x = args[1] if module is not None else args[0]
+    dim = module.dim if isinstance(module, nn.GLU) else inspect.signature(F.glu).bind(*args, **kwargs).arguments.get("dim", -1)
+    shape = list(x.mean.shape)
+    shape[dim] = in_shapes[0][dim]
+    x = x.expanded(shape)
+    (mean_a, mean_b), (var_a, var_b) = x.mean.chunk(2, dim), x.var.chunk(2, dim)
+    gate = activation_moments("sigmoid", mean_b, Moments(mean_b, var_b).std)
+    return Moments(mean_a, var_a).times(Moments(gate.mean, gate.var))
+

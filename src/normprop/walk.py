@@ -1,0 +1,254 @@
+"""A traced model made ready for the rules: what each node is, which rule it has, how that rule is called."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from normprop import integrations
+from normprop.channel_moments import Moments
+from normprop.errors import NormPropError, UnsupportedOpError
+from normprop.example import Shape, example_values, sample_shape
+from normprop.rules.table import TABLE, Key, Rule, RuleTable, describe
+from normprop.trace import Leaf, trace
+
+
+class Kind(enum.Enum):
+    """What a node's value is to the walk."""
+
+    DATA = "depends on the input's values: has moments"
+    TENSOR = "made of parameters alone: known as it is"
+    STATIC = "no tensor: a size, a flag, known from the example run"
+
+
+@dataclass(frozen=True)
+class Walk:
+    """A traced model with everything a walk needs.
+
+    Attributes:
+        graph_module: the trace; it shares the model's modules.
+        values: node → value in a run on meta tensors.
+        kinds: node → `Kind`.
+        rules: rule of every DATA node that is neither an input nor the output.
+    """
+
+    graph_module: fx.GraphModule
+    values: Mapping[fx.Node, Any]
+    kinds: Mapping[fx.Node, Kind]
+    rules: Mapping[fx.Node, Rule]
+
+    def inputs(self) -> list[tuple[Shape, torch.dtype]]:
+        """Sample shape and dtype of each input."""
+        return sample_shape(self.values, self.graph_module.graph)
+
+    def module(self, node: fx.Node) -> nn.Module:
+        """The module that a call_module node runs."""
+        return self.graph_module.get_submodule(str(node.target))
+
+    def call(
+        self, node: fx.Node, moments_of: Callable[[fx.Node], Any], known: Callable[[fx.Node], Any], module: Any = None
+    ) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
+        """The rule's call for a node: function, arguments, keyword arguments.
+
+        Args:
+            node: a DATA node with a rule.
+            moments_of: what stands for a DATA node (`Moments`, or the lane's node).
+            known: what stands for a TENSOR node (the tensor, or the node itself).
+            module: what stands for the module of a call_module node.
+        """
+        rule = self.rules[node]
+
+        def replace(argument: fx.Node) -> Any:
+            kind = self.kinds[argument]
+            if kind is Kind.DATA:
+                return moments_of(argument)
+            return known(argument) if kind is Kind.TENSOR else self.values[argument]
+
+        args = fx.node.map_arg(node.args, replace)
+        kwargs = dict(fx.node.map_arg(node.kwargs, replace))
+        if rule.shaped:
+            kwargs["in_shapes"] = tuple(
+                tuple(v.shape) for n in self.data_arguments(node) for v in [self.values[n]] if isinstance(v, Tensor)
+            )
+            value = self.values[node]
+            kwargs["out_shape"] = tuple(value.shape) if isinstance(value, Tensor) else None
+        first = (module,) if node.op == "call_module" else ()
+        return rule.function, (*rule.leading, *first, *args), kwargs
+
+    def data_arguments(self, node: fx.Node) -> list[fx.Node]:
+        """The DATA nodes among a node's arguments, in order, once for every mention."""
+        found: list[fx.Node] = []
+
+        def collect(argument: fx.Node) -> fx.Node:
+            if self.kinds[argument] is Kind.DATA:
+                found.append(argument)
+            return argument
+
+        fx.node.map_arg((node.args, node.kwargs), collect)
+        return found
+
+    def place(self, node: fx.Node) -> str:
+        """Module path of a node: its own if it calls a module, else that of the module whose forward it stands in."""
+        return str(node.target) if node.op in ("call_module", "get_attr") else str(node.meta.get("scope", ""))
+
+    def operation(self, node: fx.Node) -> str:
+        """What a node does, for people."""
+        if node.op == "call_module":
+            return type(self.module(node)).__name__
+        target = node.target
+        return describe(target) if not isinstance(target, str) else (target if node.op == "placeholder" else f".{target}")
+
+
+def prepare(
+    model: nn.Module,
+    *,
+    rules: Mapping[Key, Rule | Callable[..., Any]] | None = None,
+    leaf_modules: Sequence[Leaf] = (),
+    shape: Shape | None = None,
+) -> Walk:
+    """Trace a model, run it on meta tensors and find every node's rule.
+
+    Args:
+        model: any module that torch.fx can trace.
+        rules: overrides for this call.
+        leaf_modules: modules to keep whole.
+        shape: shape of one sample of the first input, if known.
+
+    Raises:
+        TracingError: control flow on values, or no fitting input shape.
+        UnsupportedOpError: operations without a rule; all are named with their place and source line.
+    """
+    _check(model)
+    integration = integrations.load_for(model)
+    table = TABLE.with_overrides(rules)
+    graph_module = trace(
+        model,
+        table,
+        leaf_modules=(*leaf_modules, *integration.leaf_modules),
+        leaf_functions=integration.leaf_functions,
+        expansions=integration.expansions,
+    )
+    values = example_values(graph_module, shape, integration.sample_shape(model))
+    kinds: dict[fx.Node, Kind] = {}
+    for node in graph_module.graph.nodes:
+        kinds[node] = _kind(node, values, kinds)
+    found: dict[fx.Node, Rule] = {}
+    walk = Walk(graph_module, values, kinds, found)
+    missing: list[tuple[fx.Node, str]] = []
+    for node in graph_module.graph.nodes:
+        if kinds[node] is not Kind.DATA or node.op in ("placeholder", "output"):
+            continue
+        rule = table.for_module(walk.module(node)) if node.op == "call_module" else table.for_function(node.target)
+        if rule is None or rule.standing == "unsupported":
+            missing.append((node, rule.reason if rule else "no moment rule"))
+        else:
+            found[node] = rule
+    if missing:
+        raise UnsupportedOpError(_list_missing(walk, missing))
+    return walk
+
+
+def _kind(node: fx.Node, values: Mapping[fx.Node, Any], kinds: Mapping[fx.Node, Kind]) -> Kind:
+    value = values.get(node)
+    tensors = _holds_tensor(value)
+    if node.op == "placeholder":
+        return Kind.DATA if tensors else Kind.STATIC
+    if node.op == "output":
+        return Kind.DATA
+    if not tensors:
+        return Kind.STATIC
+    depends = any(kinds[a] is Kind.DATA for a in node.all_input_nodes)
+    constant = node.target in _CONSTANTS
+    return Kind.DATA if depends and not constant else Kind.TENSOR
+
+
+# Made in the shape of the input, without its values.
+_CONSTANTS = frozenset(
+    [torch.zeros_like, torch.ones_like, torch.full_like, torch.empty_like, "new_zeros", "new_ones", "new_full", "new_empty",
+     "new_tensor"]
+)  # fmt: skip
+
+
+def _holds_tensor(value: Any) -> bool:
+    if isinstance(value, Tensor):
+        return True
+    if isinstance(value, tuple | list):
+        return any(_holds_tensor(v) for v in value)
+    return isinstance(value, dict) and any(_holds_tensor(v) for v in value.values())
+
+
+def _check(model: nn.Module) -> None:
+    for path, module in model.named_modules():
+        if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():  # type: ignore[misc]
+            raise NormPropError(
+                f"{path} is a {type(module).__name__} that has not seen its input yet.\nRun one batch through the model first."
+            )
+
+
+def _list_missing(walk: Walk, missing: Sequence[tuple[fx.Node, str]]) -> str:
+    names = sorted({walk.operation(node) for node, _ in missing})
+    lines = [f"{len(names)} operation{'s' * (len(names) != 1)} without a moment rule: {', '.join(names)}"]
+    for node, reason in missing:
+        lines.append(
+            f"  {walk.operation(node)} in {walk.place(node) or 'the model itself'} ({node.meta.get('source', '?')}): {reason}"
+        )
+    lines.append("Register a rule with @normprop.rule(…), or pass rules={operation: function} for this call.")
+    return "\n".join(lines)
+
+
+def input_moments(walk: Walk, given: Any, like: Tensor) -> list[Moments]:
+    """Moments of each input of a walk, checked and brought to the input's rank.
+
+    Args:
+        walk: the prepared model.
+        given: None (standard normal), `Moments`, an object with ``mean`` and ``var`` such as `InputStats`, or a sequence of
+            these, one an input.
+        like: a tensor with the dtype and device to use.
+
+    Raises:
+        NormPropError: a variance that is negative, zero or NaN, or a wrong number of channels.
+    """
+    shapes = walk.inputs()
+    several = list(given) if isinstance(given, tuple | list) else [given] + [None] * (len(shapes) - 1)
+    if len(several) != len(shapes):
+        raise NormPropError(f"the network has {len(shapes)} inputs, moments were given for {len(several)}.")
+    return [_input(g, shape, like) for g, (shape, _) in zip(several, shapes, strict=True)]
+
+
+def _input(given: Any, shape: Shape, like: Tensor) -> Moments:
+    rank = len(shape) + 1
+    channel = 1
+    channels = shape[0]
+    if given is None:
+        return Moments(like.new_zeros(channels), like.new_ones(channels)).aligned(rank, channel)
+    mean, var = (torch.as_tensor(t).to(like) for t in (given.mean, given.var))
+    if tuple(mean.shape) == shape and mean.dim() > 1:
+        found = Moments(mean.unsqueeze(0), var.unsqueeze(0))
+    elif mean.numel() == 1:
+        found = Moments(mean.reshape(1), var.reshape(1)).expanded((channels,)).aligned(rank, channel)
+    elif mean.dim() == 1 and len(mean) == channels:
+        found = Moments(mean, var).aligned(rank, channel)
+    elif mean.dim() == 1 and len(mean) == shape[-1]:
+        found = Moments(mean, var).aligned(rank, -1)
+    else:
+        raise NormPropError(
+            f"input moments have shape {tuple(mean.shape)}, the network takes samples of shape {shape}.\n"
+            f"Give one mean and variance a channel ({channels}), or an element."
+        )
+    bad = "NaN" if not bool(torch.isfinite(var).all() & torch.isfinite(mean).all()) else ""
+    bad = bad or ("negative" if bool((var < 0).any()) else "zero" if bool((var == 0).all()) else "")
+    if bad and like.device.type != "meta":
+        raise NormPropError(f"the input's moments hold a {bad} variance or mean.\nStandardise the data, drop constant channels.")
+    return found
+
+
+def reference_tensor(model: nn.Module) -> Tensor:
+    """A floating tensor whose device and (at least float32) dtype the moments take."""
+    tensor = next((t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()), torch.zeros(()))
+    wide = torch.float32 if tensor.dtype in (torch.float16, torch.bfloat16) else tensor.dtype
+    return torch.empty(0, dtype=wide, device=tensor.device)
