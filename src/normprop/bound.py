@@ -76,7 +76,8 @@ def _rows(weight: Tensor | torch.nn.Module) -> Tensor:
     view, _ = filter_view(weight.detach().double(), channel_dim, groups)
     if channel_dim == 1:
         return view.transpose(1, 2).flatten(2)
-    return view.flatten(1).reshape(groups, weight.shape[0] // groups, -1)
+    rows = view.flatten(1)
+    return rows.reshape(groups, rows.shape[0] // groups, rows.shape[1])
 
 
 def _off_diagonal(directions: Tensor, lengths: Tensor) -> tuple[float, float]:

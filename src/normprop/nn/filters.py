@@ -79,7 +79,7 @@ def unit_filters(
     if center:
         mean = view.mean(inside, keepdim=True)
         view = view - mean
-        fan_in = math.prod(view.shape[dim] for dim in inside)
+        fan_in = view.numel() // mean.numel()
         noise = 16 * finfo.eps * math.sqrt(fan_in) * mean.detach().abs() + noise
     norm = filter_norms(view, inside)
     factor = scale / torch.where(norm > noise, norm, 1.0)

@@ -1,0 +1,252 @@
+"""Unit-length filters and adaptive gradient clipping, as functions and as hooks of any torch optimizer.
+
+The paper's schedule, the rate halved at intervals, is torch's `StepLR(optimizer, step_size, gamma=0.5)`.
+"""
+
+from collections.abc import Iterable, Iterator
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from normprop.errors import NormPropError
+from normprop.nn.filters import filter_norms, filter_view
+
+Filters = tuple[Tensor, int, int]  # weight, channel_dim, groups
+
+_FIRST_MOMENTS = ("momentum_buffer", "exp_avg")
+_SECOND_MOMENTS = ("exp_avg_sq", "max_exp_avg_sq")
+
+
+@torch.no_grad()
+def project_unit_norm_(model_or_parameters: torch.nn.Module | Tensor | Iterable[Tensor], *, eps: float = 1e-7) -> int:
+    """Rescale filters to unit length in place; the number of filters.
+
+    W_i ← W_i / ‖W_i‖, the projection after every step of Normalization Propagation (Arpit et al., 2016, §4). It
+    doesn't change what a normalised layer computes. Filters shorter than `eps` have no direction and stay as they are.
+
+    Args:
+        model_or_parameters: A model, of which every module with a method `filters()` takes part, or parameters, of
+            which those with two dimensions or more do: their filters are `weight[i]`, so give layers, not weights, of
+            transposed convolutions.
+        eps: The length below which a filter counts as zero.
+
+    >>> weight = torch.tensor([[3.0, 4.0]])
+    >>> project_unit_norm_([weight]), weight
+    (1, tensor([[0.6000, 0.8000]]))
+    """
+    filters = list(_filters(model_or_parameters))
+    return sum(norms.numel() for norms in _rescale_(filters, eps))
+
+
+class UnitNormProjection:
+    """Keeps filters at unit length: rescales them after every step of `optimizer`, and once now.
+
+    The gradient of a function that doesn't feel the length of W is perpendicular to W, so each step makes filters
+    longer and the next ones turn them less. On the unit sphere the rate keeps its meaning.
+
+    With `tangent`, first moments m (SGD's `momentum_buffer`, Adam's `exp_avg`) go along to the new point W' = W/‖W‖::
+
+        m ← ‖W‖ (m − (m·W') W')
+
+    Why the factor: a tangent step along m turns W by θ with cos θ = 1/‖W‖. Taking the radial part away leaves m cos θ,
+    and ‖W‖ restores its length: parallel transport along the great circle. Seen from the gradients that m is made of,
+    those of a function without a feeling for length obey ∇f(W/‖W‖) = ‖W‖ ∇f(W). Second moments stay, as their gradients
+    were all taken at unit length; only the first projection, here, scales those that exist by ‖W‖².
+
+    It keeps no state: neither `optimizer.state_dict()` nor the model's has anything of it.
+
+    Args:
+        optimizer: Any torch optimizer.
+        model: Every module of it with a method `filters()` takes part. Without a model it is the parameters with two
+            dimensions or more in the groups of `optimizer` with `unit_norm=True`, or in all groups if none has that
+            key.
+        tangent: Whether first moments are carried along.
+        eps: The length below which a filter counts as zero.
+
+    Raises:
+        NormPropError: There is nothing to project.
+
+    >>> model = torch.nn.Linear(4, 3)
+    >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    >>> projection = UnitNormProjection(optimizer)
+    >>> model(torch.ones(1, 4)).sum().backward()
+    >>> optimizer.step()
+    >>> model.weight.norm(dim=1)
+    tensor([1.0000, 1.0000, 1.0000], grad_fn=<LinalgVectorNormBackward0>)
+    """
+
+    def __init__(
+        self, optimizer: Optimizer, model: torch.nn.Module | None = None, *, tangent: bool = True, eps: float = 1e-7
+    ) -> None:
+        self.model = model
+        self.tangent = tangent
+        self.eps = eps
+        if self._project(optimizer, _FIRST_MOMENTS, _SECOND_MOMENTS) == 0:
+            raise NormPropError(
+                "UnitNormProjection found no filters to keep at unit length.\n"
+                "Give a model with normalised layers, or mark groups of the optimizer with unit_norm=True."
+            )
+        self._handle = optimizer.register_step_post_hook(self._hook)
+
+    def remove(self) -> None:
+        """Leave the optimizer alone from now on."""
+        self._handle.remove()
+
+    def _hook(self, optimizer: Optimizer, _args: tuple[Any, ...], _kwargs: dict[str, Any]) -> None:
+        self._project(optimizer, _FIRST_MOMENTS, ())
+
+    @torch.no_grad()
+    def _project(self, optimizer: Optimizer, first: tuple[str, ...], second: tuple[str, ...]) -> int:
+        filters = list(_filters(_marked(optimizer) if self.model is None else self.model))
+        norms = _rescale_(filters, self.eps)
+        if self.tangent:
+            states = [optimizer.state.get(weight, {}) for weight, _, _ in filters]
+            carried = list(zip(filters, norms, states, strict=True))
+            _transport_(
+                [(state[key], item, norm) for item, norm, state in carried for key in first if _has(state, key)]
+            )
+            for (_, *layout), norm, state in carried:
+                for moment in (state[key] for key in second if _has(state, key)):
+                    filter_view(moment, *layout)[0].mul_(norm.square())
+        return sum(norm.numel() for norm in norms)
+
+
+@torch.no_grad()
+def clip_grad_adaptive_(parameters: Tensor | Iterable[Tensor], clip: float = 0.05, *, eps: float = 1e-3) -> Tensor:
+    """Clip gradients in place by the size of what they change; the fraction of units that were clipped.
+
+    Adaptive gradient clipping (Brock et al., 2021, eq. 3): the gradient G_i of unit i is scaled so that::
+
+        ‖G_i‖ ≤ clip · max(‖W_i‖, eps)
+
+    A unit is a filter `weight[i]` of a parameter with two dimensions or more. A gain or a bias is one unit as a whole,
+    as its authors have it: elementwise, one whose elements start at zero could move only eps · clip a step in each.
+    They leave out the final linear layer; so may you.
+
+    Args:
+        parameters: As for `torch.nn.utils.clip_grad_norm_`; those without a gradient are skipped.
+        clip: λ, .01 to .1 in practice.
+        eps: The length that shorter units are given, so that zero-initialised ones can move.
+
+    Returns:
+        The clipped fraction, a scalar tensor on the device of the first gradient; reading it is what synchronises.
+
+    Raises:
+        NormPropError: `clip` or `eps` isn't positive.
+
+    >>> weight = torch.nn.Parameter(torch.tensor([[3.0, 4.0], [0.0, 1.0]]))
+    >>> weight.grad = torch.tensor([[0.0, 1.0], [0.0, 0.01]])
+    >>> clip_grad_adaptive_([weight], clip=0.1), weight.grad
+    (tensor(0.5000), tensor([[0.0000, 0.5000],
+            [0.0000, 0.0100]]))
+    """
+    if not (clip > 0 and eps > 0):
+        raise NormPropError(f"clip is {clip} and eps is {eps}.\nBoth have to be positive.")
+    given = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+    pairs = [(p.detach(), p.grad) for p in given if p.grad is not None and p.numel()]
+    if not pairs:
+        return torch.zeros(())
+    bounds = [_unit_norms(weight) for weight, _ in pairs]
+    torch._foreach_clamp_min_(bounds, eps)
+    torch._foreach_mul_(bounds, clip)
+    norms = [_unit_norms(gradient) for _, gradient in pairs]
+    count = sum(norm.numel() for norm in norms)
+    device = norms[0].device
+    clipped = torch.stack([(norm > bound).sum().to(device) for norm, bound in zip(norms, bounds, strict=True)]).sum()
+    torch._foreach_maximum_(norms, bounds)  # what is within its bound is scaled by exactly one
+    torch._foreach_div_(bounds, norms)
+    torch._foreach_mul_(
+        [gradient for _, gradient in pairs], [b.to(g.dtype) for b, (_, g) in zip(bounds, pairs, strict=True)]
+    )
+    return clipped / count
+
+
+class AdaptiveGradientClipping:
+    """Calls `clip_grad_adaptive_` on all parameters of `optimizer` before each of its steps.
+
+    `fraction` is what the last call returned. Groups with `clip_adaptive=False` are left out: the output layer, if you
+    follow Brock et al. (2021).
+
+    >>> weight = torch.nn.Parameter(torch.ones(2, 2))
+    >>> optimizer = torch.optim.SGD([weight], lr=1.0)
+    >>> clipping = AdaptiveGradientClipping(optimizer, clip=0.1)
+    >>> (100 * weight.sum()).backward()
+    >>> optimizer.step()
+    >>> weight.norm(dim=1), clipping.fraction
+    (tensor([1.2728, 1.2728], grad_fn=<LinalgVectorNormBackward0>), tensor(1.))
+    """
+
+    def __init__(self, optimizer: Optimizer, clip: float = 0.05, *, eps: float = 1e-3) -> None:
+        self.clip = clip
+        self.eps = eps
+        self.fraction = torch.zeros(())
+        clip_grad_adaptive_([], clip, eps=eps)  # refuses a bad clip or eps here and not at the first step
+        self._handle = optimizer.register_step_pre_hook(self._hook)
+
+    def remove(self) -> None:
+        """Leave the optimizer's gradients alone from now on."""
+        self._handle.remove()
+
+    def _hook(self, optimizer: Optimizer, _args: tuple[Any, ...], _kwargs: dict[str, Any]) -> None:
+        groups = (group["params"] for group in optimizer.param_groups if group.get("clip_adaptive", True))
+        self.fraction = clip_grad_adaptive_([p for params in groups for p in params], self.clip, eps=self.eps)
+
+
+def _filters(source: torch.nn.Module | Tensor | Iterable[Tensor]) -> Iterator[Filters]:
+    """The weights with filters, each once: a weight that layers share must not be rescaled twice."""
+    seen = set[int]()
+    if isinstance(source, torch.nn.Module):
+        found = (
+            item for module in source.modules() if hasattr(module, "filters") for item in cast(Any, module).filters()
+        )
+    else:
+        tensors = [source] if isinstance(source, Tensor) else source
+        found = ((tensor, 0, 1) for tensor in tensors if tensor.ndim > 1)
+    for weight, channel_dim, groups in found:
+        if id(weight) not in seen:
+            seen.add(id(weight))
+            yield weight, channel_dim, groups
+
+
+def _marked(optimizer: Optimizer) -> list[Tensor]:
+    groups = optimizer.param_groups
+    if any("unit_norm" in group for group in groups):
+        groups = [group for group in groups if group.get("unit_norm", False)]
+    return [parameter for group in groups for parameter in group["params"]]
+
+
+def _has(state: dict[str, Any], key: str) -> bool:
+    return isinstance(state.get(key), Tensor)  # SGD keeps None before its first step
+
+
+def _rescale_(filters: list[Filters], eps: float) -> list[Tensor]:
+    """Give filters unit length; what they were divided by, shaped as in `filter_view`, 1 if shorter than `eps`."""
+    if not filters:
+        return []
+    views = [filter_view(*item) for item in filters]
+    norms = [filter_norms(view, inside) for view, inside in views]
+    norms = [torch.where(norm > eps, norm, 1.0) for norm in norms]
+    torch._foreach_div_([view for view, _ in views], norms)
+    return norms
+
+
+def _transport_(moments: list[tuple[Tensor, Filters, Tensor]]) -> None:
+    """m ← ‖W‖ (m − (m·W') W') for `(m, filters of W', ‖W‖)`."""
+    if not moments:
+        return
+    weights = [filter_view(*item)[0] for _, item, _ in moments]
+    views = [filter_view(moment, *layout) for moment, (_, *layout), _ in moments]
+    vectors = [view for view, _ in views]
+    products = torch._foreach_mul(vectors, weights)
+    radial = [product.sum(inside, keepdim=True) for product, (_, inside) in zip(products, views, strict=True)]
+    torch._foreach_addcmul_(vectors, weights, radial, value=-1)
+    torch._foreach_mul_(vectors, [norm.to(vector.dtype) for vector, (_, _, norm) in zip(vectors, moments, strict=True)])
+
+
+def _unit_norms(tensor: Tensor) -> Tensor:
+    """Norms of the units of `clip_grad_adaptive_`, shaped to multiply `tensor` with."""
+    if tensor.ndim < 2:
+        return filter_norms(tensor, tuple(range(tensor.ndim)))
+    return filter_norms(*filter_view(tensor))
