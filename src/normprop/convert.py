@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from normprop.calibrate import preserve_
 from normprop.converted import ConvertedModule
 from normprop.errors import NormPropError
+from normprop.paper import PaperRewriter, start_as_printed_
 from normprop.plan import SitePlan, plan_sites
 from normprop.rewrite import Rewriter
 from normprop.rules.table import Key, Rule
@@ -71,17 +72,20 @@ def convert(
     _check_options(model, method, center, preserve, normalize)
     root = copy.deepcopy(model)
     keep = _is_trained(root) if preserve == "auto" else preserve
-    if keep and center is True:
-        raise NormPropError("centring changes what a trained network computes.\nPass preserve=False, or center=False.")
-    centring = not keep if center == "auto" else center
+    _check_combination(method, center, keep)
+    centring = (not keep and method == "exact") if center == "auto" else center
     walks = _walks(root, rules, leaf_modules, _sample_shape(input))
     plans = {mode: plan_sites(walk, normalize, centring) for mode, walk in walks.items()}
     if not plans[False]:
         raise NormPropError("the network has no BatchNorm to convert.\nnormalize='all' gives every layer a site.")
     statistics = _install_sites(root, [*plans[False], *plans[True]])
     inputs = _install_inputs(root, walks[False], input)
-    graphs = {False: Rewriter(walks[False], plans[False], inputs).run()}
-    graphs[True] = graphs[False] if walks[True] is walks[False] else Rewriter(walks[True], plans[True], inputs).run()
+    rewriter = PaperRewriter if method == "paper" else Rewriter
+    graphs = {mode: rewriter(walks[mode], plans[mode], inputs).run() for mode in (True, False)}
+    if walks[True] is walks[False]:
+        graphs[True] = graphs[False]
+    if method == "paper":
+        start_as_printed_(root, walks[False], plans[False])
     converted = ConvertedModule.assemble(root, graphs, type(model).__name__, {"inputs": walks[False].inputs()})
     if keep:
         preserve_(converted, statistics)
@@ -101,6 +105,18 @@ def _check_options(model: nn.Module, method: str, center: Any, preserve: Any, no
     ):
         if value not in allowed:
             raise NormPropError(f"{name}={value!r} is none of {', '.join(map(repr, allowed))}.")
+
+
+def _check_combination(method: str, center: Any, keep: bool) -> None:
+    if keep and center is True:
+        raise NormPropError("centring changes what a trained network computes.\nPass preserve=False, or center=False.")
+    if method == "paper" and keep:
+        raise NormPropError(
+            "the paper's form has no constants that could keep a trained function.\n"
+            "Pass preserve=False to start fresh, or method='exact'."
+        )
+    if method == "paper" and center is True:
+        raise NormPropError("the paper does not centre its filters.\nPass method='exact' to centre them.")
 
 
 def _is_trained(root: nn.Module) -> bool:

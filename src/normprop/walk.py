@@ -23,7 +23,7 @@ class Kind(enum.Enum):
 
     DATA = "depends on the input's values: has moments"
     TENSOR = "made of parameters alone: known as it is"
-    STATIC = "no tensor: a size, a flag, known from the example run"
+    STATIC = "no tensor: a size or a flag of the input, known from the example run"
 
 
 @dataclass(frozen=True)
@@ -160,11 +160,10 @@ def _kind(node: fx.Node, values: Mapping[fx.Node, Any], kinds: Mapping[fx.Node, 
         return Kind.DATA if tensors else Kind.STATIC
     if node.op == "output":
         return Kind.DATA
-    if not tensors:
-        return Kind.STATIC
-    depends = any(kinds[a] is Kind.DATA for a in node.all_input_nodes)
-    constant = node.target in _CONSTANTS
-    return Kind.DATA if depends and not constant else Kind.TENSOR
+    if node.target in _CONSTANTS or not any(kinds[a] is Kind.DATA for a in node.all_input_nodes):
+        static = not tensors and any(kinds[a] is Kind.STATIC for a in node.all_input_nodes)
+        return Kind.STATIC if static else Kind.TENSOR
+    return Kind.DATA if tensors else Kind.STATIC
 
 
 # Made in the shape of the input, without its values.

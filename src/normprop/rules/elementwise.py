@@ -109,3 +109,10 @@ def glu(*args: Any, in_shapes: Any, out_shape: Any, **kwargs: Any) -> Moments:
     gate = activation_moments("sigmoid", mean_b, Moments(mean_b, var_b).std)
     return Moments(mean_a, var_a).times(Moments(gate.mean, gate.var))
 
+
+def full_moments(call: tuple[Any, tuple[Any, ...], dict[str, Any]]) -> ActivationMoments | None:
+    """All moments of an activation for a rule's call (function, arguments, keyword arguments); None for other rules."""
+    function, args, kwargs = call
+    if function is named_activation:
+        return named_activation_moments(*args, **kwargs)
+    return module_activation_moments(*args) if function is module_activation else None

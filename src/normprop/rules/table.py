@@ -74,7 +74,9 @@ class RuleTable(Mapping[Key, Rule]):
         return None
 
     def for_function(self, function: Callable[..., Any] | str) -> Rule | None:
-        """The rule of a function, or of a tensor method given by its name."""
+        """The rule of a function, or of a tensor method given by its name; a named tuple only collects its entries."""
+        if inspect.isclass(function) and issubclass(function, tuple):
+            return Rule(function)
         if isinstance(function, str):
             return self._rules.get(function)
         return self._rules.get(function) or self._rules.get(qualified_name(function))
@@ -160,8 +162,3 @@ def unsupported(*keys: Key, reason: str) -> None:
 
 def _refuse(*_: Any, **__: Any) -> Any:
     raise NormPropError("this operation is unsupported on purpose")  # the walk reports it before it could be called
-
-
-def takes_module(key: Key) -> bool:
-    """Whether rules under this key receive a module first."""
-    return inspect.isclass(key) and issubclass(key, nn.Module)

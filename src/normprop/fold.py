@@ -1,0 +1,252 @@
+"""NormProp network in, plain torch.nn network out."""
+
+from __future__ import annotations
+
+import copy
+import operator
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from normprop.converted import ConvertedModule
+from normprop.errors import NormPropError
+from normprop.lane import lane_nodes
+from normprop.sites import apply_affine
+
+
+def fold(model: nn.Module, *, check: bool = True) -> nn.Module:
+    """The same function in plain PyTorch: the moment lane is evaluated once and its result becomes ordinary parameters.
+
+    A layer with a site becomes torch's own layer with the effective weight and bias; a site without a layer becomes a
+    multiplication and an addition. The layers of `normprop.nn` become their `folded` form.
+
+    Args:
+        model: a network that `convert` made, or any module that holds layers of `normprop.nn`. It is not changed.
+        check: compare both on random input, in eval mode.
+
+    Returns:
+        A network without a module, parameter or operation of normprop, in the mode of the model.
+
+    Raises:
+        NormPropError: nothing to fold, or the check failed.
+
+    Example:
+        >>> import torch, normprop
+        >>> net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.ReLU())
+        >>> print(normprop.fold(normprop.convert(net)).code.strip())
+        def forward(self, input):
+            input_1 = input
+            _0 = getattr(self, "0")(input_1);  input_1 = None
+            _2 = getattr(self, "2")(_0);  _0 = None
+            return _2
+    """
+    if not isinstance(model, ConvertedModule):
+        return _fold_layers(model)
+    graphs = model.graphs()
+    if graphs[True] is not graphs[False]:  # what is deployed is the eval graph
+        graphs = {True: graphs[False], False: graphs[False]}
+    folded = _Folding(model, graphs[False]).run()
+    folded.train(model.training)
+    if check:
+        _compare(model, folded)
+    return folded
+
+
+def _fold_layers(model: nn.Module) -> nn.Module:
+    """Replace every module that can fold itself."""
+    if hasattr(model, "folded"):
+        return model.folded()  # type: ignore[no-any-return,operator]
+    result = copy.deepcopy(model)
+    found = [path for path, m in model.named_modules() if hasattr(m, "folded")]
+    if not found:
+        raise NormPropError(f"{type(model).__name__} holds nothing to fold.\nfold takes a converted network or normprop.nn layers.")
+    for path in found:
+        parent, _, name = path.rpartition(".")
+        setattr(result.get_submodule(parent), name, model.get_submodule(path).folded())  # type: ignore[operator]
+    return result
+
+
+class _Folding:
+    """Writes the plain graph of a converted one.
+
+    Args:
+        model: the converted network.
+        graph: the graph to fold.
+    """
+
+    def __init__(self, model: ConvertedModule, graph: fx.Graph) -> None:
+        self.model = model
+        self.source = graph
+        self.lane = lane_nodes(graph)
+        self.values = self._evaluate()
+        self.root = nn.Module()
+        self.root.training = model.training
+        self.graph = fx.Graph()
+        self.new: dict[fx.Node, fx.Node] = {}
+        self.folded_layers: set[str] = set()
+
+    @torch.no_grad()
+    def _evaluate(self) -> dict[fx.Node, Any]:
+        """The value of every node of the moment lane."""
+        interpreter = fx.Interpreter(self.model, graph=self.source)
+        values: dict[fx.Node, Any] = {}
+        for node in self.source.nodes:
+            if node in self.lane:
+                args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), values.__getitem__)
+                values[node] = getattr(interpreter, node.op)(node.target, args, kwargs)
+        return values
+
+    def run(self) -> fx.GraphModule:
+        """The plain network."""
+        for node in self.source.nodes:
+            if node in self.lane:
+                continue
+            layer = self._layer(node)
+            if layer is not None:
+                path = self._free_path(layer[0])
+                self._attach(path, layer[1])
+                self.new[node] = self.graph.call_module(path, (self._argument(node.args[0]),))
+            elif node.target is apply_affine:
+                self.new[node] = self._affine(node)
+            else:
+                if node.op == "call_module":
+                    self._attach(str(node.target), copy.deepcopy(self.model.get_submodule(str(node.target))))
+                self.new[node] = self.graph.node_copy(node, self._argument)
+        self.graph.lint()
+        return fx.GraphModule(self.root, self.graph, self.model._get_name())
+
+    def _argument(self, node: Any) -> Any:
+        """The new node of an old one; a lane value that the data lane reads becomes a parameter."""
+        if node not in self.lane:
+            return self.new[node]
+        value = self.values[node]
+        if node not in self.new:
+            if not isinstance(value, Tensor):
+                return value
+            path = str(node.target) if node.op == "get_attr" else self._free_path(f"folded.{node.name}")
+            self._attach(path, _parameter(value))
+            self.new[node] = self.graph.get_attr(path)
+        return self.new[node]
+
+    def _layer(self, node: fx.Node) -> tuple[str, nn.Module] | None:
+        """The plain layer for a functional call whose weight and bias the lane computed."""
+        name = getattr(node.target, "__name__", "")
+        if node.op != "call_function" or name not in _LAYERS or len(node.args) < 3:
+            return None
+        weight_node, bias_node = node.args[1:3]
+        if weight_node not in self.lane or not isinstance(weight_node, fx.Node) or weight_node.target is not operator.getitem:
+            return None
+        pair = weight_node.args[0]
+        assert isinstance(pair, fx.Node) and isinstance(pair.args[0], fx.Node)
+        path = str(pair.args[0].target).rpartition(".")[0]
+        weight, bias = self.values[weight_node], self.values[bias_node]  # type: ignore[index]
+        return path, _LAYERS[name](weight, bias, node.args[3:])
+
+    def _affine(self, node: fx.Node) -> fx.Node:
+        x, factor, offset = node.args
+        new = [self._parameter_node(n, f"{node.name}_{kind}") for n, kind in ((factor, "weight"), (offset, "bias"))]
+        return self.graph.call_function(torch.addcmul, (new[1], self._argument(x), new[0]))
+
+    def _parameter_node(self, node: Any, name: str) -> fx.Node:
+        path = self._free_path(f"folded.{name}")
+        self._attach(path, _parameter(self.values[node].to(next(self.model.parameters()).dtype)))
+        return self.graph.get_attr(path)
+
+    def _free_path(self, path: str) -> str:
+        """The path itself, or with a number if a layer called twice folds into two."""
+        free, k = path, 1
+        while free in self.folded_layers:
+            free, k = f"{path}_{k}", k + 1
+        self.folded_layers.add(free)
+        return free
+
+    def _attach(self, path: str, value: nn.Module | nn.Parameter) -> None:
+        parent: nn.Module = self.root
+        *prefix, name = path.split(".")
+        for part in prefix:
+            if not hasattr(parent, part):
+                parent.add_module(part, nn.Module())
+            parent = getattr(parent, part)
+        if not hasattr(parent, name):
+            setattr(parent, name, value)
+
+
+def _parameter(value: Tensor) -> nn.Parameter:
+    return nn.Parameter(value.detach().clone(), requires_grad=value.is_floating_point())
+
+
+def _linear(weight: Tensor, bias: Tensor, _: Any) -> nn.Module:
+    return _filled(nn.Linear(weight.shape[1], weight.shape[0], device="meta"), weight, bias)
+
+
+def _convolution(kind: Any) -> Any:
+    def build(weight: Tensor, bias: Tensor, rest: Any) -> nn.Module:
+        stride, padding, dilation, groups = rest
+        kernel = tuple(weight.shape[2:])
+        channels = (weight.shape[1] * groups, weight.shape[0])
+        return _filled(kind(*channels, kernel, stride, padding, dilation, groups, device="meta"), weight, bias)
+
+    return build
+
+
+def _transposed(kind: Any) -> Any:
+    def build(weight: Tensor, bias: Tensor, rest: Any) -> nn.Module:
+        stride, padding, output_padding, groups, dilation = rest
+        kernel = tuple(weight.shape[2:])
+        channels = (weight.shape[0], weight.shape[1] * groups)
+        layer = kind(*channels, kernel, stride, padding, output_padding, groups, True, dilation, device="meta")
+        return _filled(layer, weight, bias)
+
+    return build
+
+
+def _filled(layer: nn.Module, weight: Tensor, bias: Tensor) -> nn.Module:
+    layer.weight, layer.bias = _parameter(weight), _parameter(bias)
+    return layer
+
+
+_LAYERS: Mapping[str, Any] = {
+    "linear": _linear,
+    "conv1d": _convolution(nn.Conv1d), "conv2d": _convolution(nn.Conv2d), "conv3d": _convolution(nn.Conv3d),
+    "conv_transpose1d": _transposed(nn.ConvTranspose1d), "conv_transpose2d": _transposed(nn.ConvTranspose2d),
+    "conv_transpose3d": _transposed(nn.ConvTranspose3d),
+}  # fmt: skip
+
+
+def _compare(model: ConvertedModule, folded: nn.Module) -> None:
+    """Both networks on one random input, in eval mode.
+
+    Raises:
+        NormPropError: they differ by more than rounding.
+    """
+    reference = next(model.parameters())
+    inputs = [
+        torch.randn(2, *shape, dtype=dtype, device=reference.device)
+        if dtype.is_floating_point
+        else torch.zeros(2, *shape, dtype=dtype, device=reference.device)
+        for shape, dtype in model.meta["normprop"]["inputs"]
+    ]
+    modes = model.training, folded.training
+    with torch.no_grad():
+        outputs = [_tensors(m.eval()(*inputs)) for m in (model, folded)]
+    model.train(modes[0])
+    folded.train(modes[1])
+    tolerance = 1e-8 if reference.dtype == torch.float64 else 1e-3 if reference.dtype == torch.float32 else 0.1
+    for a, b in zip(*outputs, strict=True):
+        difference = float((a - b).abs().max() / a.abs().max().clamp(min=1e-30))
+        if not difference <= tolerance:
+            raise NormPropError(
+                f"the folded network differs from the original by {difference:.1e} relative.\n"
+                "Statistics close to zero amplify rounding: fold in float64, or pass check=False if this is accepted."
+            )
+
+
+def _tensors(output: Any) -> list[Tensor]:
+    if isinstance(output, Tensor):
+        return [output]
+    values = output.values() if isinstance(output, dict) else output if isinstance(output, tuple | list) else ()
+    return [t for v in values for t in _tensors(v)]
+
+
