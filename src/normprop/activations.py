@@ -1,105 +1,191 @@
-"""The table of known activations: name, parameters in torch's order, and how a Gaussian goes through."""
+"""The table of known activations: names, modules and functions, and how a Gaussian passes through each."""
 
+import functools
 import inspect
-import math
-from collections.abc import Callable
+import operator
+from collections.abc import Callable, Iterator
 from difflib import get_close_matches
-from functools import partial
+from types import ModuleType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from normprop import elementary, rectifiers, smooth
+from normprop.breakpoints import Breakpoints, find_breakpoints
 from normprop.errors import NormPropError
 from normprop.gaussian import Expectations
-from normprop.piecewise import Piecewise, Polynomial, Scalar, piecewise_moments
-from normprop.quadrature import integrate
+from normprop.piecewise import Piecewise, piecewise_moments
+from normprop.quadrature import integrate, integrate_slope
+from normprop.smooth import Smooth
 
-ZERO = Polynomial()
-LINE = Polynomial(c1=1.0)
-
-
-def constant(value: Scalar) -> Polynomial:
-    return Polynomial(c0=value)
+Form = Callable[..., Piecewise | Smooth | Expectations]
 
 
-def identity() -> Piecewise:
-    return Piecewise([LINE])
+def _public(module: ModuleType) -> dict[str, Form]:
+    return {
+        n: f
+        for n, f in vars(module).items()
+        if inspect.isfunction(f) and f.__module__ == module.__name__ and n[0] != "_"
+    }
 
 
-def relu() -> Piecewise:
-    return Piecewise([ZERO, LINE], [0.0])
-
-
-def leaky_relu(negative_slope: Scalar = 0.01) -> Piecewise:
-    return Piecewise([Polynomial(c1=negative_slope), LINE], [0.0])
-
-
-def prelu(weight: Scalar = 0.25) -> Piecewise:
-    return leaky_relu(weight)
-
-
-def rrelu(lower: float = 1 / 8, upper: float = 1 / 3) -> Piecewise:
-    return leaky_relu((lower + upper) / 2)
-
-
-def hardtanh(min_val: float = -1.0, max_val: float = 1.0) -> Piecewise:
-    return Piecewise([constant(min_val), LINE, constant(max_val)], [min_val, max_val])
-
-
-def relu6() -> Piecewise:
-    return hardtanh(0.0, 6.0)
-
-
-PIECEWISE: dict[str, Callable[..., Piecewise]] = {
-    f.__name__: f for f in (identity, relu, leaky_relu, prelu, rrelu, hardtanh, relu6)
+_PIECEWISE, _SMOOTH, _ELEMENTARY = _public(rectifiers), _public(smooth), _public(elementary)
+FORMS: dict[str, Form] = {**_PIECEWISE, **_SMOOTH, **_ELEMENTARY}
+_PARAMETERS = {
+    n: tuple(p for p in inspect.signature(f).parameters if p not in ("mean", "std")) for n, f in FORMS.items()
 }
-SMOOTH: dict[str, Callable[..., Tensor]] = {
-    name: getattr(F, name)
-    for name in ("gelu", "silu", "mish", "softplus", "elu", "celu", "selu", "logsigmoid", "softsign", "tanhshrink", "hardswish",
-                 "hardsigmoid", "hardshrink", "softshrink")
-} | {name: getattr(torch, name) for name in ("tanh", "sigmoid", "exp", "erf", "sin", "cos", "abs", "square")}
-ALIASES = {"swish": "silu", "linear": "identity"}
+ALIASES = {
+    "linear": "identity",
+    "swish": "silu",
+    "expit": "sigmoid",
+    "log_sigmoid": "logsigmoid",
+    "absolute": "abs",
+    "negative": "neg",
+    "sgn": "sign",
+    "clip": "clamp",
+    "hard_tanh": "hardtanh",
+    "hard_swish": "hardswish",
+    "hard_sigmoid": "hardsigmoid",
+}
 MODULES: dict[type[nn.Module], str] = {
-    nn.Identity: "identity", nn.ReLU: "relu", nn.LeakyReLU: "leaky_relu", nn.PReLU: "prelu", nn.RReLU: "rrelu", nn.Hardtanh: "hardtanh",
-    nn.ReLU6: "relu6", nn.GELU: "gelu", nn.SiLU: "silu", nn.Mish: "mish", nn.Softplus: "softplus", nn.ELU: "elu", nn.CELU: "celu",
-    nn.SELU: "selu", nn.LogSigmoid: "logsigmoid", nn.Softsign: "softsign", nn.Tanhshrink: "tanhshrink", nn.Hardswish: "hardswish",
-    nn.Hardsigmoid: "hardsigmoid", nn.Hardshrink: "hardshrink", nn.Softshrink: "softshrink", nn.Tanh: "tanh", nn.Sigmoid: "sigmoid",
-}  # fmt: skip
-ATTRIBUTES = {"lambd": "lambd", "approximate": "approximate", "beta": "beta", "threshold": "threshold", "alpha": "alpha",
-              "negative_slope": "negative_slope", "min_val": "min_val", "max_val": "max_val", "lower": "lower", "upper": "upper",
-              "weight": "weight"}  # fmt: skip
+    getattr(nn, name): name.lower()
+    for name in (
+        *(
+            "Identity",
+            "ReLU",
+            "ReLU6",
+            "PReLU",
+            "RReLU",
+            "Hardtanh",
+            "Hardsigmoid",
+            "Hardswish",
+            "Hardshrink",
+            "Softshrink",
+        ),
+        *(
+            "Threshold",
+            "Sigmoid",
+            "Tanh",
+            "SiLU",
+            "Mish",
+            "GELU",
+            "ELU",
+            "CELU",
+            "SELU",
+            "Softplus",
+            "LogSigmoid",
+            "Softsign",
+        ),
+        "Tanhshrink",
+    )
+} | {nn.LeakyReLU: "leaky_relu"}
+
+# How torch runs a function, not what it computes.
+_IGNORED = ("inplace", "training", "out")
+_NOT_ELEMENTWISE = (
+    "glu",
+    "softmax",
+    "softmin",
+    "log_softmax",
+    "gumbel_softmax",
+    "normalize",
+    "multi_head_attention_forward",
+)
+
+
+def _functions() -> Iterator[tuple[object, str]]:
+    for name in (*FORMS, *ALIASES):
+        for space in (F, torch, Tensor, torch.special, operator):
+            for spelled in (name, name + "_"):
+                if callable(found := getattr(space, spelled, None)):
+                    yield found, ALIASES.get(name, name)
+    yield abs, "abs"
+
+
+_FUNCTIONS: dict[object, str] = dict(_functions())
 
 
 def canonical(fn: object) -> tuple[str, dict[str, Any]] | None:
-    """Name and parameters of a known activation given as name, module, function or partial; None for anything else."""
+    """Name and parameters of a known activation: its name, a module or its class, a torch function or a partial of one.
+
+    A subclass of a known module counts as that module only if it keeps its forward. PReLU's `weight` is returned as
+    it is.
+
+    >>> canonical(nn.LeakyReLU(0.2))
+    ('leaky_relu', {'negative_slope': 0.2})
+    >>> canonical(functools.partial(F.elu, alpha=0.5))
+    ('elu', {'alpha': 0.5})
+    """
     if isinstance(fn, str):
-        return ALIASES.get(fn, fn), {}
+        name = fn.removeprefix("torch.").removeprefix("nn.functional.").removeprefix("special.")
+        name = ALIASES.get(name, name)
+        return (name, {}) if name in FORMS else None
     if isinstance(fn, type) and issubclass(fn, nn.Module):
-        fn = fn()
+        return canonical(fn()) if any(cls in MODULES for cls in fn.__mro__) else None
     if isinstance(fn, nn.Module):
         for cls in type(fn).__mro__:
-            if cls in MODULES and type(fn).forward is cls.forward:  # type: ignore[attr-defined]
-                names = {k: getattr(fn, k) for k in ATTRIBUTES if hasattr(fn, k)}
-                return MODULES[cls], {} if MODULES[cls] == "relu6" else names
+            if cls in MODULES:
+                name = MODULES[cls]
+                keeps = inspect.getattr_static(type(fn), "forward") is inspect.getattr_static(cls, "forward")
+                return (name, {p: getattr(fn, p) for p in _PARAMETERS[name]}) if keeps else None
         return None
-    if isinstance(fn, partial):
+    if isinstance(fn, functools.partial):
         inner = canonical(fn.func)
-        return None if inner is None or fn.args else (inner[0], inner[1] | fn.keywords)
-    for name in (*PIECEWISE, *SMOOTH):
-        if any(fn is getattr(space, name, None) for space in (F, torch, Tensor)):
-            return name, {}
-    return None
+        if inner is None or fn.args:
+            return None
+        given = {key: value for key, value in fn.keywords.items() if key not in _IGNORED}
+        return inner[0], inner[1] | given
+    try:
+        found = _FUNCTIONS.get(fn)
+    except TypeError:
+        return None
+    return None if found is None else (found, {})
 
 
-def expectations(name: str, mean: Tensor, std: Tensor, parameters: dict[str, Any]) -> Expectations:
-    """Moments of the named activation; float64 in, float64 out."""
-    name = ALIASES.get(name, name)
-    parameters = {k: v for k, v in parameters.items() if k not in ("inplace", "training")}
-    if name in PIECEWISE:
-        return piecewise_moments(PIECEWISE[name](**parameters), mean, std)
-    if name in SMOOTH:
-        return integrate(lambda u: SMOOTH[name](u, **parameters), mean, std)
-    close = get_close_matches(name, [*PIECEWISE, *SMOOTH, *ALIASES])
-    raise NormPropError(f"unknown activation {name!r}" + (f"; did you mean {', '.join(close)}?" if close else ""))
+def expectations(name: str, mean: Tensor, std: Tensor, parameters: dict[str, Any], *, order: int = 10) -> Expectations:
+    """Moments of the named activation at mean and std of one shape; static tensor operations if the table has it."""
+    key = ALIASES.get(name, name)
+    parameters = {k: v for k, v in parameters.items() if k not in _IGNORED}
+    if key not in FORMS:
+        fn, points = torch_function(name), _points(name)
+        return integrate(functools.partial(fn, **parameters) if parameters else fn, mean, std, points)
+    unknown = sorted(set(parameters) - set(_PARAMETERS[key]))
+    if unknown:
+        raise NormPropError(
+            f"{key} has no parameter {', '.join(unknown)}; it has: {', '.join(_PARAMETERS[key]) or 'none'}"
+        )
+    given = (mean, std) if key in _ELEMENTARY else ()
+    try:
+        form = FORMS[key](*given, **parameters)
+    except TypeError as reason:
+        raise NormPropError(f"{key} needs its parameters: {', '.join(_PARAMETERS[key])}") from reason
+    if isinstance(form, Expectations):
+        return form
+    if isinstance(form, Piecewise):
+        return piecewise_moments(form, mean, std)
+    rate = form.rate(mean)
+    return integrate_slope(
+        form.value, form.slope, mean, std, points=form.points, rate=rate, kinks=form.kinks, order=order
+    )
+
+
+def torch_function(name: str) -> Callable[..., Tensor]:
+    """The function of torch, torch.special or torch.nn.functional of that name, or an error with the nearest names."""
+    short = name.removeprefix("torch.").removeprefix("nn.functional.").removeprefix("special.")
+    if short in _NOT_ELEMENTWISE:
+        raise NormPropError(f"{name} is not elementwise: its output at one place depends on several inputs")
+    for space in (F, torch, torch.special):
+        found = getattr(space, short, None)
+        if callable(found) and not isinstance(found, type):
+            function: Callable[..., Tensor] = found
+            return function
+    close = get_close_matches(short, [*FORMS, *ALIASES, *(n for n in dir(torch.special) if n[0] != "_")])
+    raise NormPropError(f"unknown activation {name!r}" + (f"; did you mean {' or '.join(close)}?" if close else ""))
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@functools.cache
+def _points(name: str) -> Breakpoints:
+    return find_breakpoints(torch_function(name))

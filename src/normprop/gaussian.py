@@ -16,7 +16,7 @@ _MAX_ORDER = 6
 
 
 class Expectations(NamedTuple):
-    """What a Gaussian u ~ N(mean, std²) becomes on its way through f: E f, Var f, E f², E f'², d E f / d mean, and an error bound."""
+    """What u ~ N(mean, std²) becomes on its way through f: E f, Var f, E f², E f'², d E f/d mean, an error bound."""
 
     mean: Tensor
     var: Tensor
@@ -40,9 +40,9 @@ def half_moments(order: int, like: Tensor) -> Tensor:
 def tail_moments(t: Tensor, order: int) -> Tensor:
     """I_n(t) = ∫_t^∞ (z − t)ⁿ φ(z) dz for n = 0 … order (at most 6), in a new first dimension; t ≥ 0.
 
-    I_n(t) = φ(t) S_n(x) / (t + α)^{n+1} with x = (t − α)/(t + α) in [−1, 1). S_n is smooth and varies slowly, so one polynomial in x
-    serves all t, and numbers of nearly equal size are never subtracted (derived). The relative error stays below 3e-13, most of it
-    from the rounding of t in exp(−t²/2), wherever the value is a normal float64.
+    I_n(t) = φ(t) S_n(x) / (t + α)^{n+1} with x = (t − α)/(t + α) in [−1, 1). S_n is smooth and varies slowly, so one
+    polynomial in x serves all t, and numbers of nearly equal size are never subtracted (derived). The relative error
+    stays below 3e-13, most of it from the rounding of t in exp(−t²/2), wherever the value is a normal float64.
 
     >>> tail_moments(torch.tensor(0.0, dtype=torch.float64), 2)
     tensor([0.5000, 0.3989, 0.5000], dtype=torch.float64)

@@ -13,7 +13,7 @@ Scalar = float | Tensor
 
 # Divisor in place of a zero std: its square is still a normal number, so neither values nor gradients become NaN.
 TINY = 1e-140
-# Up to this width (times max(1, distance)) a part is integrated by Gauss-Legendre, beyond it by a difference of two tails.
+# Up to this width (times max(1, distance)) a part is integrated by Gauss-Legendre, beyond it by a difference of tails.
 _NARROW = 2.0
 
 
@@ -36,7 +36,7 @@ class Polynomial:
 
 @dataclass(frozen=True)
 class Piecewise:
-    """`pieces[i]` between `knots[i − 1]` and `knots[i]` (ascending); `continuous` promises that neighbours meet at their knot."""
+    """`pieces[i]` between `knots[i − 1]` and `knots[i]` (ascending); `continuous`: neighbours meet at their knot."""
 
     pieces: Sequence[Polynomial]
     knots: Sequence[float] = ()
@@ -52,9 +52,10 @@ def piecewise_moments(f: Piecewise, mean: Tensor, std: Tensor) -> Expectations:
 
 
 def _one_kink(f: Piecewise, mean: Tensor, std: Tensor) -> Expectations:
-    """Two lines that meet: slope p on the mean's side of the knot, q on the other, at a distance of t standard deviations.
+    """Two lines that meet: slope p on the mean's side of the knot, q on the other, t standard deviations away.
 
-    With z pointing from the mean to the knot, f − f(mean) = ±std [p z + (q − p)(z − t)_+], and E z (z − t)_+ = I_0(t) (Stein), so
+    With z pointing from the mean to the knot, f − f(mean) = ±std [p z + (q − p)(z − t)_+], and E z (z − t)_+ = I_0(t)
+    (Stein), so
 
         E f = f(mean) ± std (q − p) I_1        Var f = std² [p² + 2p(q − p) I_0 + (q − p)² (I_2 − I_1²)]
         E f'² = p² + (q² − p²) I_0             d E f / d mean = p + (q − p) I_0
@@ -78,10 +79,10 @@ def _one_kink(f: Piecewise, mean: Tensor, std: Tensor) -> Expectations:
 def _many_parts(f: Piecewise, mean: Tensor, std: Tensor, order: int) -> Expectations:
     """Any pieces of degree ≤ 2.
 
-    Every piece is cut at the mean into a part on its right and one on its left, so that each part starts at a distance t ≥ 0 from
-    the mean (in units of std) and runs outwards; the left ones are mirrored. On a part, f − f(mean) is a polynomial in the distance
-    y from the part's start, and E y^n follows from the tail moments. A second moment is a sum over parts of positive terms.
-    Tensors have dimensions [side, piece, …].
+    Every piece is cut at the mean into a part on its right and one on its left, so that each part starts at a
+    distance t ≥ 0 from the mean (in units of std) and runs outwards; the left ones are mirrored. On a part, f −
+    f(mean) is a polynomial in the distance y from the part's start, and E y^n follows from the tail moments. A second
+    moment is a sum over parts of positive terms. Tensors have dimensions [side, piece, …].
     """
     side = mean.new_tensor([1.0, -1.0]).reshape(2, 1, *[1] * mean.dim())
     m, s = side * mean, std
@@ -103,7 +104,7 @@ def _many_parts(f: Piecewise, mean: Tensor, std: Tensor, order: int) -> Expectat
 
     def expect(*polynomial: Tensor) -> Tensor:
         terms = [a * y for a, y in zip(polynomial, parts, strict=False)]
-        return sum(terms[1:], terms[0]).sum((0, 1))
+        return torch.stack(terms).sum((0, 1, 2))
 
     def square(a: Tensor, b: Tensor, c: Tensor) -> tuple[Tensor, ...]:
         low = (a * a, 2 * a * b, b * b)
@@ -181,7 +182,8 @@ def _column(values: Sequence[Scalar], like: Tensor) -> Tensor:
     """Numbers or tensors as one tensor [len(values), …] that broadcasts against `like`."""
     if any(isinstance(v, Tensor) for v in values):
         tensors = [v.to(like) if isinstance(v, Tensor) else like.new_tensor(v) for v in values]
-        column = torch.stack(torch.broadcast_tensors(*tensors))
+        shape = torch.broadcast_shapes(*(t.shape for t in tensors))  # type: ignore[no-untyped-call]
+        column = torch.stack([t.expand(shape) for t in tensors])
         return column.reshape(len(values), *[1] * (like.dim() - column.dim() + 1), *column.shape[1:])
     return like.new_tensor(values).reshape(-1, *[1] * like.dim())
 

@@ -1,0 +1,123 @@
+"""Where a function of one variable kinks, jumps or varies: the panels on which it is a polynomial."""
+
+import math
+from collections.abc import Callable
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+Function = Callable[[Tensor], Tensor]
+
+_ORDER = 14
+_TOLERANCE = 1e-11
+_EPSILON = 2.0**-52
+# Halvings next to a singularity that no panel end removes, such as that of √|u|.
+_DEPTH = 30
+
+
+class Breakpoints(NamedTuple):
+    """Panel ends between which a function is smooth at the scale of the panel.
+
+    edges: ascending, kinks and jumps among them. jumps: those where the value jumps. resolved: whether the search
+    came to an end; otherwise the function varies faster, or jumps more often, than `limit` panels can follow.
+    """
+
+    edges: tuple[float, ...]
+    jumps: tuple[float, ...] = ()
+    resolved: bool = True
+
+
+def find_breakpoints(fn: Function, low: float = -1e4, high: float = 1e4, *, limit: int = 256) -> Breakpoints:
+    """Panels that resolve an elementwise fn on [low, high], with its kinks and jumps located to the last digit.
+
+    Panels are halved until fn is a polynomial on each, to rounding error. Those that are still not at the finest
+    width hold a kink or a jump; it becomes a panel end, and the panels are built afresh around it.
+
+    >>> find_breakpoints(lambda x: torch.where(x > 1, x.square(), -x)).jumps
+    (1.0,)
+    """
+    near = torch.linspace(max(low, min(high, -4.0)), min(high, max(low, 4.0)), 65, dtype=torch.float64)
+    scale = float(_values(fn, near).nan_to_num(0.0, 0.0, 0.0).abs().max())
+    start = sorted({low, high, *(x for x in _ladder() if low < x < high)})
+    singular, _, complete = _refine(fn, start, scale, limit, math.inf)
+    _, edges, resolved = _refine(fn, sorted({*start, *singular}), scale, limit, _DEPTH)
+    return Breakpoints(tuple(edges), _jumps(fn, edges, scale), complete and resolved)
+
+
+def _ladder() -> list[float]:
+    return [0.0, *(sign * 2.0**k for k in range(-2, 14) for sign in (-1, 1))]
+
+
+def _refine(
+    fn: Function, start: list[float], scale: float, limit: int, depth: float
+) -> tuple[list[float], list[float], bool]:
+    """Halve unresolved panels: the points where that never ends, all panel ends, and whether the budget sufficed."""
+    edges = set(start)
+    singular: set[float] = set()
+    work = torch.tensor([[a, b] for a, b in pairwise(start)], dtype=torch.float64)
+    level = 0
+    while len(work) and level < depth:
+        work = work[~_resolved(fn, work, scale)]
+        if len(work) > limit:
+            return sorted(singular), sorted(edges), False
+        middle = work.mean(1)
+        finest = work[:, 1] - work[:, 0] <= 4 * _EPSILON * middle.abs().clamp(min=1e-6)
+        singular.update(_roundest(a, b) for a, b in work[finest].tolist())
+        work, middle = work[~finest], middle[~finest]
+        edges.update(middle.tolist())
+        work = torch.cat([torch.stack([work[:, 0], middle], 1), torch.stack([middle, work[:, 1]], 1)])
+        level += 1
+    return sorted(singular), sorted(edges), True
+
+
+def _roundest(a: float, b: float) -> float:
+    """Of the few numbers from a to b the one that is shortest to write, which is most likely the one meant."""
+    candidates = [a]
+    while candidates[-1] < b and len(candidates) < 32:
+        candidates.append(math.nextafter(candidates[-1], b))
+    return 0.0 if a <= 0 <= b else min(candidates, key=lambda x: len(repr(x)))
+
+
+def _jumps(fn: Function, edges: list[float], scale: float) -> tuple[float, ...]:
+    """Edges over which the value changes by an amount that does not shrink with the distance."""
+    k = torch.tensor(edges, dtype=torch.float64)
+    offsets = torch.tensor([-2.0, -1.0, 1.0, 2.0], dtype=torch.float64)
+
+    def gap(relative: float) -> Tensor:
+        values = _values(fn, k[:, None] + relative * k[:, None].abs().clamp(min=1e-3) * offsets)
+        return (2 * (values[:, 2] - values[:, 1]) - (values[:, 3] - values[:, 0])).abs()
+
+    coarse, close = gap(1e-10), gap(1e-14)
+    size = _values(fn, k).abs().nan_to_num(0.0, 0.0, 0.0).clamp(min=scale)
+    found = (close > 1e-9 * size) & (close > 0.5 * coarse)
+    return tuple(k[found].tolist())
+
+
+def _resolved(fn: Function, panels: Tensor, scale: float) -> Tensor:
+    """Whether the last Chebyshev coefficients of value and slope on each panel are rounding error."""
+    k = torch.arange(_ORDER, dtype=torch.float64)
+    angles = math.pi * (k + 0.5) / _ORDER
+    x = panels[:, :1] + (panels[:, 1:] - panels[:, :1]) * (1 + torch.cos(angles)) / 2
+    # The slope brings out a kink, which the value shows ever less of as panels shrink.
+    with torch.enable_grad():
+        points = x.detach().requires_grad_()
+        values = fn(points.reshape(-1)).reshape(x.shape).to(torch.float64)
+        slopes = torch.zeros_like(x)
+        if values.requires_grad:
+            (slopes,) = torch.autograd.grad(values.sum(), points)
+    values = values.detach()
+    # Overflow and the outside of a domain have nothing to resolve; their border is found like a kink.
+    undefined = ~(values.isfinite() & slopes.isfinite())
+    smooth = torch.ones(len(panels), dtype=torch.bool)
+    for y, tolerance in ((values, _TOLERANCE), (slopes, 100 * _TOLERANCE)):
+        y = y.masked_fill(undefined, 0.0)
+        tail = y @ torch.cos(k[-3:, None] * angles).T * (2 / _ORDER)
+        smooth &= tail.abs().amax(1) <= tolerance * y.abs().amax(1).clamp(min=scale)
+    return torch.where(undefined.any(1), undefined.all(1), smooth)
+
+
+def _values(fn: Function, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        return fn(x.reshape(-1)).reshape(x.shape).to(torch.float64)
