@@ -96,7 +96,7 @@ def read_npz(path: Path, name: str) -> Images:
         NormPropError: when the file is missing, damaged or lacks an array.
     """
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
             missing = [key for key in _ARRAYS if key not in file]
             if missing:
                 raise NormPropError(
@@ -167,7 +167,7 @@ def _decode(files: list[tuple[str, int]], folder: Path, size: int | None) -> tup
         raise NormPropError(f"{folder} holds images of {len(shapes)} sizes.\nPass --image-size N to bring them to N×N.")
     if not pixels:
         raise NormPropError(f"{folder} leaves one of the two sets empty.\nA class needs at least five images.")
-    return np.stack(pixels), np.array([label for _, label in files])
+    return np.stack(pixels).transpose(0, 3, 1, 2), np.array([label for _, label in files])
 
 
 def _labels(name: str, y: NDArray[Any]) -> Tensor:

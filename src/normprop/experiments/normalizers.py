@@ -24,7 +24,7 @@ class Normalizer:
         bias: Whether the linear operation before the layer needs a bias of its own.
         method: How `normprop.convert` is to rewrite the network built with `layer`; None leaves it.
         rate: Learning rate that suits it at batch size 64.
-        clip: Adaptive gradient clipping that suits it; 0 for none.
+        clip: Adaptive gradient clipping that suits it at batch size 64; 0 for none.
         smallest_batch: What it can train at.
     """
 
@@ -72,7 +72,7 @@ NORMALIZERS: dict[str, Normalizer] = {
     n.name: n
     for n in (
         Normalizer("normprop", _batch, method="exact", clip=0.05),
-        Normalizer("paper", _batch, method="paper"),
+        Normalizer("paper", _batch, method="paper", clip=0.05),
         Normalizer("batch", _batch, smallest_batch=2),
         Normalizer("group", _group),
         Normalizer("layer", _layer),

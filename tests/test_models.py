@@ -1,0 +1,126 @@
+"""Every network with every normaliser: shapes, structure, and the errors for what doesn't go together."""
+
+import pytest
+import torch
+from torch import nn
+
+from normprop.errors import NormPropError
+from normprop.experiments.models import build
+from normprop.experiments.normalizers import NORMALIZERS, normalizer, realize
+
+NETS = ["nin", "mlp", "plain12", "resnet8"]
+
+
+def network(name, norm="batch", shape=(3, 16, 16), classes=7, width=0.25):
+    torch.manual_seed(0)
+    return build(name, shape=shape, classes=classes, norm=normalizer(norm), width=width)
+
+
+@pytest.mark.parametrize("norm", NORMALIZERS)
+@pytest.mark.parametrize("name", NETS)
+def test_every_network_trains_with_every_normaliser(name, norm):
+    if (name, norm) == ("mlp", "instance"):
+        with pytest.raises(NormPropError, match="needs images"):
+            network(name, norm)
+        return
+    net = realize(network(name, norm), normalizer(norm), (3, 16, 16))
+    scores = net(torch.randn(4, 3, 16, 16))
+    assert scores.shape == (4, 7)
+    scores.square().sum().backward()
+    trainable = {key: p for key, p in net.named_parameters() if p.requires_grad}
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in trainable.values())
+    assert any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in net.modules()) == (norm == "batch")
+
+
+@pytest.mark.parametrize("norm", [n for n in NORMALIZERS if NORMALIZERS[n].smallest_batch == 1 and n != "instance"])
+@pytest.mark.parametrize("name", NETS)
+def test_normalisers_that_claim_it_treat_samples_alone(name, norm):
+    net = realize(network(name, norm), normalizer(norm), (3, 16, 16))
+    x = torch.randn(3, 3, 16, 16)
+    torch.testing.assert_close(net(x)[1:2], net(x[1:2]), rtol=1e-4, atol=1e-4)
+
+
+def test_nin_is_the_papers_at_full_width():
+    convs = [m for m in network("nin", shape=(3, 32, 32), classes=10, width=1.0).modules() if isinstance(m, nn.Conv2d)]
+    layers = [(c.out_channels, c.kernel_size[0], c.stride[0], c.padding[0]) for c in convs]
+    assert layers == [
+        (192, 5, 1, 2), (160, 1, 1, 0), (96, 1, 1, 0), (192, 5, 1, 2), (192, 1, 1, 0),
+        (192, 1, 1, 0), (192, 5, 1, 2), (192, 1, 1, 0), (10, 1, 1, 0),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "layers"), [("resnet20", 20), ("resnet8", 8), ("plain12", 12), ("plain5", 5)])
+def test_depth_counts_weighted_layers_on_the_longest_path(name, layers):
+    modules = [
+        m for key, m in network(name).named_modules() if isinstance(m, (nn.Conv2d, nn.Linear)) and "skip" not in key
+    ]
+    assert len(modules) == layers
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 8), (3, 32, 32), (1, 28, 28), (4, 9, 13)])
+@pytest.mark.parametrize("name", NETS)
+def test_any_image_size(name, shape):
+    assert network(name, shape=shape)(torch.randn(2, *shape)).shape == (2, 7)
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 16, 48, 100, 192])
+def test_groups_divide_the_channels_and_hold_two(channels):
+    groups = normalizer("group").layer(channels, 2).num_groups
+    assert channels % groups == 0
+    assert channels // groups >= min(2, channels)
+    assert groups <= 32
+
+
+def test_linear_layers_have_a_bias_only_where_nothing_normalises():
+    biases = {
+        norm: [m.bias is not None for m in network("nin", norm) if isinstance(m, nn.Conv2d)] for norm in NORMALIZERS
+    }
+    assert all(biases["none"])
+    assert all(b == [False] * 8 + [True] for norm, b in biases.items() if norm != "none")
+
+
+def test_unnormalised_network_keeps_the_signal_at_initialisation():
+    net = network("plain12", "none", shape=(3, 32, 32), width=1.0)[:-3]
+    z = net(torch.randn(8, 3, 32, 32))
+    assert 0.1 < z.square().mean() < 10
+
+
+@pytest.mark.parametrize(
+    ("name", "norm", "shape", "message"),
+    [
+        ("resnet21", "batch", (3, 8, 8), "Did you mean .*resnet20"),
+        ("nin3", "batch", (3, 8, 8), "Did you mean nin"),
+        ("transformer", "batch", (3, 8, 8), "Choose one of nin"),
+        ("nin", "batch", (64,), "--model mlp"),
+        ("torchvision:resnet81", "batch", (3, 32, 32), "Did you mean resnet18"),
+        ("torchvision:resnet18", "batch", (1, 32, 32), "timm:resnet18"),
+        ("torchvision:resnet18", "group", (3, 32, 32), "can't be put into it"),
+        ("timm:resnet81", "batch", (3, 32, 32), "Did you mean resnet18"),
+        ("nosuchmodule:net", "batch", (3, 32, 32), "importable"),
+        ("torch:nosuchfunction", "batch", (3, 32, 32), "importable"),
+        ("builtins:dict", "batch", (3, 32, 32), "returned dict"),
+    ],
+)
+def test_what_does_not_exist_or_fit_is_named(name, norm, shape, message):
+    with pytest.raises(NormPropError, match=message):
+        network(name, norm, shape, width=1.0)
+
+
+def test_unknown_normaliser_and_width_are_named():
+    with pytest.raises(NormPropError, match="Did you mean batch"):
+        normalizer("batchnorm")
+    with pytest.raises(NormPropError, match="no channels"):
+        network("nin", width=0.0)
+    with pytest.raises(NormPropError, match="Leave out --width"):
+        network("timm:resnet18", width=0.5)
+
+
+def test_networks_from_elsewhere(tmp_path, monkeypatch):
+    timm_net = network("timm:resnet10t", shape=(1, 32, 32), width=1.0)
+    assert timm_net(torch.randn(2, 1, 32, 32)).shape == (2, 7)
+    assert network("torchvision:squeezenet1_1", width=1.0)(torch.randn(2, 3, 64, 64)).shape == (2, 7)
+    (tmp_path / "my_nets.py").write_text(
+        "from torch import nn\ndef net(channels, classes):\n    return nn.Sequential(nn.Flatten(), nn.Linear(12, classes))\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    assert isinstance(network("my_nets:net", width=1.0), nn.Sequential)
