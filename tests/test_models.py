@@ -120,7 +120,7 @@ def test_networks_from_elsewhere(tmp_path, monkeypatch):
     assert timm_net(torch.randn(2, 1, 32, 32)).shape == (2, 7)
     assert network("torchvision:squeezenet1_1", width=1.0)(torch.randn(2, 3, 64, 64)).shape == (2, 7)
     (tmp_path / "my_nets.py").write_text(
-        "from torch import nn\ndef net(channels, classes):\n    return nn.Sequential(nn.Flatten(), nn.Linear(12, classes))\n"
+        "from torch import nn\n\ndef net(channels, classes):\n    return nn.Sequential(nn.Linear(channels, classes))\n"
     )
     monkeypatch.chdir(tmp_path)
     assert isinstance(network("my_nets:net", width=1.0), nn.Sequential)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import io
+import math
 import os
 import statistics
 import time
@@ -33,7 +33,7 @@ SETTINGS = (
     ("BatchNorm, batch size 2", "batch", 2),
     ("no normalisation, batch size 50", "none", 50),
 )
-_RATE = 0.1
+_RATE, _CLIP = 0.1, 0.05  # at batch size 64
 
 
 def demo(*, out: Path = Path("normprop-demo.png"), epochs: int = 4, seeds: int = 2, workers: int | None = None) -> None:
@@ -56,8 +56,8 @@ def demo(*, out: Path = Path("normprop-demo.png"), epochs: int = 4, seeds: int =
     screen = console()
     screen.print(
         f"Digits (1,437 training images of 8×8), {epochs} epochs, {seeds} seeds. The same for all: the paper's network "
-        f"at a quarter of its width, He initialisation, SGD with momentum 0.9, one-cycle rate "
-        f"{_RATE:g}·√(batch size/64), weight decay 5e-4, adaptive gradient clipping at 0.05.",
+        "at a quarter of its width, He initialisation, SGD with momentum 0.9 and weight decay 5e-4, one-cycle rate "
+        f"{_RATE:g}·√(b/64), adaptive gradient clipping at {_CLIP:g}/√(b/64), where b is the batch size.",
         soft_wrap=True,
     )
     columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("runs"))
@@ -81,10 +81,17 @@ def demo(*, out: Path = Path("normprop-demo.png"), epochs: int = 4, seeds: int =
 
 def recipe_of(norm: str, batch_size: int, epochs: int, seed: int) -> Recipe:
     """The demo's recipe, the same but for normaliser, batch size and seed."""
-    recipe = Recipe(
-        data="digits", model="nin", width=0.25, norm=norm, batch_size=batch_size, epochs=epochs, seed=seed, clip=0.05
+    scale = math.sqrt(batch_size / 64)
+    return Recipe(
+        model="nin",
+        width=0.25,
+        norm=norm,
+        batch_size=batch_size,
+        epochs=epochs,
+        seed=seed,
+        lr=_RATE * scale,
+        clip=_CLIP / scale,
     )
-    return dataclasses.replace(recipe, lr=_RATE * (batch_size / 64) ** 0.5)
 
 
 def conclusion(runs: Sequence[Sequence[Sequence[Row]]]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 from collections.abc import Mapping
@@ -36,7 +37,8 @@ def write_whole(path: Path, content: bytes) -> None:
             finally:
                 os.close(folder)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
         kept = "The previous version is intact." if path.exists() else "Nothing was left behind."
         raise NormPropError(
             f"{path} couldn't be written: {error.strerror or error}.\n{kept} Free some space or choose another --out."

@@ -51,8 +51,8 @@ class Recipe:
     weight_decay: float = 5e-4
     """On weights; never on gains and biases."""
     clip: float | None = None
-    """Adaptive gradient clipping at this ratio of gradient to weight, 0 for none; by default 0.05·√(64 / batch size) for
-    normprop and paper, none for the others."""
+    """Adaptive gradient clipping at this ratio of gradient to weight, 0 for none; by default 0.05·√(64 / batch size)
+    for normprop and paper, none for the others."""
     flips: bool = False
     """Mirror training images at random."""
     crops: int = 0
@@ -81,8 +81,8 @@ class Recipe:
             )
         if self.data_norm == "batch" and self.batch_size == 1:
             raise NormPropError("--data-norm batch can't train at batch size 1.\nUse --data-norm global.")
-        # Noise in the gradient falls as 1/√batch: so steps may grow as √batch, and the length beyond which a gradient is
-        # an accident shrinks. What a step can change at most, rate times clipping, is the same at every batch size.
+        # Noise in the gradient falls as 1/√batch: so steps may grow as √batch, and the length beyond which a gradient
+        # is an accident shrinks. What a step can change at most, rate times clipping, is the same at every batch size.
         scale = math.sqrt(self.batch_size / 64)
         return dataclasses.replace(
             self,

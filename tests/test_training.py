@@ -1,0 +1,303 @@
+"""The training loop: exact resume, divergence, whole checkpoints, one batch order for any number of processes."""
+
+import dataclasses
+import errno
+import json
+import math
+import os
+
+import pytest
+import torch
+
+from normprop.errors import NormPropError
+from normprop.experiments import checkpoint, training
+from normprop.experiments.batches import Batches
+from normprop.experiments.datasets import load
+from normprop.experiments.history import Observer
+from normprop.experiments.recipe import Recipe
+from normprop.experiments.schedules import rate_factor
+from normprop.experiments.training import CHECKPOINT, METRICS, RECIPE, train
+
+TINY = Recipe(
+    model="resnet8", width=0.25, norm="batch", batch_size=32, epochs=2, train_images=160, flips=True, crops=1, seed=3
+)
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return load("digits")
+
+
+class Killed(BaseException):
+    """Stands for a signal: nothing in the package may catch it."""
+
+
+class KillAt(Observer):
+    def __init__(self, epoch, step):
+        self.place = (epoch, step)
+
+    def stepped(self, epoch, step, steps, loss):
+        if (epoch, step) == self.place:
+            raise Killed
+
+
+def weights(run):
+    return run.model.state_dict()
+
+
+def assert_same_run(a, b):
+    for key, value in weights(a).items():
+        assert torch.equal(value, weights(b)[key]), key
+    timeless = [[dataclasses.replace(row, seconds=0, images_per_second=0) for row in run.rows] for run in (a, b)]
+    assert timeless[0] == timeless[1]
+
+
+@pytest.mark.parametrize("norm", ["batch", "normprop", "paper"])
+@pytest.mark.parametrize("kill", [(1, 1), (1, 4), (2, 1), (2, 3)], ids=lambda k: f"epoch{k[0]}step{k[1]}")
+def test_a_killed_run_resumes_to_the_same_weights(norm, kill, digits, tmp_path):
+    recipe = dataclasses.replace(TINY, norm=norm)
+    whole = train(recipe, images=digits)
+    with pytest.raises(Killed):
+        train(recipe, images=digits, out=tmp_path, checkpoint_every=1, observer=KillAt(*kill))
+    torch.rand(7)  # a new process has another random state
+    if kill == (1, 1):  # killed before the first checkpoint was written
+        with pytest.raises(NormPropError, match="no checkpoint"):
+            train(recipe, images=digits, out=tmp_path, resume=True)
+        return
+    resumed = train(recipe, images=digits, out=tmp_path, resume=True, checkpoint_every=2)
+    assert_same_run(whole, resumed)
+    lines = [json.loads(line) for line in (tmp_path / METRICS).read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == [1, 2]
+
+
+def test_dropout_resumes_too(digits, tmp_path, monkeypatch):
+    (tmp_path / "dropping.py").write_text(
+        "from torch import nn\n"
+        "def net(channels, classes):\n"
+        "    return nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(64 * channels, classes))\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    recipe = dataclasses.replace(TINY, model="dropping:net", width=1.0, flips=False)
+    whole = train(recipe, images=digits)
+    with pytest.raises(Killed):
+        train(recipe, images=digits, out=tmp_path / "run", checkpoint_every=1, observer=KillAt(1, 3))
+    assert_same_run(whole, train(recipe, images=digits, out=tmp_path / "run", resume=True))
+
+
+def test_a_finished_run_resumes_to_itself(digits, tmp_path):
+    first = train(TINY, images=digits, out=tmp_path)
+    assert_same_run(first, train(TINY, images=digits, out=tmp_path, resume=True))
+    assert json.loads((tmp_path / RECIPE).read_text())["lr"] == first.recipe.lr
+
+
+def test_more_epochs_under_an_open_ended_schedule(digits, tmp_path):
+    short = dataclasses.replace(TINY, schedule="constant", epochs=1, halve_every=1)
+    longer = dataclasses.replace(short, epochs=2)
+    train(short, images=digits, out=tmp_path)
+    assert_same_run(train(longer, images=digits), train(longer, images=digits, out=tmp_path, resume=True))
+
+
+def test_resume_refuses_other_settings_and_a_new_run_refuses_to_overwrite(digits, tmp_path):
+    train(TINY, images=digits, out=tmp_path)
+    with pytest.raises(NormPropError, match=r"--epochs 2 → 4; --lr .* → 0.3"):
+        train(dataclasses.replace(TINY, lr=0.3, epochs=4), images=digits, out=tmp_path, resume=True)
+    with pytest.raises(NormPropError, match=r"--resume.*--overwrite"):
+        train(TINY, images=digits, out=tmp_path)
+    train(dataclasses.replace(TINY, epochs=0), images=digits, out=tmp_path, overwrite=True)
+    assert not (tmp_path / CHECKPOINT).exists()
+    with pytest.raises(NormPropError, match="no folder to resume"):
+        train(TINY, images=digits, resume=True)
+
+
+def test_equal_recipes_give_equal_weights_and_seeds_differ(digits):
+    a, b = (train(TINY, images=digits) for _ in range(2))
+    assert_same_run(a, b)
+    other = train(dataclasses.replace(TINY, seed=4), images=digits)
+    assert not torch.equal(weights(a)["network.fc.weight"], weights(other)["network.fc.weight"])
+
+
+@pytest.mark.parametrize("norm", ["batch", "normprop", "group", "none"])
+def test_training_learns(norm, digits):
+    recipe = Recipe(model="resnet8", width=0.5, norm=norm, batch_size=16, epochs=2, train_images=800)
+    run = train(recipe, images=digits)
+    assert run.rows[-1].train_loss < run.rows[0].train_loss
+    assert run.test_accuracy > 0.7
+    assert run.rows[-1].step == 100
+
+
+def test_the_checkpoint_knows_the_input(digits, tmp_path):
+    run = train(TINY, images=digits, out=tmp_path)
+    state = checkpoint.load(tmp_path / CHECKPOINT)["model"]
+    assert torch.equal(state["standardize.mean"], run.model.standardize.mean)
+    assert run.model.standardize.mean == digits.subset(160).x_train.double().mean().float()
+
+
+def test_divergence_is_recorded_and_stops(digits, tmp_path):
+    recipe = dataclasses.replace(TINY, norm="none", lr=1e6, schedule="constant", epochs=5)
+    run = train(recipe, images=digits, out=tmp_path)
+    assert run.diverged
+    assert run.test_accuracy is None
+    assert all(torch.isfinite(v).all() for v in weights(run).values() if v.is_floating_point()) or len(run.rows) < 5
+    last = json.loads((tmp_path / METRICS).read_text().splitlines()[-1])
+    assert last["diverged"]
+    assert last["test_accuracy"] is None
+    assert not (tmp_path / CHECKPOINT).exists() or checkpoint.load(tmp_path / CHECKPOINT)["epoch"] < 5
+
+
+def full_disk(*args):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize("fails", ["os.fsync", "pathlib.Path.replace"])
+def test_a_full_disk_leaves_the_previous_checkpoint(fails, tmp_path, monkeypatch):
+    path = tmp_path / CHECKPOINT
+    checkpoint.save(path, {"epoch": 1})
+    with monkeypatch.context() as patch:
+        patch.setattr(fails, full_disk)
+        with pytest.raises(NormPropError, match=r"No space left on device(.|\n)*previous version is intact"):
+            checkpoint.save(path, {"epoch": 2})
+    assert checkpoint.load(path)["epoch"] == 1
+    assert [p.name for p in tmp_path.iterdir()] == [CHECKPOINT], "no fragment stays"
+
+
+def test_a_kill_while_writing_leaves_the_previous_checkpoint(tmp_path, monkeypatch):
+    def killed(*args):
+        raise Killed
+
+    path = tmp_path / CHECKPOINT
+    checkpoint.save(path, {"epoch": 1})
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", killed)
+        with pytest.raises(Killed):
+            checkpoint.save(path, {"epoch": 2})
+    assert checkpoint.load(path)["epoch"] == 1
+    checkpoint.save(path, {"epoch": 3})  # over the fragment
+    assert checkpoint.load(path)["epoch"] == 3
+
+
+def test_unwritable_places_are_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(NormPropError, match="couldn't be written"):
+        checkpoint.save(tmp_path / "file" / CHECKPOINT, {})
+
+
+@pytest.mark.parametrize("keep", [0, 10, 0.5, 0.99])
+def test_truncated_checkpoints_are_named(keep, tmp_path):
+    path = tmp_path / CHECKPOINT
+    checkpoint.save(path, {"model": {"w": torch.zeros(1000)}})
+    content = path.read_bytes()
+    path.write_bytes(content[: keep if isinstance(keep, int) else int(keep * len(content))])
+    with pytest.raises(NormPropError, match="truncated"):
+        checkpoint.load(path)
+
+
+class Foreign:
+    """What torch.load must not execute."""
+
+
+@pytest.mark.parametrize("content", [{"model": {}}, [1, 2], torch.zeros(3), Foreign()], ids=type)
+def test_foreign_checkpoints_are_named(content, tmp_path):
+    torch.save(content, tmp_path / CHECKPOINT)
+    with pytest.raises(NormPropError, match=r"wasn't written by|truncated or no checkpoint"):
+        checkpoint.load(tmp_path / CHECKPOINT)
+
+
+def test_a_checkpoint_of_another_network_is_named(digits, tmp_path):
+    train(TINY, images=digits, out=tmp_path)
+    state = checkpoint.load(tmp_path / CHECKPOINT)
+    state["model"].pop("network.fc.bias")
+    checkpoint.save(tmp_path / CHECKPOINT, state)
+    with pytest.raises(NormPropError, match="doesn't fit the network"):
+        train(TINY, images=digits, out=tmp_path, resume=True)
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_shares_of_a_batch_make_up_the_batch(world, digits):
+    batches = Batches(digits.x_train, digits.y_train, batch_size=8, seed=0, epoch=1, flips=True, crops=2)
+    x, y = batches.batch(5)
+    shares = [batches.batch(5, rank=rank, world=world) for rank in range(world)]
+    assert torch.equal(torch.stack([s[0] for s in shares], 1).flatten(0, 1), x)
+    assert torch.equal(torch.stack([s[1] for s in shares], 1).flatten(), y)
+
+
+def test_an_epoch_sees_each_sample_once_in_a_new_order():
+    x, y = torch.arange(12)[:, None], torch.arange(12)
+    orders = []
+    for epoch in range(2):
+        batches = Batches(x, y, batch_size=4, seed=0, epoch=epoch)
+        orders.append(torch.cat([batches.batch(i)[1] for i in range(len(batches))]))
+    assert sorted(orders[0].tolist()) == list(range(12))
+    assert not torch.equal(*orders)
+
+
+def test_augmentation_moves_pixels_and_nothing_else():
+    x = torch.arange(1, 65, dtype=torch.float32).reshape(1, 1, 8, 8).repeat(64, 1, 1, 1)
+    plain = Batches(x, torch.zeros(64), batch_size=64, seed=0, epoch=0).batch(0)[0]
+    assert torch.equal(plain, x)
+    mirrored = Batches(x, torch.zeros(64), batch_size=64, seed=0, epoch=0, flips=True).batch(0)[0]
+    same = (mirrored == x).all(dim=(1, 2, 3))
+    assert 16 < same.sum() < 48
+    assert torch.equal(mirrored[~same], x.flip(-1)[~same])
+    shifted = Batches(x, torch.zeros(64), batch_size=64, seed=0, epoch=0, crops=1).batch(0)[0]
+    windows = torch.nn.functional.pad(x[:1], (1, 1, 1, 1)).unfold(2, 8, 1).unfold(3, 8, 1).reshape(9, 8, 8)
+    found = (shifted.reshape(64, 1, 64) == windows.reshape(1, 9, 64)).all(-1)
+    assert (found.sum(1) == 1).all()
+    assert (found.sum(0) > 0).all(), "every shift occurs"
+
+
+@pytest.mark.parametrize("schedule", ["onecycle", "cosine", "halving", "constant"])
+def test_schedules_stay_in_range_and_every_step_moves(schedule):
+    factors = [rate_factor(schedule, s, total_steps=40, steps_per_epoch=10, halve_every=2) for s in range(40)]
+    assert all(0 < f <= 1 for f in factors)
+    assert max(factors) > 0.98
+    peak = factors.index(max(factors))
+    assert factors[peak:] == sorted(factors[peak:], reverse=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"batch_size": 1}, "--norm normprop, which works at any batch size"),
+        ({"batch_size": 0}, "--batch-size is 0"),
+        ({"epochs": -1}, "--epochs is -1"),
+        ({"lr": 0.0}, "--lr is 0"),
+        ({"lr": math.nan}, "--lr is nan"),
+        ({"norm": "normprop", "batch_size": 1, "data_norm": "batch"}, "--data-norm global"),
+        ({"batch_size": 161}, "more than the 160"),
+        ({"data": "digit"}, "Did you mean digits"),
+    ],
+)
+def test_recipes_that_cannot_be_followed_are_named(change, message):
+    with pytest.raises(NormPropError, match=message):
+        train(dataclasses.replace(TINY, **change))
+
+
+def test_a_device_that_is_not_there_is_named(digits):
+    for device in ("cuda:99", "nonsense"):
+        with pytest.raises(NormPropError, match="--device cpu"):
+            train(TINY, images=digits, device=device)
+
+
+def test_batch_data_normalisation_and_bf16_train(digits):
+    run = train(dataclasses.replace(TINY, data_norm="batch", dtype="bf16"), images=digits)
+    assert math.isfinite(run.rows[-1].train_loss)
+    assert run.model.standardize.mode == "batch"
+
+
+def test_only_normalised_filters_keep_unit_length(digits):
+    recipe = dataclasses.replace(TINY, norm="paper", model="nin", width=0.1)
+    run = train(recipe, images=digits)
+    filters = [m.weight.detach() for m in run.model.modules() if isinstance(m, torch.nn.Conv2d)]
+    for weight in filters[:-1]:
+        torch.testing.assert_close(weight.flatten(1).norm(dim=1), torch.ones(len(weight)))
+    assert (filters[-1].flatten(1).norm(dim=1) - 1).abs().min() > 1e-3
+
+
+def test_weight_decay_spares_gains_and_biases(digits):
+    recipe = TINY.resolved()
+    with training.processes("cpu") as group:
+        model = training.build_model(recipe, digits, group)
+    groups = training.build_optimizer(recipe, model).param_groups
+    assert {p.dim() > 1 for g in groups for p in g["params"] if g["weight_decay"]} == {True}
+    assert {p.dim() > 1 for g in groups for p in g["params"] if not g["weight_decay"]} == {False}
+    assert sum(len(g["params"]) for g in groups) == len(list(model.parameters()))
