@@ -70,7 +70,9 @@ def _batches(data: Any, device: torch.device) -> list[Tensor]:
     if isinstance(data, Tensor):
         data = [data]
     if not isinstance(data, Iterable):
-        raise NormPropError(f"calibrate measures samples, and {type(data).__name__} holds none.\nPass a tensor or a loader.")
+        raise NormPropError(
+            f"calibrate measures samples, and {type(data).__name__} holds none.\nPass a tensor or a loader."
+        )
     batches = [b[0] if isinstance(b, tuple | list) else b for b in data]
     if not batches or any(b.numel() == 0 for b in batches):
         raise NormPropError("calibrate got no data.")
@@ -172,4 +174,3 @@ class _Calibration:
         mean = total / count
         var = square / count - mean.square()
         return mean, var.clamp(min=torch.finfo(torch.float32).eps * (mean.square() + 1e-12))
-

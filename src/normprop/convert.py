@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -12,6 +11,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from normprop.calibrate import preserve_
 from normprop.converted import ConvertedModule
+from normprop.duplicate import independent_copy, tracing_copy
 from normprop.errors import NormPropError
 from normprop.paper import PaperRewriter, start_as_printed_
 from normprop.plan import SitePlan, plan_sites
@@ -70,7 +70,7 @@ def convert(
         torch.Size([1, 8, 6, 6])
     """
     _check_options(model, method, center, preserve, normalize)
-    root = copy.deepcopy(model)
+    root = independent_copy(model)
     keep = _is_trained(root) if preserve == "auto" else preserve
     _check_combination(method, center, keep)
     centring = (not keep and method == "exact") if center == "auto" else center
@@ -137,11 +137,10 @@ def _sample_shape(given: Any) -> tuple[int, ...] | None:
 
 def _walks(root: nn.Module, rules: Any, leaf_modules: Sequence[Leaf], shape: Any) -> dict[bool, Walk]:
     """The walk of each mode; one and the same if both modes run the same operations."""
-    training = root.training
     walks = {
-        mode: prepare(root.train(mode), rules=rules, leaf_modules=leaf_modules, shape=shape) for mode in (True, False)
+        mode: prepare(tracing_copy(root).train(mode), rules=rules, leaf_modules=leaf_modules, shape=shape)
+        for mode in (True, False)
     }
-    root.train(training)
     if _signature(walks[True].graph_module.graph) == _signature(walks[False].graph_module.graph):
         walks[True] = walks[False]
     return walks
@@ -150,7 +149,8 @@ def _walks(root: nn.Module, rules: Any, leaf_modules: Sequence[Leaf], shape: Any
 def _signature(graph: fx.Graph) -> list[Any]:
     name = lambda node: node.name
     return [
-        (n.op, n.target, repr(fx.node.map_arg(n.args, name)), repr(fx.node.map_arg(n.kwargs, name))) for n in graph.nodes
+        (n.op, n.target, repr(fx.node.map_arg(n.args, name)), repr(fx.node.map_arg(n.kwargs, name)))
+        for n in graph.nodes
     ]
 
 
@@ -206,5 +206,3 @@ def _install_inputs(root: nn.Module, walk: Walk, given: Any) -> list[tuple[str, 
         root.add_module(name, holder)
         paths.append((f"{name}.mean", f"{name}.var"))
     return paths
-
-

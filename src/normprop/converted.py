@@ -24,7 +24,9 @@ class ConvertedModule(fx.GraphModule):
     """
 
     @classmethod
-    def assemble(cls, root: nn.Module, graphs: dict[bool, fx.Graph], name: str, meta: dict[str, Any]) -> ConvertedModule:
+    def assemble(
+        cls, root: nn.Module, graphs: dict[bool, fx.Graph], name: str, meta: dict[str, Any]
+    ) -> ConvertedModule:
         """A module over root's tree.
 
         Args:
@@ -73,7 +75,9 @@ class ConvertedModule(fx.GraphModule):
 
     def __reduce__(self) -> tuple[Any, ...]:
         graphs = self.graphs()
-        specs = [encode(graphs[True])] if graphs[True] is graphs[False] else [encode(graphs[True]), encode(graphs[False])]
+        specs = (
+            [encode(graphs[True])] if graphs[True] is graphs[False] else [encode(graphs[True]), encode(graphs[False])]
+        )
         meta = {k: v for k, v in self.meta["normprop"].items() if k != "graphs"}
         return _rebuild, (self._tree(), specs, self._get_name(), meta)
 
@@ -122,5 +126,7 @@ def as_converted(model: nn.Module, verb: str) -> ConvertedModule:
         NormPropError: it did not.
     """
     if not isinstance(model, ConvertedModule):
-        raise NormPropError(f"{verb} takes a network that convert made, not a {type(model).__name__}.\nConvert it first.")
+        raise NormPropError(
+            f"{verb} takes a network that convert made, not a {type(model).__name__}.\nConvert it first."
+        )
     return model

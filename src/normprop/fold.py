@@ -61,7 +61,9 @@ def _fold_layers(model: nn.Module) -> nn.Module:
     result = copy.deepcopy(model)
     found = [path for path, m in model.named_modules() if hasattr(m, "folded")]
     if not found:
-        raise NormPropError(f"{type(model).__name__} holds nothing to fold.\nfold takes a converted network or normprop.nn layers.")
+        raise NormPropError(
+            f"{type(model).__name__} holds nothing to fold.\nfold takes a converted network or normprop.nn layers."
+        )
     for path in found:
         parent, _, name = path.rpartition(".")
         setattr(result.get_submodule(parent), name, model.get_submodule(path).folded())  # type: ignore[operator]
@@ -136,7 +138,11 @@ class _Folding:
         if node.op != "call_function" or name not in _LAYERS or len(node.args) < 3:
             return None
         weight_node, bias_node = node.args[1:3]
-        if weight_node not in self.lane or not isinstance(weight_node, fx.Node) or weight_node.target is not operator.getitem:
+        if (
+            weight_node not in self.lane
+            or not isinstance(weight_node, fx.Node)
+            or weight_node.target is not operator.getitem
+        ):
             return None
         pair = weight_node.args[0]
         assert isinstance(pair, fx.Node) and isinstance(pair.args[0], fx.Node)
@@ -248,5 +254,3 @@ def _tensors(output: Any) -> list[Tensor]:
         return [output]
     values = output.values() if isinstance(output, dict) else output if isinstance(output, tuple | list) else ()
     return [t for v in values for t in _tensors(v)]
-
-

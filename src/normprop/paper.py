@@ -20,7 +20,9 @@ from normprop.sites import Site, apply_affine, site_moments
 from normprop.walk import Walk
 
 # What hands a standardised tensor on; the paper pools standardised tensors without a further word (§4).
-_KEEPERS = frozenset(f for family in (combine, pooling, shape, stochastic) for f in vars(family).values() if callable(f))
+_KEEPERS = frozenset(
+    f for family in (combine, pooling, shape, stochastic) for f in vars(family).values() if callable(f)
+)
 _ACTIVATIONS = frozenset([elementwise.named_activation, elementwise.module_activation])
 
 
@@ -56,7 +58,9 @@ def standardiser(moments: Moments) -> tuple[Tensor, Tensor]:
 def gain_and_bias(site: Site, *, rank: int, channel: int) -> tuple[Tensor, Tensor]:
     """Factor γ and offset β of a site whose input is standardised already."""
     moments = site_moments(site, rank, channel)
-    return (torch.ones_like(moments.mean) if site.weight is None else wide(site.weight).reshape(moments.var.shape)), moments.mean
+    return (
+        torch.ones_like(moments.mean) if site.weight is None else wide(site.weight).reshape(moments.var.shape)
+    ), moments.mean
 
 
 def jacobian_gain(walk: Walk, node: fx.Node) -> float:
@@ -176,4 +180,3 @@ class PaperRewriter(Rewriter):
         pair = self._call(unit_weight, self.graph.get_attr(f"{layer.path}.weight"), site, **options)
         weight, bias = (self._call(operator.getitem, pair, i) for i in (0, 1))
         self.data[plan.node] = layer.write(self.graph, x, weight, bias)
-

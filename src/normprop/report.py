@@ -117,7 +117,16 @@ class Report(Sequence[Row]):
     def table(self) -> str:
         """A table for a terminal: a line an operation, predicted and measured mean and standard deviation."""
         measured = any(row.measured is not None for row in self.rows)
-        header = ["path", "operation", "mean", "std", *(["mean", "std (data)"] if measured else []), "slope", "sens.", ""]
+        header = [
+            "path",
+            "operation",
+            "mean",
+            "std",
+            *(["mean", "std (data)"] if measured else []),
+            "slope",
+            "sens.",
+            "",
+        ]
         lines = [header]
         for row in self.rows:
             predicted = _summary(row.predicted)

@@ -163,5 +163,3 @@ def effective_affine(site: Site, x: Moments, *, channel: int, call: int = 0) -> 
 def apply_affine(x: Tensor, factor: Tensor, offset: Tensor) -> Tensor:
     """``x · factor + offset`` in x's own dtype (autocast may have made it narrower than the parameters)."""
     return torch.addcmul(offset.to(x.dtype), x, factor.to(x.dtype))
-
-
