@@ -7,7 +7,8 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from normprop.activation_moments import canonical, moments
+from normprop.activation_moments import moments
+from normprop.activations import canonical, torch_function
 from normprop.errors import NormPropError
 from normprop.nn.filters import accumulation_dtype
 from normprop.nn.plain import plain_graph
@@ -124,15 +125,11 @@ def _callable(fn: ActivationLike) -> Callable[[Tensor], Tensor]:
     if isinstance(fn, type) and issubclass(fn, torch.nn.Module):
         return fn()
     if isinstance(fn, str):
-        moments(fn)  # a name that the table doesn't know is refused there, with the nearest ones
         known = canonical(fn)
         name = fn if known is None else known[0]
-        if name == "prelu":
-            return torch.nn.PReLU()
-        if name == "identity":
-            return torch.nn.Identity()
-        space = torch if hasattr(torch, name) else torch.nn.functional
-        return cast(Callable[[Tensor], Tensor], getattr(space, name))
+        # The two that torch has no function of one argument for.
+        modules = {"prelu": torch.nn.PReLU, "identity": torch.nn.Identity}
+        return modules[name]() if name in modules else torch_function(name)
     if not callable(fn):
         raise NormPropError(
             f"{fn!r} is no activation.\nGive a name such as 'relu', a torch.nn module, or an elementwise function."
