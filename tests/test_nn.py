@@ -177,6 +177,17 @@ def test_compiles_and_exports_whole(kind, method):
     torch.testing.assert_close(exported.module()(x[:3]), expected[:3], rtol=1e-4, atol=1e-5)
 
 
+def test_runs_in_onnx_with_any_batch(tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    model, x = network("transposed", torch.float32)
+    shapes = ({0: torch.export.Dim("batch", min=2)},)
+    program = torch.onnx.export(model.eval(), (x,), dynamo=True, dynamic_shapes=shapes, verbose=False)
+    program.save(tmp_path / "model.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+    (output,) = session.run(None, {session.get_inputs()[0].name: x[:3].numpy()})
+    torch.testing.assert_close(torch.from_numpy(output), model(x[:3]).detach(), rtol=1e-4, atol=1e-5)
+
+
 @every_option
 @pytest.mark.parametrize("kind", ["linear", "conv2d", "transposed"])
 def test_first_and_second_derivatives(kind, options):
