@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 # Okabe & Ito's palette, told apart with every common colour blindness; styles and markers say the same without colour.
 _COLOURS = ("#0072B2", "#56B4E9", "#D55E00", "#E69F00", "#555555", "#009E73", "#CC79A7")
@@ -15,7 +15,7 @@ _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _STYLES = ("-", "--", "-", "--", ":", "-.", "-.")
 
 # Least distance between two labels, as a share of the height of the axes.
-_LABEL_STEP = 0.055
+_LABEL_STEP = 0.06
 
 
 @dataclass(frozen=True)
@@ -36,49 +36,75 @@ class Curve:
         return [sum(at) / len(at) for at in zip(*self.values, strict=False)]
 
 
-def plot_curves(
-    curves: Sequence[Curve], *, title: str, x_label: str, y_label: str, y_limits: tuple[float, float]
-) -> Figure:
+def plot_curves(curves: Sequence[Curve], *, title: str, x_label: str, y_label: str, log: bool = False) -> Figure:
     """A figure with a line for each setting's mean, a band from its worst seed to its best, and its name at the end.
 
+    Args:
+        curves: In the order of their colours; give relatives neighbouring places.
+        title: What was done, in a line.
+        x_label: Quantity and unit.
+        y_label: Quantity and unit.
+        log: Whether equal distances mean equal factors; all values must be above 0 then.
+
     Example:
-        >>> curve = Curve("NormProp", [1, 2], [[50, 90], [60, 92]])
-        >>> plot_curves([curve], title="t", x_label="epoch", y_label="accuracy", y_limits=(0, 100)).axes[0].get_xlabel()
+        >>> curve = Curve("NormProp", [1, 2], [[50, 9], [60, 8]])
+        >>> plot_curves([curve], title="t", x_label="epoch", y_label="error, %", log=True).axes[0].get_xlabel()
         'epoch'
     """
-    figure = Figure(figsize=(8, 4.6), dpi=150, layout="constrained")
+    figure = Figure(figsize=(8, 4.4), dpi=150, layout="constrained")
     axes = figure.subplots()
-    ends: list[tuple[float, str, str]] = []
+    if log:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.yaxis.set_minor_locator(NullLocator())
     for i, curve in enumerate(curves):
         means, colour = curve.means(), _COLOURS[i % len(_COLOURS)]
         x = curve.x[: len(means)]
         low, high = ([pick(at) for at in zip(*curve.values, strict=False)] for pick in (min, max))
         marker, style = _MARKERS[i % len(_MARKERS)], _STYLES[i % len(_STYLES)]
-        axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
+        axes.fill_between(x, low, high, color=colour, alpha=0.18, linewidth=0)
         axes.plot(x, means, color=colour, marker=marker, linestyle=style, linewidth=1.8, markersize=5)
-        if means:
-            ends.append((means[-1], curve.label, colour))
     axes.set_title(title, loc="left", fontsize=11)
     axes.set_xlabel(x_label)
     axes.set_ylabel(y_label)
-    axes.set_ylim(*y_limits)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(axis="y", color="#dddddd", linewidth=0.7)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    _label_ends(axes, ends, y_limits)
+    _label_ends(axes, curves)
     return figure
 
 
-def _label_ends(axes: Axes, ends: list[tuple[float, str, str]], limits: tuple[float, float]) -> None:
-    """Write each name beside the end of its line, pushed apart where lines end together."""
-    height = limits[1] - limits[0]
+def _label_ends(axes: Axes, curves: Sequence[Curve]) -> None:
+    """Write each name at the right, joined to the end of its line, pushed apart where lines end together."""
+    axes.set(xlim=axes.get_xlim(), ylim=axes.get_ylim())  # limits are found lazily, and places depend on them
+    ends: list[tuple[float, float, str, str]] = []
+    to_axes = axes.transData + axes.transAxes.inverted()
+    for i, curve in enumerate(curves):
+        means = curve.means()
+        if means:
+            x, y = to_axes.transform((curve.x[len(means) - 1], means[-1]))
+            ends.append((y, x, curve.label, _COLOURS[i % len(_COLOURS)]))
+    ends.sort()
+    places = _apart([end[0] for end in ends])
+    for place, (y, x, label, colour) in zip(places, ends, strict=True):
+        axes.plot([x, 1.03], [y, place], transform=axes.transAxes, color=colour, linewidth=0.8, clip_on=False)
+        axes.text(1.04, place, label, color="#222222", transform=axes.transAxes, va="center", fontsize=9)
+
+
+def _apart(heights: Sequence[float]) -> list[float]:
+    """Sorted heights between 0 and 1, moved as little as a sweep up and a sweep down can until labels don't touch.
+
+    Example:
+        >>> [round(h, 3) for h in _apart([0.5, 0.51, 0.99, 1.0])]
+        [0.5, 0.56, 0.94, 1.0]
+    """
     places: list[float] = []
-    for end, _, _ in sorted(ends):
-        share = (min(max(end, limits[0]), limits[1]) - limits[0]) / height
-        places.append(max(share, places[-1] + _LABEL_STEP) if places else share)
-    excess = max(0.0, places[-1] - 1) if places else 0.0
+    for height in heights:
+        places.append(max(height, places[-1] + _LABEL_STEP) if places else height)
+    ceiling = 1.0
     for i in reversed(range(len(places))):
-        places[i] = min(places[i], 1 - (len(places) - 1 - i) * _LABEL_STEP) if excess else places[i]
-    for place, (_, label, colour) in zip(places, sorted(ends), strict=True):
-        axes.text(1.02, place, label, color=colour, transform=axes.transAxes, va="center", fontsize=9)
+        places[i] = min(places[i], ceiling)
+        ceiling = places[i] - _LABEL_STEP
+    return places
