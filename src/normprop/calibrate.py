@@ -55,12 +55,12 @@ def calibrate(model: nn.Module, data: Any) -> nn.Module:
     return model
 
 
-def preserve_(model: ConvertedModule, statistics: Mapping[str, Statistics]) -> None:
+def preserve_(model: ConvertedModule, statistics: Mapping[tuple[str, int], Statistics]) -> None:
     """Set every site's constants so that it standardises by given statistics: d = rm − E, k = (rv + ε)/V.
 
     Args:
         model: a converted network; changed in place.
-        statistics: running mean, and running variance plus ε, by path of the site.
+        statistics: mean, and variance plus ε, of a layer's output without its bias, by path of the site and index of the call.
     """
     for graph in dict.fromkeys(model.graphs().values()):
         _Calibration(model, graph, given=statistics).run()
@@ -87,7 +87,7 @@ class _Calibration:
     Args:
         model: whose parameters are used and whose constants are set.
         graph: one of its graphs.
-        given: statistics by path; then no data is needed and the data lane is not run.
+        given: statistics by path and call; then no data is needed and the data lane is not run.
         batches: what to measure otherwise.
     """
 
@@ -96,7 +96,7 @@ class _Calibration:
         model: ConvertedModule,
         graph: fx.Graph,
         *,
-        given: Mapping[str, Statistics] | None = None,
+        given: Mapping[tuple[str, int], Statistics] | None = None,
         batches: Sequence[Tensor] = (),
     ) -> None:
         self.interpreter = fx.Interpreter(model, garbage_collect_values=False, graph=graph)
@@ -146,17 +146,17 @@ class _Calibration:
         else:
             channels: Moments = args[1].channels(options["channel"])
             weight, (mean, var) = None, (channels.mean, channels.var)
-        target = self._target(str(site_node.target), node, weight, options["channel"])
+        target = self._target((str(site_node.target), call), node, weight, options["channel"])
         if target is None:
             return
         shift, scale = (t[call] if t.dim() == 2 else t for t in (site.shift, site.scale))
         shift.copy_(target[0].to(mean.dtype) - mean)
         scale.copy_(target[1].to(var.dtype) / torch.where(var > 0, var, 1.0))
 
-    def _target(self, path: str, node: fx.Node, weight: Tensor | None, channel: int) -> Statistics | None:
+    def _target(self, key: tuple[str, int], node: fx.Node, weight: Tensor | None, channel: int) -> Statistics | None:
         """The statistics that a site should standardise by."""
         if self.given is not None:
-            return self.given.get(path)
+            return self.given.get(key)
         pair = sorted(node.users, key=lambda user: user.args[1])
         (consumer,) = pair[0].users  # the layer, or the affine
         total = square = count = 0

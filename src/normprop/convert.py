@@ -9,7 +9,7 @@ from typing import Any, Literal
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from normprop.calibrate import preserve_
+from normprop.calibrate import Statistics, preserve_
 from normprop.converted import ConvertedModule
 from normprop.duplicate import independent_copy, tracing_copy
 from normprop.errors import NormPropError
@@ -154,9 +154,12 @@ def _signature(graph: fx.Graph) -> list[Any]:
     ]
 
 
-def _install_sites(root: nn.Module, plans: Sequence[SitePlan]) -> dict[str, tuple[Tensor, Tensor]]:
-    """Put a `Site` at every planned path; returns running mean, and running variance plus ε, by path."""
-    statistics: dict[str, tuple[Tensor, Tensor]] = {}
+def _install_sites(root: nn.Module, plans: Sequence[SitePlan]) -> dict[tuple[str, int], Statistics]:
+    """Put a `Site` at every planned path; returns what each call of a BatchNorm standardised by, by path and call.
+
+    That is the running mean, less the layer's bias which the site takes away, and the running variance plus ε.
+    """
+    statistics: dict[tuple[str, int], Statistics] = {}
     for path in dict.fromkeys(plan.path for plan in plans):
         plan = next(p for p in plans if p.path == path)
         calls = 1 + max(p.call for p in plans if p.path == path)
@@ -164,8 +167,11 @@ def _install_sites(root: nn.Module, plans: Sequence[SitePlan]) -> dict[str, tupl
         parent = root.get_submodule(parent_path)
         old = getattr(parent, name, None)
         if isinstance(old, _NormBase):
-            if old.running_mean is not None and old.running_var is not None:
-                statistics[path] = (old.running_mean, old.running_var + old.eps)
+            for call in [p for p in plans if p.path == path]:
+                if old.running_mean is not None and old.running_var is not None:
+                    bias = None if call.layer is None else call.layer.module.bias
+                    mean = old.running_mean if bias is None else old.running_mean - bias.detach()
+                    statistics[path, call.call] = (mean, old.running_var + old.eps)
             site = _site(old.num_features, calls, reference_tensor(root), old.weight, old.bias)
             for key, child in old.named_children():  # the activation of a norm-act module
                 site.add_module(key, child)

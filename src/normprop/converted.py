@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import importlib
+import sys
+from dataclasses import dataclass
 from typing import Any
 
 from torch import fx, nn
@@ -92,6 +95,25 @@ def _rebuild(tree: nn.Module, specs: list[list[Any]], name: str, meta: dict[str,
     return ConvertedModule.assemble(tree, {True: graphs[0], False: graphs[-1]}, name, meta)
 
 
+@dataclass(frozen=True)
+class _Function:
+    """Stands for a function in a graph's pickled form: pickle's own name of some of torch's functions does not import."""
+
+    module: str
+    name: str
+
+    @classmethod
+    def of(cls, target: Any) -> Any:
+        """The stand-in of a function that its module holds under its name; anything else as it is."""
+        module, name = getattr(target, "__module__", None), getattr(target, "__name__", None)
+        found = getattr(sys.modules.get(module or ""), name or "", None)
+        return cls(module, name) if module and name and found is target else target
+
+    def load(self) -> Any:
+        """The function."""
+        return getattr(importlib.import_module(self.module), self.name)
+
+
 class _Reference:
     """Stands for a node in a graph's pickled form."""
 
@@ -103,7 +125,7 @@ def encode(graph: fx.Graph) -> list[Any]:
     """A graph as a list of plain tuples, in order."""
     reference = lambda node: _Reference(node.name)
     return [
-        (n.op, n.name, n.target, fx.node.map_arg(n.args, reference), dict(fx.node.map_arg(n.kwargs, reference)))
+        (n.op, n.name, _Function.of(n.target), fx.node.map_arg(n.args, reference), dict(fx.node.map_arg(n.kwargs, reference)))
         for n in graph.nodes
     ]
 
@@ -111,7 +133,8 @@ def encode(graph: fx.Graph) -> list[Any]:
 def decode(spec: list[Any]) -> fx.Graph:
     """The graph of a list made by `encode`."""
     graph, nodes = fx.Graph(), {}
-    for op, name, target, args, kwargs in spec:
+    for op, name, stored, args, kwargs in spec:
+        target = stored.load() if isinstance(stored, _Function) else stored
         resolve = lambda a: nodes[a.name] if isinstance(a, _Reference) else a
         nodes[name] = graph.create_node(
             op, target, fx.node.map_aggregate(args, resolve), fx.node.map_aggregate(kwargs, resolve), name

@@ -65,6 +65,8 @@ def _fold_layers(model: nn.Module) -> nn.Module:
             f"{type(model).__name__} holds nothing to fold.\nfold takes a converted network or normprop.nn layers."
         )
     for path in found:
+        if any(path.startswith(f"{outer}.") for outer in found):
+            continue  # the activation inside a layer: the layer folds it
         parent, _, name = path.rpartition(".")
         setattr(result.get_submodule(parent), name, model.get_submodule(path).folded())  # type: ignore[operator]
     return result
