@@ -165,10 +165,7 @@ def expectations(name: str, mean: Tensor, std: Tensor, parameters: dict[str, Any
         return form
     if isinstance(form, Piecewise):
         return piecewise_moments(form, mean, std)
-    rate = form.rate(mean)
-    return integrate_slope(
-        form.value, form.slope, mean, std, points=form.points, rate=rate, kinks=form.kinks, order=order
-    )
+    return integrate_slope(form.value, form.slope, mean, std, points=form.points, rate=form.rate(mean), order=order)
 
 
 def torch_function(name: str) -> Callable[..., Tensor]:

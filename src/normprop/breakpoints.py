@@ -99,7 +99,11 @@ def _resolved(fn: Function, panels: Tensor, scale: float) -> Tensor:
     """Whether the last Chebyshev coefficients of value and slope on each panel are rounding error."""
     k = torch.arange(_ORDER, dtype=torch.float64)
     angles = math.pi * (k + 0.5) / _ORDER
-    x = panels[:, :1] + (panels[:, 1:] - panels[:, :1]) * (1 + torch.cos(angles)) / 2
+    low, high = panels.unbind(1)
+    # Next to both ends, where a kink would hide from the Chebyshev points.
+    inset = torch.maximum((high - low) * 1e-7, 4 * _EPSILON * panels.abs().amax(1))
+    x = low[:, None] + (high - low)[:, None] * (1 + torch.cos(angles)) / 2
+    x = torch.cat([x, (high - inset)[:, None], (low + inset)[:, None]], dim=1)
     # The slope brings out a kink, which the value shows ever less of as panels shrink.
     with torch.enable_grad():
         points = x.detach().requires_grad_()
@@ -113,8 +117,11 @@ def _resolved(fn: Function, panels: Tensor, scale: float) -> Tensor:
     smooth = torch.ones(len(panels), dtype=torch.bool)
     for y, tolerance in ((values, _TOLERANCE), (slopes, 100 * _TOLERANCE)):
         y = y.masked_fill(undefined, 0.0)
-        tail = y @ torch.cos(k[-3:, None] * angles).T * (2 / _ORDER)
-        smooth &= tail.abs().amax(1) <= tolerance * y.abs().amax(1).clamp(min=scale)
+        series = y[:, :_ORDER] @ torch.cos(k[:, None] * angles).T * (2 / _ORDER)
+        series[:, 0] /= 2
+        ends = torch.stack([series.sum(1), (series * (-1) ** k).sum(1)], dim=1)
+        misfit = torch.maximum(series[:, -3:].abs().amax(1), 1e-2 * (ends - y[:, _ORDER:]).abs().amax(1))
+        smooth &= misfit <= tolerance * y.abs().amax(1).clamp(min=scale)
     return torch.where(undefined.any(1), undefined.all(1), smooth)
 
 

@@ -67,7 +67,8 @@ def _one_kink(f: Piecewise, mean: Tensor, std: Tensor) -> Expectations:
     on_right = distance > 0
     a, b = (x.c1 if isinstance(x.c1, Tensor) else mean.new_tensor(x.c1) for x in (left, right))
     p, q = torch.where(on_right, b, a), torch.where(on_right, a, b)
-    i0, i1, i2 = tail_moments(distance.abs() / std.clamp_min(TINY), 2).unbind()
+    # Not |distance|, whose derivative at a mean on the knot would be 0.
+    i0, i1, i2 = tail_moments(torch.where(on_right, distance, -distance) / std.clamp_min(TINY), 2).unbind()
     center = torch.where(on_right, right.at(mean), left.at(mean))
     bend = (b - a).square()
     average = center + (b - a) * std * i1
@@ -91,8 +92,9 @@ def _many_parts(f: Piecewise, mean: Tensor, std: Tensor, order: int) -> Expectat
     c0, c1, c2, origin = (torch.stack([c, c.flip(0)]) for c in (_column(values, mean) for values in coefficients))
     c1, origin = c1 * side, origin * side
 
-    parts = _part_moments(knots, m, s, order)
-    start = torch.cat([m, torch.maximum(knots, m)], dim=1)
+    ahead = _ahead(knots, m)
+    parts = _part_moments(knots, ahead, m, s, order)
+    start = torch.cat([m, torch.where(ahead, knots, m)], dim=1)
     offset = start - origin
     value = c0 + offset * (c1 + offset * c2)
     center = f.pieces[0].at(mean)
@@ -128,20 +130,26 @@ def _many_parts(f: Piecewise, mean: Tensor, std: Tensor, order: int) -> Expectat
     return _packed(average, var, second, slope, mean_slope)
 
 
-def _part_moments(knots: Tensor, m: Tensor, s: Tensor, order: int) -> Tensor:
+def _ahead(knots: Tensor, m: Tensor) -> Tensor:
+    """Which knots lie outwards of the mean; one at the mean counts as on its right, in derivatives, too."""
+    gap = knots - m
+    return torch.stack([gap[0] >= 0, gap[1] > 0])
+
+
+def _part_moments(knots: Tensor, ahead: Tensor, m: Tensor, s: Tensor, order: int) -> Tensor:
     """∫ y^n φ over every part, [n, side, piece, …]."""
     at_mean = half_moments(order, m).reshape(-1, *[1] * m.dim()).expand(order + 1, *m.shape)
     if knots.shape[1] == 0:
         return at_mean
     safe = s.clamp_min(TINY)
-    t = (torch.relu(knots - m) / safe).clamp(max=FAR)
-    begin = torch.cat([m, torch.maximum(knots, m)[:, :-1]], dim=1)
+    t = (torch.where(ahead, knots - m, 0.0) / safe).clamp(max=FAR)
+    begin = torch.cat([m, torch.where(ahead, knots, m)[:, :-1]], dim=1)
     # From the knots themselves, not from t, so that no digits are lost.
-    width = (torch.relu(knots - begin) / safe).clamp(max=2 * FAR)
+    width = (torch.where(ahead, knots - begin, 0.0) / safe).clamp(max=2 * FAR)
     tails = tail_moments(t, order)
     starts = torch.cat([at_mean, tails], dim=2)
     inner = starts[:, :, :-1] - _shifted(tails, width)
-    inner = torch.where(width > 0, inner, 0.0)
+    inner = torch.where(ahead, inner, 0.0)
     if knots.shape[1] > 1:
         # Only a piece that ends on both sides can be narrow as a whole.
         t, width = t[:, :-1], width[:, 1:]

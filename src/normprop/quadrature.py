@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,26 +24,26 @@ _MASS = 9.0
 def integrate(fn: Function, mean: Tensor, std: Tensor, breakpoints: Breakpoints, *, order: int = 12) -> Expectations:
     """Moments of fn(u), u ~ N(mean, std²), by Gauss-Legendre of the given order on every panel between two breakpoints.
 
-    Static tensor operations only: it compiles, exports, and works under vmap and double backward, where panel ends
-    move with mean and std, so that kinks and jumps are differentiated, too. Where fn is continuous, the deviation
-    fn(u) − fn(mean) is the integral of the slope along the panels rather than a difference of two values: a small std
-    costs no digits. The error is the difference to the rule of two orders less.
+    Static tensor operations only: it compiles, exports, and works under vmap and double backward. Where fn is
+    continuous, the deviation fn(u) − fn(mean) is the integral of the slope along the panels rather than a difference
+    of two values: a small std costs no digits. A derivative by a parameter of fn that moves a kink misses the kink in
+    `slope` alone.
 
     Args:
         fn: an elementwise function of a tensor.
         mean: float tensor, any shape.
         std: float tensor of the same shape, not negative.
         breakpoints: where fn bends, from `find_breakpoints(fn)`, found once and outside of traced code.
-        order: nodes per panel.
+        order: nodes per panel; the error is the difference to the rule of two nodes less.
 
     >>> points = find_breakpoints(torch.relu)
     >>> integrate(torch.relu, torch.tensor(0.0).double(), torch.tensor(1.0).double(), points).second
     tensor(0.5000, dtype=torch.float64)
     """
-    reach = mean.new_full((), _REACH)
-    edges = _panel_edges(breakpoints.edges, mean, std, reach, reach, 16)
+    grid = _column([_REACH * i / 16 for i in range(-16, 17)], mean).expand(-1, *mean.shape)
+    edges = _merge(_marks(breakpoints.edges, mean, std, _REACH), grid)
     fine = _integrate_values(fn, mean, std, edges, breakpoints, order)
-    coarse = _integrate_values(fn, mean, std, edges.detach(), breakpoints, order - 2)
+    coarse = _integrate_values(fn, mean.detach(), std.detach(), edges, breakpoints, order - 2)
     gaps = [(a - b).abs().detach() for a, b in zip(fine[:4], coarse[:4], strict=True)]
     error = torch.stack([torch.where(gap.isnan(), 0.0, gap) for gap in gaps]).amax(0)
     size = torch.where(fine.slope.isinf(), 0.0, fine.slope.detach()) + fine.second.detach()
@@ -52,31 +53,31 @@ def integrate(fn: Function, mean: Tensor, std: Tensor, breakpoints: Breakpoints,
 def _integrate_values(
     fn: Function, mean: Tensor, std: Tensor, edges: Tensor, at: Breakpoints, order: int
 ) -> Expectations:
-    z, measure, width = _nodes(edges, order)
+    rule = _rule(edges, mean, std, order)
     # Panels without width or weight may sit on a singularity.
-    weightless = measure == 0
-    u = torch.where(weightless, mean, mean + std * z)
+    weightless = rule.measure.detach() == 0
+    u = torch.where(weightless, mean.detach(), rule.u)
     value = fn(u)
     slope = torch.func.grad(lambda x: fn(x).sum())(u)
-    value, slope = (torch.where(weightless | ((z.abs() > _MASS) & x.isnan()), 0.0, x) for x in (value, slope))
-    average = _total(measure * value)
-    if at.jumps:
-        moved = value - average.detach()
-    else:
-        moved = _along(slope, edges, width * std, order)
-        moved = moved - _total(measure * moved).detach()
-    shift = _total(measure * moved)
-    var = _total(measure * moved.square()) - shift.square()
-    mean_slope = _total(measure * slope)
-    energy = _total(measure * slope.square())
+    ignored = weightless | ((rule.u - mean).abs() > _MASS * std)
+    value, slope = (torch.where(weightless | (ignored & x.isnan()), 0.0, x) for x in (value, slope))
+    average = _total(rule.measure * value)
+    var = _variance(value - average.detach(), rule)
+    if not at.jumps:
+        # The better value, and the gradient by fn's own parameters, which the slope does not know about at kinks.
+        along = _along(slope, edges, rule.width, order)
+        along = along - _total(rule.measure * along).detach()
+        var = var + (_variance(along, rule) - var).detach()
+    mean_slope = _total(rule.measure * slope)
+    energy = _total(rule.measure * slope.square())
     if at.jumps:
         safe = std.clamp_min(TINY)
         for jump in at.jumps:
             sides = fn(mean.new_tensor([math.nextafter(jump, -math.inf), jump, math.nextafter(jump, math.inf)]))
             mean_slope = mean_slope + (sides[2] - sides[0]) * density(((jump - mean) / safe).clamp(-60, 60)) / safe
         energy = torch.full_like(energy, math.inf)
-    second = _total(measure * value.square())
-    return Expectations(average, var, second, energy, mean_slope, torch.zeros_like(average))
+    second = _total(rule.measure * value.square())
+    return Expectations(average, torch.where(std > 0, var, 0.0), second, energy, mean_slope, torch.zeros_like(average))
 
 
 def integrate_slope(
@@ -86,8 +87,7 @@ def integrate_slope(
     std: Tensor,
     *,
     points: Sequence[float],
-    rate: float | Tensor,
-    kinks: bool,
+    rate: Tensor,
     order: int,
 ) -> Expectations:
     """Moments of a continuous function from its slope: the function is its value at the mean plus an integral.
@@ -99,66 +99,90 @@ def integrate_slope(
         slope: its derivative.
         mean: float tensor, any shape.
         std: float tensor of the same shape.
-        points: panel ends, ascending, geometrically spaced around the place where the function bends.
+        points: panel ends, ascending, geometrically spaced around 0, where the function bends.
         rate: bound on |d log slope² / du| near the mean, which says how far the mass of slope² φ may lie from the mean.
-        kinks: whether the slope jumps at a point, so that the panels' motion with mean and std matters to a derivative.
         order: nodes per panel.
     """
-    safe = std.clamp_min(TINY)
-    # The tails of float32 end at 13 standard deviations.
-    panels, farthest = (9, _REACH) if order >= 10 else (6, 18.0)
-    extra = torch.minimum(mean.abs() / safe, rate * std).clamp(max=farthest - _MASS)
-    left, right = (_MASS + torch.where(toward, extra, 0.0) for toward in (mean > 0, mean <= 0))
-    edges = _panel_edges(points, mean, std, left, right, panels)
-    if not kinks:
-        edges = edges.detach()
-    z, measure, width = _nodes(edges, order)
-    slopes = slope(mean + std * z)
-    moved = _along(slopes, edges, width * std, order)
-    shift = _total(measure * moved)
-    average = value(mean) + shift
-    var = _total(measure * moved.square()) - shift.square()
-    energy = _total(measure * slopes.square())
+    center, width = mean.detach(), std.detach()
+    # The tails of float32 end at 13 standard deviations, those of float64 at 38.
+    core, far, farthest = (6, 10, _REACH) if order >= 10 else (5, 3, 18.0)
+    extra = torch.minimum(center.abs() / width.clamp_min(TINY), rate.detach() * width).clamp(max=farthest - _MASS)
+    outward = _MASS + extra * _column([i / far for i in range(1, far + 1)], mean)
+    toward = torch.where(center < 0, outward, -outward.flip(0))
+    grid = _column([_MASS * i / core for i in range(-core, core + 1)], mean).expand(-1, *mean.shape)
+    edges = _merge(toward, _merge(_marks(points, mean, std, farthest), grid))
+
+    rule = _rule(edges, mean, std, order)
+    slopes = slope(rule.u)
+    along = _along(slopes, edges, rule.width, order)
+    average = value(center) + _total(rule.measure * along)
+    var = torch.where(std > 0, _variance(along, rule), 0.0)
+    mean_slope, energy = _total(rule.measure * slopes), _total(rule.measure * slopes.square())
+    # Almost without spread, the derivative of a density is rounding error divided by std; that of the slope itself is not.
+    narrow = std < 1e-8
+    at_mean = slope(torch.where(narrow, mean, center))
+    mean_slope = torch.where(narrow, mean_slope.detach() + (at_mean - at_mean.detach()), mean_slope)
+    energy = torch.where(narrow, energy.detach() + (at_mean.square() - at_mean.square().detach()), energy)
     second = var + average.square()
-    accuracy = 1e-10 if order >= 10 else 1e-6
+    accuracy = 1e-12 if order >= 10 else 1e-6
     size = (second + average.abs() + energy).detach()
-    return Expectations(average, var, second, energy, _total(measure * slopes), accuracy * size)
+    return Expectations(average, var, second, energy, mean_slope, accuracy * size)
+
+
+class _Rule(NamedTuple):
+    """Nodes u and their weights under N(mean, std²), [panel, node, …], and the panels' widths in u, [panel, 1, …]."""
+
+    u: Tensor
+    measure: Tensor
+    width: Tensor
+
+
+def _rule(edges: Tensor, mean: Tensor, std: Tensor, order: int) -> _Rule:
+    """The nodes are constants, and the density at a node is what depends on mean and std.
+
+    So E F(u) = Σ w F(u_j) p(u_j; mean, std) differentiates any number of times, whatever kinks and jumps F has.
+    """
+    nodes, weights = (x.reshape(-1, *[1] * mean.dim()) for x in gauss_legendre(order, edges))
+    s = std.clamp_min(TINY)
+    center, scale = mean.detach(), s.detach()
+    width = edges.diff(dim=0).unsqueeze(1)
+    z = edges[:-1].unsqueeze(1) + width * nodes
+    u = center + scale * z
+    z = z * (scale / s) - (mean - center) / s
+    measure = torch.exp(-0.5 * z * z) * (weights * (width * (scale / s / math.sqrt(2 * math.pi))))
+    return _Rule(u, measure, width * scale)
+
+
+def _variance(deviation: Tensor, rule: _Rule) -> Tensor:
+    return _total(rule.measure * deviation.square()) - _total(rule.measure * deviation).square()
 
 
 def _total(x: Tensor) -> Tensor:
     return x.sum((0, 1))
 
 
-def _panel_edges(
-    points: Sequence[float], mean: Tensor, std: Tensor, left: Tensor, right: Tensor, panels: int
-) -> Tensor:
-    """Ends of the panels in units of std, ascending, [edges, …]: the function's points and an even grid."""
-    grid = mean.new_tensor([i / panels for i in range(panels + 1)]).reshape(-1, *[1] * mean.dim())
-    even = torch.cat([-left * grid[1:].flip(0), right * grid]).expand(-1, *mean.shape)
-    marks = mean.new_tensor(points).reshape(-1, *[1] * mean.dim())
-    z = (marks - mean) / std.clamp_min(TINY)
-    return _merge(torch.maximum(torch.minimum(z, right), -left), even)
+def _marks(points: Sequence[float], mean: Tensor, std: Tensor, reach: float) -> Tensor:
+    """The function's points in units of std, [points, …]; those out of reach make panels without width."""
+    center, scale = mean.detach(), std.detach().clamp_min(TINY)
+    return ((_column(points, mean) - center) / scale).clamp(-reach, reach)
+
+
+def _column(values: Sequence[float], like: Tensor) -> Tensor:
+    return like.new_tensor(values).reshape(-1, *[1] * like.dim())
 
 
 def _merge(a: Tensor, b: Tensor) -> Tensor:
     """Two ascending sequences as one, along the first dimension, by a bitonic network: cheaper than a sort."""
     total = a.shape[0] + b.shape[0]
     size = 1 << (total - 1).bit_length()
-    x = torch.cat([a, b[-1:].expand(size - total, *b.shape[1:]), b.flip(0)])
+    last = torch.maximum(a[-1:], b[-1:])
+    x = torch.cat([a, last.expand(size - total, *last.shape[1:]), b.flip(0)])
     step = size // 2
     while step:
         low, high = x.reshape(-1, 2, step, *x.shape[1:]).unbind(1)
         x = torch.stack([torch.minimum(low, high), torch.maximum(low, high)], dim=1).reshape(x.shape)
         step //= 2
     return x[:total]
-
-
-def _nodes(edges: Tensor, order: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Nodes z and Gaussian weights, [panel, node, …], and widths, [panel, 1, …]."""
-    nodes, weights = (x.reshape(-1, *[1] * (edges.dim() - 1)) for x in gauss_legendre(order, edges))
-    width = edges.diff(dim=0).unsqueeze(1)
-    z = edges[:-1].unsqueeze(1) + width * nodes
-    return z, width * weights * density(z), width
 
 
 def _along(slope: Tensor, edges: Tensor, width: Tensor, order: int) -> Tensor:

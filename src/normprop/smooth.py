@@ -19,15 +19,14 @@ class Smooth:
     """A continuous function that bends around 0.
 
     value, slope: f and f'. rate: a bound on |d log f'² / du| at the mean, which tells how far from the mean the mass
-    of f'² φ may lie. scale: how far from 0 the bend reaches. kinks: whether f' jumps at 0. algebraic: whether f
-    approaches its asymptotes only as a power of u.
+    of f'² φ may lie. scale: how far from 0 the bend reaches. algebraic: whether f approaches its asymptotes only as a
+    power of u.
     """
 
     value: Function
     slope: Function
     rate: Function
     scale: float = 1.0
-    kinks: bool = False
     algebraic: bool = False
 
     @property
@@ -104,7 +103,7 @@ def _exponential(scale: float, alpha: float, width: float) -> Smooth:
     def slope(u: Tensor) -> Tensor:
         return scale * torch.where(u > 0, 1.0, alpha / width * torch.exp(u.clamp(max=0) / width))
 
-    return Smooth(value, slope, _constant(2 / width), width, kinks=True)
+    return Smooth(value, slope, _constant(2 / width), width)
 
 
 def gelu(approximate: str = "none") -> Smooth:
@@ -137,7 +136,7 @@ def erfc() -> Smooth:
 
 def softsign() -> Smooth:
     """u/(1 + |u|)."""
-    return Smooth(F.softsign, lambda u: (1 + u.abs()).square().reciprocal(), _constant(4.0), kinks=True, algebraic=True)
+    return Smooth(F.softsign, lambda u: (1 + u.abs()).square().reciprocal(), _constant(4.0), algebraic=True)
 
 
 def tanhshrink() -> Smooth:
