@@ -14,6 +14,7 @@ from normprop.experiments import checkpoint, training
 from normprop.experiments.batches import Batches
 from normprop.experiments.datasets import load
 from normprop.experiments.history import Observer
+from normprop.experiments.optimizer import build_optimizer
 from normprop.experiments.recipe import Recipe
 from normprop.experiments.schedules import rate_factor
 from normprop.experiments.training import CHECKPOINT, METRICS, RECIPE, train
@@ -297,7 +298,7 @@ def test_weight_decay_spares_gains_and_biases(digits):
     recipe = TINY.resolved()
     with training.processes("cpu") as group:
         model = training.build_model(recipe, digits, group)
-    groups = training.build_optimizer(recipe, model).param_groups
+    groups = build_optimizer(recipe, model).param_groups
     assert {p.dim() > 1 for g in groups for p in g["params"] if g["weight_decay"]} == {True}
     assert {p.dim() > 1 for g in groups for p in g["params"] if not g["weight_decay"]} == {False}
     assert sum(len(g["params"]) for g in groups) == len(list(model.parameters()))

@@ -75,12 +75,8 @@ SOURCES: dict[str, Source] = {
     "digits": Source("8×8 digits of scikit-learn", 1437, 360, (1, 8, 8), 10, "CC BY 4.0 (UCI)", "", None),
     "mnist": Source("handwritten digits", 60000, 10000, _GREY, 10, "not stated", "MNIST/raw", _two_sets("MNIST")),
     "fashion-mnist": Source("clothing", 60000, 10000, _GREY, 10, "MIT", "FashionMNIST/raw", _two_sets("FashionMNIST")),
-    "cifar10": Source(
-        "photographs", 50000, 10000, _COLOUR, 10, _NO_LICENCE, "cifar-10-batches-py", _two_sets("CIFAR10")
-    ),
-    "cifar100": Source(
-        "photographs", 50000, 10000, _COLOUR, 100, _NO_LICENCE, "cifar-100-python", _two_sets("CIFAR100")
-    ),
+    "cifar10": Source("photographs", 50000, 10000, _COLOUR, 10, _NO_LICENCE, "cifar-10-batches-py", _two_sets("CIFAR10")),
+    "cifar100": Source("photographs", 50000, 10000, _COLOUR, 100, _NO_LICENCE, "cifar-100-python", _two_sets("CIFAR100")),
     "svhn": Source("house numbers", 73257, 26032, _COLOUR, 10, _SVHN_LICENCE, "train_32x32.mat", _svhn),
 }
 

@@ -138,9 +138,7 @@ def read_folder(folder: Path, image_size: int | None = None) -> Images:
         train, test = open_folder(folder / "train"), open_folder(held_out)
         if train.classes != test.classes:
             odd = sorted(set(train.classes) ^ set(test.classes))
-            raise NormPropError(
-                f"{folder}: only one of the two sets has {', '.join(odd)}.\nBoth need the same classes."
-            )
+            raise NormPropError(f"{folder}: only one of the two sets has {', '.join(odd)}.\nBoth need the same classes.")
         train_files, test_files = train.samples, test.samples
     else:
         samples: list[tuple[str, int]] = sorted(open_folder(folder).samples)

@@ -58,9 +58,7 @@ def _layer(channels: int, _dims: int) -> nn.Module:
 
 def _instance(channels: int, dims: int) -> nn.Module:
     if not dims:
-        raise NormPropError(
-            "Instance normalisation needs images: a vector has one value per channel.\nUse --norm layer."
-        )
+        raise NormPropError("Instance normalisation needs images: a vector has one value per channel.\nUse --norm layer.")
     return nn.InstanceNorm2d(channels, affine=True)
 
 

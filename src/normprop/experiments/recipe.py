@@ -99,8 +99,7 @@ class Recipe:
         """
         if self.batch_size > len(images.x_train):
             raise NormPropError(
-                f"--batch-size {self.batch_size} is more than the {len(images.x_train)} training images.\n"
-                "Use a smaller one."
+                f"--batch-size {self.batch_size} is more than the {len(images.x_train)} training images.\nUse a smaller one."
             )
         if self.batch_size % world:
             raise NormPropError(
@@ -108,9 +107,7 @@ class Recipe:
                 f"Use a --batch-size divisible by {world}."
             )
         if (self.flips or self.crops) and len(images.shape) != 3:
-            raise NormPropError(
-                f"--flips and --crops need images, not samples of shape {images.shape}.\nLeave them out."
-            )
+            raise NormPropError(f"--flips and --crops need images, not samples of shape {images.shape}.\nLeave them out.")
 
     def changes_from(self, earlier: dict[str, Any]) -> list[str]:
         """What keeps a run recorded with the `earlier` recipe from being continued with this one: `field: old → new`.

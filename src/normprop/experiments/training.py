@@ -23,15 +23,13 @@ from normprop.experiments.history import Observer, Row, Run, to_json_lines
 from normprop.experiments.images import Images
 from normprop.experiments.models import build
 from normprop.experiments.normalizers import normalizer, realize
+from normprop.experiments.optimizer import build_optimizer
 from normprop.experiments.processes import Processes, processes
 from normprop.experiments.recipe import Recipe
 from normprop.experiments.schedules import rate_factor
 from normprop.experiments.seeds import derived
-from normprop.optim import AdaptiveGradientClipping, UnitNormProjection
 
 CHECKPOINT, METRICS, RECIPE = "checkpoint.pt", "metrics.jsonl", "recipe.json"
-
-_LINEAR = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 def train(
@@ -94,28 +92,6 @@ def build_model(recipe: Recipe, images: Images, group: Processes) -> nn.Module:
     standardize = Standardize(stats, recipe.data_norm)
     parts = OrderedDict(standardize=standardize, network=realize(network, norm, images.shape))
     return nn.Sequential(parts).to(group.device)
-
-
-def build_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
-    """SGD with momentum, weight decay on weights alone, and what the normaliser asks for besides."""
-    assert recipe.lr is not None
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    # A layer that is normalised has no bias, or one that its conversion froze; any other must keep its length.
-    normalized = {
-        id(m.weight) for m in model.modules() if isinstance(m, _LINEAR) and (m.bias is None or not m.bias.requires_grad)
-    }
-    weights = [p for p in trainable if p.dim() > 1]
-    groups = [
-        {"params": [p for p in weights if id(p) in normalized], "weight_decay": recipe.weight_decay, "unit_norm": True},
-        {"params": [p for p in weights if id(p) not in normalized], "weight_decay": recipe.weight_decay},
-        {"params": [p for p in trainable if p.dim() <= 1], "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.SGD(groups, lr=recipe.lr, momentum=recipe.momentum)
-    if recipe.clip:
-        AdaptiveGradientClipping(optimizer, clip=recipe.clip)
-    if normalizer(recipe.norm).method == "paper":
-        UnitNormProjection(optimizer)
-    return optimizer
 
 
 @torch.no_grad()
