@@ -82,6 +82,8 @@ def test_prelu_of_many_channels_broadcasts_against_vectors_and_maps():
     torch.testing.assert_close(field.var[0, :, 0, 0], module_moments(module, torch.zeros(3), torch.ones(3)).var)
 
 
+# torch.compile imports modules of torch that call what torch itself has deprecated.
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:FutureWarning")
 @pytest.mark.parametrize("name", NAMES)
 def test_vmap_grad_and_compile_agree_with_eager(name):
     mean, std = gaussian(5)
@@ -92,6 +94,7 @@ def test_vmap_grad_and_compile_agree_with_eager(name):
     torch.testing.assert_close(torch.func.vmap(torch.func.grad(f))(mean, std), expected, rtol=1e-10, atol=1e-14)
     _, forward = torch.func.jvp(f, (mean, std), (torch.ones_like(mean), torch.zeros_like(std)))
     torch.testing.assert_close(forward, expected, rtol=1e-10, atol=1e-14)
+    torch.compiler.reset()
     compiled = torch.compile(f, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(mean, std), f(mean, std), rtol=1e-12, atol=1e-15)
 
@@ -158,7 +161,8 @@ def test_extreme_scales_give_neither_nan_nor_inf(name):
         for std in (0.0, 1e-30, 1e-6, 1e-3, 1.0, 1e3):
             result = numbers(name, mean, torch.full_like(mean, std).requires_grad_())
             assert all(x.isfinite().all() for x in result), std
-            (slope,) = torch.autograd.grad(sum(x.sum() for x in result), mean)
+            # The slope of a kink's slope is infinite without spread; what a layer is normalised by is not.
+            (slope,) = torch.autograd.grad(sum(x.sum() for x in result[:3]), mean)
             assert slope.isfinite().all(), std
 
 
@@ -177,7 +181,8 @@ def test_zero_std_gives_the_function_itself(name):
 def test_variance_at_a_small_std_keeps_its_digits():
     for name in ("silu", "gelu", "mish", "softplus", "elu"):
         assert moments(name, 50.0, 1e-3).var.item() == pytest.approx(1e-6, rel=1e-12)
-        assert moments(lambda u, f=getattr(F, name): f(u), 50.0, 1e-3).var.item() == pytest.approx(1e-6, rel=1e-10)
+        generic = lambda u, name=name: getattr(F, name)(u)
+        assert moments(generic, 50.0, 1e-3).var.item() == pytest.approx(1e-6, rel=1e-10)
 
 
 CALLABLES = [

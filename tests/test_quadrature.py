@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import pytest
@@ -37,8 +38,7 @@ def scipy_oracle(f, mean, std, breakpoints):
     ends = sorted({-12.0, *((k - mean) / std for k in breakpoints if abs(k - mean) < 12 * std), *range(-11, 12), 12.0})
     g = lambda z: float(f(double(mean + std * z)))
     total = lambda h: sum(
-        scipy_integrate.quad(h, a, b, epsabs=1e-14, epsrel=1e-12, limit=200)[0]
-        for a, b in zip(ends, ends[1:], strict=False)
+        scipy_integrate.quad(h, a, b, epsabs=1e-14, epsrel=1e-12, limit=200)[0] for a, b in itertools.pairwise(ends)
     )
     first = total(lambda z: g(z) * norm.pdf(z))
     return first, total(lambda z: (g(z) - first) ** 2 * norm.pdf(z)), total(lambda z: g(z) ** 2 * norm.pdf(z))
@@ -48,7 +48,7 @@ def scipy_oracle(f, mean, std, breakpoints):
 def test_integrate_against_quadpack_within_its_own_error(name):
     f = FUNCTIONS[name]
     points = find_breakpoints(f, -40.0, 40.0)
-    known = [k for k in (-0.3, 0.0, 0.1, 0.3, 1.0, 2.0, 6.0, *(i / 8 for i in range(-15, 16, 2)))]
+    known = (-0.3, 0.0, 0.1, 0.3, 1.0, 2.0, 6.0, *(i / 8 for i in range(-15, 16, 2)))
     for mean, std in GAUSSIANS:
         result = integrate(f, double(mean), double(std), points)
         for value, true in zip(result[:3], scipy_oracle(f, mean, std, known), strict=True):
@@ -79,7 +79,8 @@ def test_kinks_are_found_to_the_last_digit(name, kinks):
     assert points.jumps == ()
 
 
-@given(st.floats(-50, 50, allow_nan=False))
+# Closer to 0 than this a point is told from 0 only by its distance, not by its digits.
+@given(st.floats(-50, 50).filter(lambda k: k == 0 or abs(k) > 1e-3))
 @settings(max_examples=30, deadline=None)
 def test_any_kink_and_any_jump_is_found(k):
     kink = find_breakpoints(lambda x: (x - k).abs())
@@ -90,9 +91,7 @@ def test_any_kink_and_any_jump_is_found(k):
     assert abs(jump.jumps[0] - k) <= near
 
 
-@pytest.mark.parametrize(
-    "f", [torch.tanh, F.gelu, F.silu, F.softplus, F.mish, torch.exp, F.softsign, F.elu, torch.atan]
-)
+@pytest.mark.parametrize("f", [torch.tanh, F.gelu, F.silu, F.softplus, F.mish, torch.exp, F.softsign, F.elu, torch.atan])
 def test_no_false_alarm_for_continuous_functions(f):
     points = find_breakpoints(f)
     assert points.resolved
@@ -153,6 +152,8 @@ def test_learned_parameters_of_a_callable_get_gradients():
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=0)
 
 
+# torch.compile imports modules of torch that call what torch itself has deprecated.
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:FutureWarning")
 def test_integrate_compiles_whole_and_maps():
     points = find_breakpoints(FUNCTIONS["two pieces"])
     f = lambda m, s: integrate(FUNCTIONS["two pieces"], m, s, points)[:5]

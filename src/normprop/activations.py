@@ -25,17 +25,13 @@ Form = Callable[..., Piecewise | Smooth | Expectations]
 
 def _public(module: ModuleType) -> dict[str, Form]:
     return {
-        n: f
-        for n, f in vars(module).items()
-        if inspect.isfunction(f) and f.__module__ == module.__name__ and n[0] != "_"
+        n: f for n, f in vars(module).items() if inspect.isfunction(f) and f.__module__ == module.__name__ and n[0] != "_"
     }
 
 
 _PIECEWISE, _SMOOTH, _ELEMENTARY = _public(rectifiers), _public(smooth), _public(elementary)
 FORMS: dict[str, Form] = {**_PIECEWISE, **_SMOOTH, **_ELEMENTARY}
-_PARAMETERS = {
-    n: tuple(p for p in inspect.signature(f).parameters if p not in ("mean", "std")) for n, f in FORMS.items()
-}
+_PARAMETERS = {n: tuple(p for p in inspect.signature(f).parameters if p not in ("mean", "std")) for n, f in FORMS.items()}
 ALIASES = {
     "linear": "identity",
     "swish": "silu",
@@ -153,9 +149,7 @@ def expectations(name: str, mean: Tensor, std: Tensor, parameters: dict[str, Any
         return integrate(functools.partial(fn, **parameters) if parameters else fn, mean, std, points)
     unknown = sorted(set(parameters) - set(_PARAMETERS[key]))
     if unknown:
-        raise NormPropError(
-            f"{key} has no parameter {', '.join(unknown)}; it has: {', '.join(_PARAMETERS[key]) or 'none'}"
-        )
+        raise NormPropError(f"{key} has no parameter {', '.join(unknown)}; it has: {', '.join(_PARAMETERS[key]) or 'none'}")
     given = (mean, std) if key in _ELEMENTARY else ()
     try:
         form = FORMS[key](*given, **parameters)

@@ -42,7 +42,7 @@ def find_breakpoints(fn: Function, low: float = -1e4, high: float = 1e4, *, limi
     scale = float(_values(fn, near).nan_to_num(0.0, 0.0, 0.0).abs().max())
     start = sorted({low, high, *(x for x in _ladder() if low < x < high)})
     singular, _, complete = _refine(fn, start, scale, limit, math.inf)
-    _, edges, resolved = _refine(fn, sorted({*start, *singular}), scale, limit, _DEPTH)
+    _, edges, resolved = _refine(fn, _distinct(sorted({*start, *singular})), scale, limit, _DEPTH)
     return Breakpoints(tuple(edges), _jumps(fn, edges, scale), complete and resolved)
 
 
@@ -72,6 +72,17 @@ def _refine(
     return sorted(singular), sorted(edges), True
 
 
+def _distinct(points: list[float]) -> list[float]:
+    """Ascending points without repetitions: a singularity near the border of two panels is found once in each."""
+    kept = points[:1]
+    for point in points[1:]:
+        if point - kept[-1] > 64 * _EPSILON * max(abs(point), 1e-6):
+            kept.append(point)
+        elif len(repr(point)) < len(repr(kept[-1])):
+            kept[-1] = point
+    return kept
+
+
 def _roundest(a: float, b: float) -> float:
     """Of the few numbers from a to b the one that is shortest to write, which is most likely the one meant."""
     candidates = [a]
@@ -91,7 +102,7 @@ def _jumps(fn: Function, edges: list[float], scale: float) -> tuple[float, ...]:
 
     coarse, close = gap(1e-10), gap(1e-14)
     size = _values(fn, k).abs().nan_to_num(0.0, 0.0, 0.0).clamp(min=scale)
-    found = (close > 1e-9 * size) & (close > 0.5 * coarse)
+    found = close.isfinite() & (close > 1e-9 * size) & (close > 0.5 * coarse)
     return tuple(k[found].tolist())
 
 
@@ -101,9 +112,10 @@ def _resolved(fn: Function, panels: Tensor, scale: float) -> Tensor:
     angles = math.pi * (k + 0.5) / _ORDER
     low, high = panels.unbind(1)
     # Next to both ends, where a kink would hide from the Chebyshev points.
-    inset = torch.maximum((high - low) * 1e-7, 4 * _EPSILON * panels.abs().amax(1))
+    inset = torch.maximum((high - low) * 1e-7, 4 * _EPSILON * panels.abs().amax(1)).minimum((high - low) / 4)
     x = low[:, None] + (high - low)[:, None] * (1 + torch.cos(angles)) / 2
     x = torch.cat([x, (high - inset)[:, None], (low + inset)[:, None]], dim=1)
+    edge = torch.cos(k * torch.arccos((1 - 2 * inset / (high - low)).clamp(-1, 1))[:, None])
     # The slope brings out a kink, which the value shows ever less of as panels shrink.
     with torch.enable_grad():
         points = x.detach().requires_grad_()
@@ -117,11 +129,12 @@ def _resolved(fn: Function, panels: Tensor, scale: float) -> Tensor:
     smooth = torch.ones(len(panels), dtype=torch.bool)
     for y, tolerance in ((values, _TOLERANCE), (slopes, 100 * _TOLERANCE)):
         y = y.masked_fill(undefined, 0.0)
+        y = y / y.abs().amax(1, keepdim=True).clamp(min=max(scale, 1e-300))
         series = y[:, :_ORDER] @ torch.cos(k[:, None] * angles).T * (2 / _ORDER)
         series[:, 0] /= 2
-        ends = torch.stack([series.sum(1), (series * (-1) ** k).sum(1)], dim=1)
-        misfit = torch.maximum(series[:, -3:].abs().amax(1), 1e-2 * (ends - y[:, _ORDER:]).abs().amax(1))
-        smooth &= misfit <= tolerance * y.abs().amax(1).clamp(min=scale)
+        ends = torch.stack([(series * edge).sum(1), (series * edge * (-1) ** k).sum(1)], dim=1)
+        misfit = torch.maximum(series[:, -3:].abs().amax(1), 1e-4 * (ends - y[:, _ORDER:]).abs().amax(1))
+        smooth &= misfit <= tolerance
     return torch.where(undefined.any(1), undefined.all(1), smooth)
 
 

@@ -63,15 +63,16 @@ def _one_kink(f: Piecewise, mean: Tensor, std: Tensor) -> Expectations:
     For ReLU at mean 0, std 1 this is Remark 1 of the paper, for PReLU its Remark 2.
     """
     left, right = f.pieces
+    s = std.clamp_min(TINY)
     distance = mean - f.knots[0]
     on_right = distance > 0
     a, b = (x.c1 if isinstance(x.c1, Tensor) else mean.new_tensor(x.c1) for x in (left, right))
     p, q = torch.where(on_right, b, a), torch.where(on_right, a, b)
     # Not |distance|, whose derivative at a mean on the knot would be 0.
-    i0, i1, i2 = tail_moments(torch.where(on_right, distance, -distance) / std.clamp_min(TINY), 2).unbind()
+    i0, i1, i2 = tail_moments(torch.where(on_right, distance, -distance) / s, 2).unbind()
     center = torch.where(on_right, right.at(mean), left.at(mean))
     bend = (b - a).square()
-    average = center + (b - a) * std * i1
+    average = center + (b - a) * s * i1
     var = std.square() * (p * (p + 2 * (q - p) * i0) + bend * (i2 - i1 * i1))
     slope = p * p * (1 - i0) + q * q * i0
     return _packed(average, var, var + average * average, slope, p + (q - p) * i0)
@@ -86,7 +87,7 @@ def _many_parts(f: Piecewise, mean: Tensor, std: Tensor, order: int) -> Expectat
     moment is a sum over parts of positive terms. Tensors have dimensions [side, piece, …].
     """
     side = mean.new_tensor([1.0, -1.0]).reshape(2, 1, *[1] * mean.dim())
-    m, s = side * mean, std
+    m, s = side * mean, std.clamp_min(TINY)
     knots = torch.stack([_column(f.knots, mean), -_column(f.knots, mean).flip(0)])
     coefficients = ([getattr(p, name) for p in f.pieces] for name in ("c0", "c1", "c2", "origin"))
     c0, c1, c2, origin = (torch.stack([c, c.flip(0)]) for c in (_column(values, mean) for values in coefficients))
@@ -114,18 +115,17 @@ def _many_parts(f: Piecewise, mean: Tensor, std: Tensor, order: int) -> Expectat
 
     shift = expect(moved, d1, d2) if order == 4 else expect(moved, d1)
     average = center + shift
-    var = expect(*square(moved, d1, d2)) - shift * shift
-    second = expect(*square(value, d1, d2))
+    var = torch.where(std > 0, expect(*square(moved, d1, d2)) - shift * shift, 0.0)
+    second = var + average * average
     if order == 2:
         slope, mean_slope = expect(tilt * tilt), expect(side * tilt)
     else:
         bend = 2 * c2 * s
         slope, mean_slope = expect(tilt * tilt, 2 * tilt * bend, bend * bend), expect(side * tilt, side * bend)
     if not f.continuous:
-        safe = std.clamp_min(TINY)
         for knot, left, right in zip(f.knots, f.pieces, f.pieces[1:], strict=False):
             jump = right.at(mean.new_tensor(knot)) - left.at(mean.new_tensor(knot))
-            mean_slope = mean_slope + jump * density(((knot - mean) / safe).clamp(-FAR, FAR)) / safe
+            mean_slope = mean_slope + jump * density(((knot - mean) / s).clamp(-FAR, FAR)) / s
             slope = torch.where(jump != 0, math.inf, slope)
     return _packed(average, var, second, slope, mean_slope)
 
@@ -141,11 +141,10 @@ def _part_moments(knots: Tensor, ahead: Tensor, m: Tensor, s: Tensor, order: int
     at_mean = half_moments(order, m).reshape(-1, *[1] * m.dim()).expand(order + 1, *m.shape)
     if knots.shape[1] == 0:
         return at_mean
-    safe = s.clamp_min(TINY)
-    t = (torch.where(ahead, knots - m, 0.0) / safe).clamp(max=FAR)
+    t = (torch.where(ahead, knots - m, 0.0) / s).clamp(max=FAR)
     begin = torch.cat([m, torch.where(ahead, knots, m)[:, :-1]], dim=1)
     # From the knots themselves, not from t, so that no digits are lost.
-    width = (torch.where(ahead, knots - begin, 0.0) / safe).clamp(max=2 * FAR)
+    width = (torch.where(ahead, knots - begin, 0.0) / s).clamp(max=2 * FAR)
     tails = tail_moments(t, order)
     starts = torch.cat([at_mean, tails], dim=2)
     inner = starts[:, :, :-1] - _shifted(tails, width)

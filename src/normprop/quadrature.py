@@ -50,9 +50,7 @@ def integrate(fn: Function, mean: Tensor, std: Tensor, breakpoints: Breakpoints,
     return fine._replace(error=error + 1e-14 * size)
 
 
-def _integrate_values(
-    fn: Function, mean: Tensor, std: Tensor, edges: Tensor, at: Breakpoints, order: int
-) -> Expectations:
+def _integrate_values(fn: Function, mean: Tensor, std: Tensor, edges: Tensor, at: Breakpoints, order: int) -> Expectations:
     rule = _rule(edges, mean, std, order)
     # Panels without width or weight may sit on a singularity.
     weightless = rule.measure.detach() == 0
@@ -118,7 +116,7 @@ def integrate_slope(
     average = value(center) + _total(rule.measure * along)
     var = torch.where(std > 0, _variance(along, rule), 0.0)
     mean_slope, energy = _total(rule.measure * slopes), _total(rule.measure * slopes.square())
-    # Almost without spread, the derivative of a density is rounding error divided by std; that of the slope itself is not.
+    # Almost without spread the derivative of a density is rounding error divided by std; that of the slope is not.
     narrow = std < 1e-8
     at_mean = slope(torch.where(narrow, mean, center))
     mean_slope = torch.where(narrow, mean_slope.detach() + (at_mean - at_mean.detach()), mean_slope)
@@ -179,7 +177,7 @@ def _merge(a: Tensor, b: Tensor) -> Tensor:
     x = torch.cat([a, last.expand(size - total, *last.shape[1:]), b.flip(0)])
     step = size // 2
     while step:
-        low, high = x.reshape(-1, 2, step, *x.shape[1:]).unbind(1)
+        low, high = x.reshape(size // (2 * step), 2, step, *x.shape[1:]).unbind(1)
         x = torch.stack([torch.minimum(low, high), torch.maximum(low, high)], dim=1).reshape(x.shape)
         step //= 2
     return x[:total]
