@@ -117,7 +117,7 @@ def _prepare(mean: float | Tensor, std: float | Tensor) -> tuple[Tensor, Tensor,
             raise NormPropError("std is negative or NaN")
         if bool(m.isnan().any()):
             raise NormPropError("mean is NaN")
-    shape = torch.broadcast_shapes(m.shape, s.shape)  # type: ignore[no-untyped-call]
+    shape = torch.broadcast_shapes(m.shape, s.shape)
     return m.expand(shape), s.expand(shape), dtype
 
 

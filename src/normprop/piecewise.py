@@ -189,7 +189,7 @@ def _column(values: Sequence[Scalar], like: Tensor) -> Tensor:
     """Numbers or tensors as one tensor [len(values), …] that broadcasts against `like`."""
     if any(isinstance(v, Tensor) for v in values):
         tensors = [v.to(like) if isinstance(v, Tensor) else like.new_tensor(v) for v in values]
-        shape = torch.broadcast_shapes(*(t.shape for t in tensors))  # type: ignore[no-untyped-call]
+        shape = torch.broadcast_shapes(*(t.shape for t in tensors))
         column = torch.stack([t.expand(shape) for t in tensors])
         return column.reshape(len(values), *[1] * (like.dim() - column.dim() + 1), *column.shape[1:])
     return like.new_tensor(values).reshape(-1, *[1] * like.dim())
