@@ -97,9 +97,7 @@ def test_gradients_add(name: str, options: dict[str, Any], dtype: torch.dtype) -
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("name", "options"), forms())
-def test_fold_keeps_the_function_and_leaves_nothing_of_ours(
-    name: str, options: dict[str, Any], dtype: torch.dtype
-) -> None:
+def test_fold_keeps_the_function_and_leaves_nothing_of_ours(name: str, options: dict[str, Any], dtype: torch.dtype) -> None:
     model, x = small(name, dtype, **options)
     folded = normprop.fold(model.eval())
     close(folded(x), model(x), tolerance(dtype, 1e-9, 1e-4))
@@ -195,7 +193,13 @@ def test_copies_compute_the_same(name: str, options: dict[str, Any]) -> None:
     averaged.update_parameters(model)
     again = normprop.convert(randomise(SMALL[name][0](), seed=5), **({"preserve": False} | options)).eval()
     again.load_state_dict(model.state_dict())
-    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), torch.load(buffer, weights_only=False), averaged, again):
+    for other in (
+        copy.deepcopy(model),
+        pickle.loads(pickle.dumps(model)),
+        torch.load(buffer, weights_only=False),
+        averaged,
+        again,
+    ):
         close(other.eval()(x), expected, 0.0)
         assert {k for k, _ in other.named_modules()}
 

@@ -1,16 +1,22 @@
 """Normalization Propagation (Arpit et al., 2016) for PyTorch: networks normalised by arithmetic, not by batch statistics."""
 
+from normprop import nn, optim
 from normprop.activation_moments import ActivationMoments, moments
+from normprop.bound import CanonicalErrorBound, canonical_error_bound
 from normprop.calibrate import calibrate
 from normprop.channel_moments import Moments
 from normprop.convert import convert
+from normprop.data import InputStats, Standardize
 from normprop.errors import NormPropError, TracingError, UnsupportedOpError
 from normprop.fold import fold
+from normprop.inspect import inspect
 from normprop.propagate import propagate
 from normprop.report import Report
 from normprop.rules import rule
 
 __all__ = [
-    "ActivationMoments", "Moments", "NormPropError", "Report", "TracingError", "UnsupportedOpError",
-    "calibrate", "convert", "fold", "moments", "propagate", "rule",
+    "ActivationMoments", "CanonicalErrorBound", "InputStats", "Moments", "Report", "Standardize",
+    "NormPropError", "TracingError", "UnsupportedOpError",
+    "calibrate", "canonical_error_bound", "convert", "fold", "inspect", "moments", "propagate", "rule",
+    "nn", "optim",
 ]  # fmt: skip

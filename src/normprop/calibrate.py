@@ -55,24 +55,28 @@ def calibrate(model: nn.Module, data: Any) -> nn.Module:
     return model
 
 
-def preserve_(model: ConvertedModule, statistics: Mapping[tuple[str, int], Statistics]) -> None:
+def preserve_(
+    model: ConvertedModule, statistics: Mapping[tuple[str, int], Statistics], biases: Mapping[str, Tensor | None]
+) -> None:
     """Set every site's constants so that it standardises by given statistics: d = rm − E, k = (rv + ε)/V.
+
+    A site that had no BatchNorm in its place gets γ = √V and β = E + b instead, so that it gives the layer's own output.
 
     Args:
         model: a converted network; changed in place.
-        statistics: mean, and variance plus ε, of a layer's output without its bias, by path of the site and index of the call.
+        statistics: mean, and variance plus ε, of a layer's output without its bias, by path of the site and index of the
+            call.
+        biases: of the layers before sites that had no BatchNorm in their place, by path of the site.
     """
     for graph in dict.fromkeys(model.graphs().values()):
-        _Calibration(model, graph, given=statistics).run()
+        _Calibration(model, graph, given=statistics, biases=biases).run()
 
 
 def _batches(data: Any, device: torch.device) -> list[Tensor]:
     if isinstance(data, Tensor):
         data = [data]
     if not isinstance(data, Iterable):
-        raise NormPropError(
-            f"calibrate measures samples, and {type(data).__name__} holds none.\nPass a tensor or a loader."
-        )
+        raise NormPropError(f"calibrate measures samples, and {type(data).__name__} holds none.\nPass a tensor or a loader.")
     batches = [b[0] if isinstance(b, tuple | list) else b for b in data]
     if not batches or any(b.numel() == 0 for b in batches):
         raise NormPropError("calibrate got no data.")
@@ -88,6 +92,7 @@ class _Calibration:
         model: whose parameters are used and whose constants are set.
         graph: one of its graphs.
         given: statistics by path and call; then no data is needed and the data lane is not run.
+        biases: bias of the layer, by path, for sites which shall give the layer's own output.
         batches: what to measure otherwise.
     """
 
@@ -97,11 +102,13 @@ class _Calibration:
         graph: fx.Graph,
         *,
         given: Mapping[tuple[str, int], Statistics] | None = None,
+        biases: Mapping[str, Tensor | None] | None = None,
         batches: Sequence[Tensor] = (),
     ) -> None:
         self.interpreter = fx.Interpreter(model, garbage_collect_values=False, graph=graph)
         self.graph = graph
         self.given = given
+        self.biases = biases or {}
         self.batches = batches
         self.lane = lane_nodes(graph)
         self.values: dict[fx.Node, Any] = {}
@@ -133,10 +140,10 @@ class _Calibration:
         return getattr(self.interpreter, node.op)(node.target, args, kwargs)
 
     def _set(self, node: fx.Node) -> None:
-        args = fx.node.map_arg(node.args, self.values.__getitem__)
-        options = dict(node.kwargs)
+        args: Any = fx.node.map_arg(node.args, self.values.__getitem__)
+        options: dict[str, Any] = dict(node.kwargs)
         call = options.pop("call", 0)
-        site_node = node.args[0] if node.target is sites.effective_affine else node.args[1]
+        site_node: Any = node.args[0] if node.target is sites.effective_affine else node.args[1]
         site = self.values[site_node]
         if node.target is sites.effective_weight:
             weight, _, moments = args
@@ -146,7 +153,11 @@ class _Calibration:
         else:
             channels: Moments = args[1].channels(options["channel"])
             weight, (mean, var) = None, (channels.mean, channels.var)
-        target = self._target((str(site_node.target), call), node, weight, options["channel"])
+        path = str(site_node.target)
+        if path in self.biases:
+            target = _own_output(site, self.biases[path], mean, var, first=call == 0)
+        else:
+            target = self._target((path, call), node, weight, options["channel"])
         if target is None:
             return
         shift, scale = (t[call] if t.dim() == 2 else t for t in (site.shift, site.scale))
@@ -154,23 +165,33 @@ class _Calibration:
         scale.copy_(target[1].to(var.dtype) / torch.where(var > 0, var, 1.0))
 
     def _target(self, key: tuple[str, int], node: fx.Node, weight: Tensor | None, channel: int) -> Statistics | None:
-        """The statistics that a site should standardise by."""
+        """The statistics that a site should standardise by: given ones, or those of the raw layer's output."""
         if self.given is not None:
             return self.given.get(key)
-        pair = sorted(node.users, key=lambda user: user.args[1])
-        (consumer,) = pair[0].users  # the layer, or the affine
-        total = square = count = 0
+        first = next(user for user in node.users if user.args[1] == 0)
+        (consumer,) = first.users  # the layer, or the affine
+        source: Any = consumer.args[0]
+        layer: Any = consumer.target
+        count, total, square = 0, torch.zeros(()), torch.zeros(())
         for values in self.data:
-            both = {a: self.values.get(a) if a in self.lane else values[a] for a in consumer.all_input_nodes}
-            args = list(consumer.args)
-            z = both[args[0]]
+            z: Tensor = values[source] if source in values else self.values[source]
             if weight is not None:
-                rest = fx.node.map_arg(tuple(args[3:]), both.__getitem__)
-                z = consumer.target(z, weight.to(z.dtype), None, *rest)
-            z = z.double() if z.device.type != "mps" else z
+                known = {**self.values, **values}
+                z = layer(z, weight.to(z.dtype), None, *fx.node.map_arg(tuple(consumer.args[3:]), known.__getitem__))
+            z = z if z.device.type == "mps" else z.double()
             others = [d for d in range(z.dim()) if d != channel % z.dim()]
             total, square = total + z.sum(others), square + z.square().sum(others)
             count += z.numel() // z.shape[channel]
         mean = total / count
-        var = square / count - mean.square()
-        return mean, var.clamp(min=torch.finfo(torch.float32).eps * (mean.square() + 1e-12))
+        return mean, (square / count - mean.square()).clamp(min=1e-12)
+
+
+def _own_output(site: Site, bias: Tensor | None, mean: Tensor, var: Tensor, *, first: bool) -> Statistics:
+    """Statistics with which ``γ (z − mean)/√var + β`` is ``z + b``; the site's first call sets γ and β."""
+    assert site.weight is not None
+    assert site.bias is not None
+    offset = torch.zeros_like(mean) if bias is None else bias.to(mean.dtype)
+    if first:
+        site.weight.copy_(torch.where(var > 0, var, 1.0).sqrt())
+        site.bias.copy_(mean + offset)
+    return site.bias - offset, site.weight.square()

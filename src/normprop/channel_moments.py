@@ -67,6 +67,7 @@ class Moments:
 
     def pooled(self, dims: Sequence[int], *, keepdim: bool = True) -> Moments:
         """Moments of the mixture over `dims`: the mean of the means; the mean variance plus the variance of the means."""
+        dims = tuple(dims)
         mean = self.mean.mean(dims, keepdim=True)
         var = (self.var + (self.mean - mean).square()).mean(dims, keepdim=True)
         if not keepdim:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
-
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _NormBase
 
@@ -79,6 +78,8 @@ def convert(
     if not plans[False]:
         raise NormPropError("the network has no BatchNorm to convert.\nnormalize='all' gives every layer a site.")
     statistics = _install_sites(root, [*plans[False], *plans[True]])
+    for mode, walk in walks.items():
+        _freeze_biases(walk, plans[mode])
     inputs = _install_inputs(root, walks[False], input)
     rewriter = PaperRewriter if method == "paper" else Rewriter
     graphs = {mode: rewriter(walks[mode], plans[mode], inputs).run() for mode in (True, False)}
@@ -88,7 +89,8 @@ def convert(
         start_as_printed_(root, walks[False], plans[False])
     converted = ConvertedModule.assemble(root, graphs, type(model).__name__, {"inputs": walks[False].inputs()})
     if keep:
-        preserve_(converted, statistics)
+        bare = {plan.path: plan.layer.module.bias for plan in plans[False] if plan.layer is not None and plan.merged is None}
+        preserve_(converted, statistics, bare)
     return converted
 
 
@@ -149,8 +151,7 @@ def _walks(root: nn.Module, rules: Any, leaf_modules: Sequence[Leaf], shape: Any
 def _signature(graph: fx.Graph) -> list[Any]:
     name = lambda node: node.name
     return [
-        (n.op, n.target, repr(fx.node.map_arg(n.args, name)), repr(fx.node.map_arg(n.kwargs, name)))
-        for n in graph.nodes
+        (n.op, n.target, repr(fx.node.map_arg(n.args, name)), repr(fx.node.map_arg(n.kwargs, name))) for n in graph.nodes
     ]
 
 
@@ -183,11 +184,16 @@ def _install_sites(root: nn.Module, plans: Sequence[SitePlan]) -> dict[tuple[str
             site = _site(plan.layer.channels, calls, reference_tensor(root), nn.Parameter(ones), nn.Parameter(zeros))
             site.train(root.training)
         setattr(parent, name, site)
-    for plan in plans:
-        bias = None if plan.layer is None else plan.layer.module.bias
-        if bias is not None:  # normalised away: no gradient would reach it
-            bias.requires_grad_(False)
     return statistics
+
+
+def _freeze_biases(walk: Walk, plans: Sequence[SitePlan]) -> None:
+    """A bias that every call of its layer normalises away would never see a gradient."""
+    rewritten = {plan.node if plan.merged is None else plan.merged for plan in plans if plan.layer is not None}
+    plain = {str(n.target) for n in walk.graph_module.graph.nodes if n.op == "call_module" and n not in rewritten}
+    for plan in plans:
+        if plan.layer is not None and plan.layer.path not in plain and plan.layer.module.bias is not None:
+            plan.layer.module.bias.requires_grad_(False)
 
 
 def _site(channels: int, calls: int, like: Tensor, weight: Any, bias: Any) -> Site:

@@ -8,7 +8,8 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
-from torch import fx, nn
+import torch
+from torch import Tensor, fx, nn
 
 from normprop.errors import NormPropError
 
@@ -27,9 +28,7 @@ class ConvertedModule(fx.GraphModule):
     """
 
     @classmethod
-    def assemble(
-        cls, root: nn.Module, graphs: dict[bool, fx.Graph], name: str, meta: dict[str, Any]
-    ) -> ConvertedModule:
+    def assemble(cls, root: nn.Module, graphs: dict[bool, fx.Graph], name: str, meta: dict[str, Any]) -> ConvertedModule:
         """A module over root's tree.
 
         Args:
@@ -62,6 +61,16 @@ class ConvertedModule(fx.GraphModule):
         """The graph of training mode (True) and of eval mode (False)."""
         return self.meta["normprop"].get("graphs") or {True: self._graph, False: self._graph}
 
+    def example_inputs(self, batch: int) -> list[Tensor]:
+        """Random inputs of the shapes that the conversion ran with, in the network's own dtype and on its device."""
+        like = next(p for p in self.parameters() if p.is_floating_point())
+        return [
+            torch.randn(batch, *shape, dtype=like.dtype, device=like.device)
+            if dtype.is_floating_point
+            else torch.zeros(batch, *shape, dtype=dtype, device=like.device)
+            for shape, dtype in self.meta["normprop"]["inputs"]
+        ]
+
     def _tree(self) -> nn.Module:
         tree = nn.Module()
         public = {k: v for k, v in self.__dict__.items() if not k.startswith("_") and k != "meta"}
@@ -71,18 +80,16 @@ class ConvertedModule(fx.GraphModule):
     def __deepcopy__(self, memo: dict[int, Any]) -> ConvertedModule:
         meta = {k: v for k, v in self.meta["normprop"].items() if k != "graphs"}
         copied = ConvertedModule.assemble(
-            copy.deepcopy(self._tree(), memo), _copy_graphs(self.graphs()), self._get_name(), copy.deepcopy(meta)
+            copy.deepcopy(self._tree(), memo), _copy_graphs(self.graphs()), type(self).__name__, copy.deepcopy(meta)
         )
         memo[id(self)] = copied
         return copied
 
     def __reduce__(self) -> tuple[Any, ...]:
         graphs = self.graphs()
-        specs = (
-            [encode(graphs[True])] if graphs[True] is graphs[False] else [encode(graphs[True]), encode(graphs[False])]
-        )
+        specs = [encode(graph) for graph in dict.fromkeys(graphs.values())]
         meta = {k: v for k, v in self.meta["normprop"].items() if k != "graphs"}
-        return _rebuild, (self._tree(), specs, self._get_name(), meta)
+        return _rebuild, (self._tree(), specs, type(self).__name__, meta)
 
 
 def _copy_graphs(graphs: dict[bool, fx.Graph]) -> dict[bool, fx.Graph]:
@@ -123,16 +130,23 @@ class _Reference:
 
 def encode(graph: fx.Graph) -> list[Any]:
     """A graph as a list of plain tuples, in order."""
-    reference = lambda node: _Reference(node.name)
+    reference: Any = lambda node: _Reference(node.name)
     return [
-        (n.op, n.name, _Function.of(n.target), fx.node.map_arg(n.args, reference), dict(fx.node.map_arg(n.kwargs, reference)))
+        (
+            n.op,
+            n.name,
+            _Function.of(n.target),
+            fx.node.map_arg(n.args, reference),
+            dict(fx.node.map_arg(n.kwargs, reference)),
+        )
         for n in graph.nodes
     ]
 
 
 def decode(spec: list[Any]) -> fx.Graph:
     """The graph of a list made by `encode`."""
-    graph, nodes = fx.Graph(), {}
+    graph = fx.Graph()
+    nodes: dict[str, fx.Node] = {}
     for op, name, stored, args, kwargs in spec:
         target = stored.load() if isinstance(stored, _Function) else stored
         resolve = lambda a: nodes[a.name] if isinstance(a, _Reference) else a
@@ -149,7 +163,5 @@ def as_converted(model: nn.Module, verb: str) -> ConvertedModule:
         NormPropError: it did not.
     """
     if not isinstance(model, ConvertedModule):
-        raise NormPropError(
-            f"{verb} takes a network that convert made, not a {type(model).__name__}.\nConvert it first."
-        )
+        raise NormPropError(f"{verb} takes a network that convert made, not a {type(model).__name__}.\nConvert it first.")
     return model

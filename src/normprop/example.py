@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+import inspect
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
@@ -18,7 +21,11 @@ EXAMPLE_BATCH = 2
 _USUAL_SIZES = (224, 32, 28, 64, 256, 96, 112, 128, 160, 192, 240, 288, 299, 320, 331, 384, 448, 512, 8, 16)
 _OTHER_SIZES = tuple(s for s in range(1, 601) if s not in _USUAL_SIZES)
 
+_LAYERS = (_ConvNd, nn.Linear, nn.Embedding, nn.EmbeddingBag, nn.RNNBase, nn.LayerNorm, _NormBase)
+
 Shape = tuple[int, ...]
+Layer = nn.Module | Tensor
+Result = TypeVar("Result")
 
 
 class MetaRun(fx.Interpreter):
@@ -30,10 +37,21 @@ class MetaRun(fx.Interpreter):
         self._meta: dict[int, Tensor] = {}
 
     def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run a leaf with meta copies of its parameters; a norm-act module counts as its plain base."""
+        """Run a leaf with meta copies of its parameters; one that asks for values runs on zeros instead."""
         module = self.fetch_attr(target)
+        if isinstance(module, _NormBase):
+            return torch.empty_like(args[0])
         tensors = {k: self._on_meta(v) for k, v in (*module.named_parameters(), *module.named_buffers())}
-        return functional_call(module, tensors, args, kwargs)
+        try:
+            return functional_call(module, tensors, args, kwargs)
+        except RuntimeError as error:
+            if "meta tensor" not in str(error):
+                raise
+        real = fx.node.map_aggregate(
+            (args, kwargs), lambda a: torch.zeros_like(a, device="cpu") if isinstance(a, Tensor) else a
+        )
+        found = copy.deepcopy(module).cpu()(*real[0], **real[1])
+        return fx.node.map_aggregate(found, lambda a: a.to("meta") if isinstance(a, Tensor) else a)
 
     def get_attr(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Parameters and buffers as meta tensors."""
@@ -65,41 +83,79 @@ def example_values(graph_module: fx.GraphModule, shape: Shape | None, hint: Shap
     Raises:
         TracingError: no input shape was found that the model accepts.
     """
-    last: Exception | None = None
-    for inputs in _candidates(graph_module, shape, hint):
-        run = MetaRun(graph_module)
+    placeholders = [n for n in graph_module.graph.nodes if n.op == "placeholder" and not n.args]
+    kinds = [_first_layer(graph_module, n) for n in placeholders]
+
+    def run(inputs: tuple[Tensor, ...]) -> dict[fx.Node, Any]:
+        interpreter = MetaRun(graph_module)
+        interpreter.run(*inputs)
+        return dict(interpreter.env)
+
+    return _search(type(graph_module).__name__, run, kinds, shape, hint)[1]
+
+
+def model_inputs(model: nn.Module, shape: Shape | None, hint: Shape | None) -> tuple[Tensor, ...]:
+    """Meta tensors, one an input without a default, which the model accepts; it is run as it is, without a graph.
+
+    Raises:
+        TracingError: none were found, or the model needs the values of a tensor.
+    """
+    named = [p for p in inspect.signature(model.forward).parameters.values() if p.default is p.empty]
+    named = [p for p in named if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    first = next((m for m in model.modules() if isinstance(m, _LAYERS)), None)
+    tensors = {k: torch.empty_like(v, device="meta") for k, v in (*model.named_parameters(), *model.named_buffers())}
+
+    def run(inputs: tuple[Tensor, ...]) -> None:
+        positional = [x for p, x in zip(named, inputs, strict=True) if p.kind is not p.KEYWORD_ONLY]
+        keyword = {p.name: x for p, x in zip(named, inputs, strict=True) if p.kind is p.KEYWORD_ONLY}
+        with torch.device("meta"):
+            functional_call(model, tensors, tuple(positional), keyword)
+
+    return _search(type(model).__name__, run, [first] * len(named), shape, hint)[0]
+
+
+def _search(
+    name: str,
+    run: Callable[[tuple[Tensor, ...]], Result],
+    kinds: Sequence[Layer | None],
+    shape: Shape | None,
+    hint: Shape | None,
+) -> tuple[tuple[Tensor, ...], Result]:
+    """The first inputs with which `run` succeeds, and what it returned."""
+    if not kinds:
+        raise TracingError("a network without an input cannot be walked.")
+    first: Exception | None = None
+    for inputs in _candidates(kinds, shape, hint):
         try:
             with torch.no_grad():
-                run.run(*inputs)
+                return inputs, run(inputs)
         except Exception as error:
-            last = last or error
-            continue
-        return dict(run.env)
+            first = first or error
+            if isinstance(error, NotImplementedError) or "meta tensor" in str(error):
+                break  # the model asks for a value, and will do so whatever the shape
     known = f"an input of shape {shape}" if shape is not None else "any input shape that was tried"
     raise TracingError(
-        f"{type(graph_module).__name__} does not run on {known}: {str(last).splitlines()[0] if last else 'no input'}\n"
+        f"{name} does not run on {known}: {(str(first).splitlines() or [''])[0]}\n"
         "Pass input=InputStats.from_loader(loader), which knows the shape of a sample."
     )
 
 
-def _candidates(graph_module: fx.GraphModule, shape: Shape | None, hint: Shape | None) -> Iterator[tuple[Any, ...]]:
-    placeholders = [n for n in graph_module.graph.nodes if n.op == "placeholder" and not n.args]
-    if not placeholders:
-        raise TracingError("a network without an input cannot be walked.")
-    kinds = [_first_layer(graph_module, n) for n in placeholders]
+def _candidates(kinds: Sequence[Layer | None], shape: Shape | None, hint: Shape | None) -> Iterator[tuple[Tensor, ...]]:
     if shape is not None:
-        yield tuple(_tensor(kind, shape if i == 0 else _sample(kind, 32)) for i, kind in enumerate(kinds))
+        yield tuple(_tensor(kind, shape if i == 0 else _samples(kind, 32)[0]) for i, kind in enumerate(kinds))
         return
     if hint is not None:
         yield tuple(_tensor(kind, hint) for kind in kinds)
-    free = any(kind is None or isinstance(kind, _ConvNd) or len(_sample(kind, 1)) > 1 for kind in kinds)
-    for size in itertools.chain(_USUAL_SIZES, _OTHER_SIZES) if free else (1,):
-        yield tuple(_tensor(kind, _sample(kind, size)) for kind in kinds)
-    for rank, size in itertools.product((1, 2, 3, 4), (8, 32)):  # an unsqueeze or a reshape stands before the layer
-        yield tuple(_tensor(kind, _sample(kind, size)[-1:] * (rank == 1) or (size,) * rank) for kind in kinds)
+    tried: set[tuple[Shape, ...]] = set()
+    sizes = itertools.chain(_USUAL_SIZES, _OTHER_SIZES)
+    for size, variant in ((s, v) for s in sizes for v in range(4)):
+        shapes = tuple(options[min(variant, len(options) - 1)] for options in (_samples(kind, size) for kind in kinds))
+        if shapes not in tried:
+            tried.add(shapes)
+            yield tuple(_tensor(kind, sample) for kind, sample in zip(kinds, shapes, strict=True))
 
 
-def _first_layer(graph_module: fx.GraphModule, placeholder: fx.Node) -> nn.Module | Tensor | None:
+def _first_layer(graph_module: fx.GraphModule, placeholder: fx.Node) -> Layer | None:
     """The first layer with a known input (a module, or the weight of a functional one) downstream of an input."""
     seen = {placeholder}
     queue = [placeholder]
@@ -108,12 +164,12 @@ def _first_layer(graph_module: fx.GraphModule, placeholder: fx.Node) -> nn.Modul
         for user in node.users:
             if user.op == "call_module":
                 module = graph_module.get_submodule(str(user.target))
-                if isinstance(module, _ConvNd | nn.Linear | nn.Embedding | nn.EmbeddingBag | _NormBase | nn.LayerNorm):
+                if isinstance(module, _LAYERS):
                     return module
             weight = user.args[1] if user.op == "call_function" and len(user.args) > 1 else None
-            if isinstance(weight, fx.Node) and weight.op == "get_attr" and "conv" in getattr(user.target, "__name__", ""):
+            if isinstance(weight, fx.Node) and weight.op == "get_attr" and _takes_weight(user):
                 value = _attribute(graph_module, str(weight.target))
-                if isinstance(value, Tensor) and value.dim() > 2:
+                if isinstance(value, Tensor) and value.dim() > 1:
                     return value
             if user not in seen:
                 seen.add(user)
@@ -121,37 +177,58 @@ def _first_layer(graph_module: fx.GraphModule, placeholder: fx.Node) -> nn.Modul
     return None
 
 
+def _takes_weight(node: fx.Node) -> bool:
+    """Whether a node calls a functional convolution or linear layer."""
+    name = getattr(node.target, "__name__", "")
+    return "conv" in name or name == "linear"
+
+
 def _attribute(root: nn.Module, path: str) -> Any:
     parent, _, name = path.rpartition(".")
     return getattr(root.get_submodule(parent), name)
 
 
-def _sample(kind: nn.Module | Tensor | None, size: int) -> Shape:
-    """Shape of one sample for a first layer, with every free extent equal to `size`."""
+def _samples(kind: Layer | None, size: int) -> list[Shape]:
+    """Shapes of one sample for a first layer, likeliest first, with every free extent equal to `size`."""
     if isinstance(kind, _ConvNd):
-        frames = (16,) if len(kind.kernel_size) == 3 and size >= 16 else (size,)
-        rest = (size,) * (len(kind.kernel_size) - 1)
-        return (kind.in_channels, *(frames + rest))
+        dims = len(kind.kernel_size)
+        return _around(kind.in_channels, (min(size, 16), size, size) if dims == 3 else (size,) * dims)
     if isinstance(kind, Tensor):
-        return (kind.shape[1], *(size,) * (kind.dim() - 2))
+        channels = kind.shape[1]
+        return _around(channels, (size,) * (kind.dim() - 2)) if kind.dim() > 2 else _features(channels, size)
     if isinstance(kind, nn.Linear):
-        return (kind.in_features,)
+        return _features(kind.in_features, size)
+    if isinstance(kind, nn.RNNBase):
+        return [(size, kind.input_size)]
     if isinstance(kind, nn.Embedding | nn.EmbeddingBag):
-        return (8,)
+        return [(size,), ()]
     if isinstance(kind, nn.LayerNorm):
-        return (8, *kind.normalized_shape)
+        return [kind.normalized_shape, (size, *kind.normalized_shape), (size, size, *kind.normalized_shape)]
     if isinstance(kind, _NormBase):
-        extents = {"1d": (), "2d": (size, size), "3d": (size, size, size)}
-        return (kind.num_features, *extents.get(type(kind).__name__.lower()[-2:], ()))
-    return (3, size, size)
+        extents = {"1d": (0, 1), "2d": (2,), "3d": (3,)}.get(type(kind).__name__.lower()[-2:], (2, 0, 1))
+        return [(kind.num_features, *(size,) * n) for n in extents]
+    return [(3, size, size), (1, size, size), (size,), (size, size)]
 
 
-def _tensor(kind: nn.Module | Tensor | None, shape: Sequence[int]) -> Tensor:
+def _around(channels: int, extents: Shape) -> list[Shape]:
+    """Channels first; last, where the model permutes its input; left out, where it adds them."""
+    return [(channels, *extents), (*extents, channels), extents, (channels * math.prod(extents),)]
+
+
+def _features(features: int, size: int) -> list[Shape]:
+    """A vector, tokens, an image in tokens' order, and a square image that is flattened."""
+    side = math.isqrt(features // 3) if features % 3 == 0 else math.isqrt(features)
+    channels = features // side**2 if side else 1
+    image = (channels, side, side) if channels * side**2 == features else (features, size, size)
+    return [(features,), (size, features), (size, size, features), image]
+
+
+def _tensor(kind: Layer | None, shape: Sequence[int]) -> Tensor:
     dtype = torch.long if isinstance(kind, nn.Embedding | nn.EmbeddingBag) else _dtype(kind)
     return torch.empty((EXAMPLE_BATCH, *shape), dtype=dtype, device="meta")
 
 
-def _dtype(kind: nn.Module | Tensor | None) -> torch.dtype:
+def _dtype(kind: Layer | None) -> torch.dtype:
     if isinstance(kind, Tensor):
         return kind.dtype
     if isinstance(kind, nn.Module):
@@ -163,3 +240,8 @@ def sample_shape(values: Mapping[fx.Node, Any], graph: fx.Graph) -> list[tuple[S
     """Shape of one sample and dtype of each input of an example run, defaults left out."""
     inputs = [values[n] for n in graph.nodes if n.op == "placeholder" and not n.args]
     return [(tuple(v.shape[1:]), v.dtype) for v in inputs]
+
+
+def example_inputs(inputs: Sequence[tuple[Shape, torch.dtype]]) -> tuple[Tensor, ...]:
+    """Meta tensors, one an input, for sample shapes and dtypes as `sample_shape` gives them."""
+    return tuple(torch.empty((EXAMPLE_BATCH, *shape), dtype=dtype, device="meta") for shape, dtype in inputs)

@@ -89,7 +89,8 @@ class _Folding:
         self.root.training = model.training
         self.graph = fx.Graph()
         self.new: dict[fx.Node, fx.Node] = {}
-        self.folded_layers: set[str] = set()
+        # Paths that are taken: a layer which is also called plain keeps its own.
+        self.taken = {str(n.target) for n in graph.nodes if n.op == "call_module"}
 
     @torch.no_grad()
     def _evaluate(self) -> dict[fx.Node, Any]:
@@ -119,7 +120,7 @@ class _Folding:
                     self._attach(str(node.target), copy.deepcopy(self.model.get_submodule(str(node.target))))
                 self.new[node] = self.graph.node_copy(node, self._argument)
         self.graph.lint()
-        return fx.GraphModule(self.root, self.graph, self.model._get_name())
+        return fx.GraphModule(self.root, self.graph, type(self.model).__name__)
 
     def _argument(self, node: Any) -> Any:
         """The new node of an old one; a lane value that the data lane reads becomes a parameter."""
@@ -146,8 +147,7 @@ class _Folding:
             or weight_node.target is not operator.getitem
         ):
             return None
-        pair = weight_node.args[0]
-        assert isinstance(pair, fx.Node) and isinstance(pair.args[0], fx.Node)
+        pair: Any = weight_node.args[0]
         path = str(pair.args[0].target).rpartition(".")[0]
         weight, bias = self.values[weight_node], self.values[bias_node]  # type: ignore[index]
         return path, _LAYERS[name](weight, bias, node.args[3:])
@@ -165,9 +165,9 @@ class _Folding:
     def _free_path(self, path: str) -> str:
         """The path itself, or with a number if a layer called twice folds into two."""
         free, k = path, 1
-        while free in self.folded_layers:
+        while free in self.taken:
             free, k = f"{path}_{k}", k + 1
-        self.folded_layers.add(free)
+        self.taken.add(free)
         return free
 
     def _attach(self, path: str, value: nn.Module | nn.Parameter) -> None:
@@ -229,19 +229,14 @@ def _compare(model: ConvertedModule, folded: nn.Module) -> None:
     Raises:
         NormPropError: they differ by more than rounding.
     """
-    reference = next(model.parameters())
-    inputs = [
-        torch.randn(2, *shape, dtype=dtype, device=reference.device)
-        if dtype.is_floating_point
-        else torch.zeros(2, *shape, dtype=dtype, device=reference.device)
-        for shape, dtype in model.meta["normprop"]["inputs"]
-    ]
+    inputs = model.example_inputs(2)
+    dtype = inputs[0].dtype if inputs[0].is_floating_point() else torch.float32
     modes = model.training, folded.training
     with torch.no_grad():
         outputs = [_tensors(m.eval()(*inputs)) for m in (model, folded)]
     model.train(modes[0])
     folded.train(modes[1])
-    tolerance = 1e-8 if reference.dtype == torch.float64 else 1e-3 if reference.dtype == torch.float32 else 0.1
+    tolerance = {torch.float64: 1e-8, torch.float32: 1e-3}.get(dtype, 0.1)
     for a, b in zip(*outputs, strict=True):
         difference = float((a - b).abs().max() / a.abs().max().clamp(min=1e-30))
         if not difference <= tolerance:

@@ -20,9 +20,7 @@ from normprop.sites import Site, apply_affine, site_moments
 from normprop.walk import Walk
 
 # What hands a standardised tensor on; the paper pools standardised tensors without a further word (§4).
-_KEEPERS = frozenset(
-    f for family in (combine, pooling, shape, stochastic) for f in vars(family).values() if callable(f)
-)
+_KEEPERS = frozenset(f for family in (combine, pooling, shape, stochastic) for f in vars(family).values() if callable(f))
 _ACTIVATIONS = frozenset([elementwise.named_activation, elementwise.module_activation])
 
 
@@ -68,6 +66,7 @@ def jacobian_gain(walk: Walk, node: fx.Node) -> float:
 
     With it a layer's Jacobian is isometric on average; 1/1.21 for ReLU.
     """
+    parameter = lambda n: operator.attrgetter(str(n.target))(walk.graph_module)
     while node.users:
         user = next(iter(node.users))
         function = walk.rules[user].function if user in walk.rules else None
@@ -75,8 +74,9 @@ def jacobian_gain(walk: Walk, node: fx.Node) -> float:
             value = walk.values[user]
             standard = Moments(torch.zeros((1,) * value.dim()), torch.ones((1,) * value.dim()))
             module = walk.module(user) if user.op == "call_module" else None
-            call = walk.call(user, lambda _: standard, lambda n: _parameter(walk, n), module)
+            call = walk.call(user, dict.fromkeys(walk.data_arguments(user), standard).__getitem__, parameter, module)
             full = elementwise.full_moments(call)
+            assert full is not None
             return float((full.var / full.slope).sqrt().mean().detach())
         if function not in _KEEPERS:
             return 1.0
@@ -103,10 +103,6 @@ def start_as_printed_(root: nn.Module, walk: Walk, plans: Sequence[SitePlan]) ->
             weight = plan.layer.module.weight
             plain = Site(None, None, wide(weight).new_zeros(plan.layer.channels), wide(weight).new_ones(1))
             weight.copy_(unit_weight(weight, plain, groups=plan.layer.groups, transposed=plan.layer.transposed)[0])
-
-
-def _parameter(walk: Walk, node: fx.Node) -> Any:
-    return operator.attrgetter(str(node.target))(walk.graph_module)
 
 
 class PaperRewriter(Rewriter):
@@ -174,6 +170,7 @@ class PaperRewriter(Rewriter):
             self.data[plan.node] = self._affine(x, self._call(gain_and_bias, site, rank=rank, channel=plan.channel))
             return
         layer = plan.layer
+        x = layer.pad(self.graph, x)
         options: dict[str, Any] = {"groups": layer.groups} if layer.groups > 1 else {}
         if layer.transposed:
             options["transposed"] = True

@@ -65,18 +65,22 @@ class LinearLayer:
         inputs = int(self.module.in_features if self.dims == 0 else self.module.in_channels)
         return inputs // self.groups > 1
 
+    def pad(self, graph: fx.Graph, x: fx.Node) -> fx.Node:
+        """The input as the functional call takes it: padded already, where the layer does not pad with zeros."""
+        m = self.module
+        if self.dims == 0 or m.padding_mode == "zeros":
+            return x
+        return graph.call_function(F.pad, (x, tuple(m._reversed_padding_repeated_twice)), {"mode": m.padding_mode})
+
     def write(self, graph: fx.Graph, x: fx.Node, weight: fx.Node, bias: fx.Node) -> fx.Node:
-        """The layer as a functional call with another weight and bias."""
+        """The layer as a functional call on a padded input with another weight and bias."""
         m = self.module
         if self.dims == 0:
             return graph.call_function(F.linear, (x, weight, bias))
         if self.transposed:
             args = (x, weight, bias, m.stride, m.padding, m.output_padding, m.groups, m.dilation)
             return graph.call_function(_TRANSPOSED[self.dims], args)
-        padding = m.padding
-        if m.padding_mode != "zeros":
-            x = graph.call_function(F.pad, (x, tuple(m._reversed_padding_repeated_twice)), {"mode": m.padding_mode})
-            padding = 0
+        padding = m.padding if m.padding_mode == "zeros" else 0
         return graph.call_function(_CONVOLUTIONS[self.dims], (x, weight, bias, m.stride, padding, m.dilation, m.groups))
 
 

@@ -6,15 +6,15 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.autograd.forward_ad as forward
 from torch import Tensor, fx, nn
 
 from normprop.channel_moments import Moments
 from normprop.report import Report, Row
 from normprop.rules import elementwise, normalization
+from normprop.rewalk import Claim, walk_of
 from normprop.rules.table import Key, Rule
 from normprop.trace import Leaf
-from normprop.walk import Kind, Walk, input_moments, prepare, reference_tensor
+from normprop.walk import Kind, Walk, input_moments, reference_tensor
 
 _NORMALISERS = frozenset(
     [normalization.batch_norm, normalization.functional_batch_norm, normalization.layer_norm, normalization.rms_norm,
@@ -56,12 +56,13 @@ def propagate(
         ['input', 'Linear', 'ReLU']
     """
     shape = getattr(input, "shape", None)
-    walk = prepare(model, rules=rules, leaf_modules=leaf_modules, shape=tuple(shape) if shape else None)
-    return Report(_rows(walk, input_moments(walk, input, reference_tensor(model))), type(model).__name__)
+    walk = walk_of(model, rules=rules, leaf_modules=leaf_modules, shape=tuple(shape) if shape else None)
+    return Report(rows_of(walk, input_moments(walk, input, reference_tensor(model))), type(model).__name__)
 
 
 @torch.no_grad()
-def _rows(walk: Walk, inputs: list[Moments]) -> list[Row]:
+def rows_of(walk: Walk, inputs: list[Moments]) -> list[Row]:
+    """The rows of a prepared walk from its inputs' moments on."""
     interpreter = fx.Interpreter(walk.graph_module, garbage_collect_values=False)
     known: dict[fx.Node, Any] = {}
     moments: dict[fx.Node, Any] = {}
@@ -112,7 +113,7 @@ def _change(
     """Variance of a small random change of the input when it arrives here.
 
     A scalar function multiplies it by E f'², a normaliser by what it multiplies the variance with; everything else is linear
-    in the variance, so that the rule's own derivative carries the change.
+    in the variance, so that the rule itself says what becomes of a little more of it.
     """
     sources = walk.data_arguments(node)
     if slope is not None:
@@ -120,24 +121,31 @@ def _change(
     if call[0] in _NORMALISERS:
         before, after = moments[sources[0]].var, moments[node].var
         return change[sources[0]] * (after.mean() / before.mean().clamp(min=torch.finfo(before.dtype).tiny))
-    with forward.dual_level():
-        dual = {n: _dual(moments[n], change[n]) for n in dict.fromkeys(sources)}
-        function, args, kwargs = walk.call(node, dual.__getitem__, known.__getitem__, module)
-        return _tangent(function(*args, **kwargs))
+    function, args, kwargs = call
+    function = function.layer if isinstance(function, Claim) else function
+    step = min(_step(moments[source], change[source]) for source in sources)
+    larger = {source: _larger(moments[source], change[source], step) for source in sources}
+    _, changed, changed_kwargs = walk.call(node, larger.__getitem__, known.__getitem__, module)
+    return _difference(function(*changed, **changed_kwargs), function(*args, **kwargs), step)
 
 
-def _dual(moments: Any, change: Any) -> Any:
+def _step(moments: Any, change: Any) -> float:
+    """The share of a change that adds a hundredth to the variance."""
     if isinstance(moments, Moments):
-        mean, var = torch.broadcast_tensors(moments.mean, moments.var)
-        return Moments(mean, forward.make_dual(var.contiguous(), change.expand_as(var).contiguous()))
-    return type(moments)(_dual(m, c) for m, c in zip(moments, change, strict=True))
+        return 0.01 * float(moments.var.mean() / change.mean().clamp(min=torch.finfo(change.dtype).tiny))
+    return min(_step(m, c) for m, c in zip(moments, change, strict=True))
 
 
-def _tangent(result: Any) -> Any:
-    if isinstance(result, Moments):
-        primal, tangent = forward.unpack_dual(result.var)
-        return torch.zeros_like(primal) if tangent is None else tangent
-    return type(result)(_tangent(r) for r in result)
+def _larger(moments: Any, change: Any, step: float) -> Any:
+    if isinstance(moments, Moments):
+        return Moments(moments.mean, moments.var + step * change)
+    return type(moments)(_larger(m, c, step) for m, c in zip(moments, change, strict=True))
+
+
+def _difference(after: Any, before: Any, step: float) -> Any:
+    if isinstance(after, Moments):
+        return ((after.var - before.var) / step).clamp(min=0.0)
+    return type(after)(_difference(a, b, step) for a, b in zip(after, before, strict=True))
 
 
 def _row(walk: Walk, node: fx.Node, moments: Moments, slope: Tensor | None, change: Tensor) -> Row:

@@ -86,6 +86,7 @@ class Rewriter:
         x, moments = self.data[plan.source], self.lane[plan.source]
         call = {"call": plan.call} if plan.call else {}
         if plan.layer is not None:
+            x = plan.layer.pad(self.graph, x)
             weight = self.graph.get_attr(f"{plan.layer.path}.weight")
             pair = self._call(sites.effective_weight, weight, site, moments, **_options(plan), **call)
             effective, bias = (self._call(operator.getitem, pair, i) for i in (0, 1))

@@ -69,7 +69,7 @@ def centred(weight: Tensor, groups: int, transposed: bool) -> Tensor:
     """Each filter minus its mean (over all its inputs and taps)."""
     if not transposed:
         return weight - weight.mean(dim=tuple(range(1, weight.dim())), keepdim=True)
-    filters = weight.unflatten(0, (groups, -1))
+    filters: Tensor = weight.unflatten(0, (groups, -1))
     return (filters - filters.mean(dim=(1, *range(3, filters.dim())), keepdim=True)).flatten(0, 1)
 
 
