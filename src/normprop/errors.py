@@ -6,7 +6,15 @@ class NormPropError(Exception):
 
 
 class UnsupportedOpError(NormPropError):
-    """A network holds operations without a moment rule; the message lists every one with its place."""
+    """A network holds operations without a moment rule; the message lists every one with its place.
+
+    Attributes:
+        operations: their names, sorted.
+    """
+
+    def __init__(self, message: str, operations: tuple[str, ...] = ()) -> None:
+        super().__init__(message)
+        self.operations = operations
 
 
 class TracingError(NormPropError):

@@ -53,7 +53,12 @@ class MetaRun(fx.Interpreter):
         found = copy.deepcopy(module).cpu()(*real[0], **real[1])
         return fx.node.map_aggregate(found, lambda a: a.to("meta") if isinstance(a, Tensor) else a)
 
-    def get_attr(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def get_attr(
+        self,
+        target: Any,
+        args: tuple[Any, ...],  # noqa: ARG002  fx's signature
+        kwargs: dict[str, Any],  # noqa: ARG002
+    ) -> Any:
         """Parameters and buffers as meta tensors."""
         value = self.fetch_attr(target)
         return self._on_meta(value) if isinstance(value, Tensor) else value

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
+import operator
 import sys
 import traceback
 import types
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +17,8 @@ from torch import fx, nn
 
 from normprop.errors import TracingError
 from normprop.rules.table import RuleTable
+
+_OURS = ("normprop.trace", "normprop.sized")  # frames that are not the model's
 
 Leaf = str | type[nn.Module] | nn.Module
 
@@ -26,7 +31,7 @@ class LeafTracer(fx.Tracer):
         leaf_modules: further leaves, given as classes, modules or dotted paths.
         leaf_functions: Python functions not to enter.
         expansions: module class → function ``(module, call, *inputs)`` that writes the module as several calls, where
-            ``call`` runs the module under its own path as its base class (a BatchNorm with an activation inside becomes two).
+            ``call`` runs the module under its own path as its base class (a BatchNorm with an activation becomes two).
     """
 
     def __init__(
@@ -42,6 +47,37 @@ class LeafTracer(fx.Tracer):
         self.leaves = tuple(leaf_modules)
         self.expansions = expansions or {}
 
+    def create_args_for_root(
+        self,
+        root_fn: Any,  # noqa: ARG002  fx's signature
+        is_module: bool,  # noqa: ARG002
+        concrete_args: Any = None,  # noqa: ARG002
+    ) -> tuple[Any, list[Any]]:
+        """An input for every parameter of ``forward``; one with a default is fixed at it, and checked.
+
+        ``*args`` and ``**kwargs`` are empty. Inputs without a default come first.
+        """
+        forward: Callable[..., Any] = self.root.forward  # an instance may carry its own
+        parameters = inspect.signature(forward).parameters.values()
+        variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+        named = [p for p in parameters if p.kind not in variadic]
+        given = {p.name: self.create_proxy("placeholder", p.name, (), {}) for p in named if p.default is p.empty}
+        for p in named:
+            if p.default is not p.empty:
+                given[p.name] = p.default
+                self._fix(p.name, p.default)
+        positional = [given.pop(p.name) for p in named if p.kind is not p.KEYWORD_ONLY]
+        return functools.partial(forward, *positional, **given), []
+
+    def _fix(self, name: str, default: Any) -> None:
+        """An input that only takes its default; one whose default cannot stand in code is no input at all."""
+        if default is not None and not isinstance(default, bool | int | float | str):
+            return
+        proxy = self.create_proxy("placeholder", name, (default,), {})
+        same = self.create_proxy("call_function", operator.is_ if default is None else operator.eq, (proxy, default), {})
+        message = f"the network was converted with {name}={default!r} and takes nothing else there"
+        self.create_proxy("call_function", torch._assert, (same, message), {})
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """See the class."""
         if super().is_leaf_module(m, module_qualified_name) or self.table.for_module(m) is not None:
@@ -53,9 +89,7 @@ class LeafTracer(fx.Tracer):
             for leaf in self.leaves
         )  # fmt: skip
 
-    def call_module(
-        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Write a module's call, or the several calls it stands for."""
         expand = self.expansions.get(type(m))
         if expand is None:
@@ -76,58 +110,30 @@ def _source_line() -> str:
     frame: types.FrameType | None = sys._getframe(2)
     while frame is not None:
         name = frame.f_globals.get("__name__", "")
-        if not (name == __name__ or name == "torch" or name.startswith("torch.")):
+        if name not in _OURS and name != "torch" and not name.startswith("torch."):
             return f"{frame.f_code.co_filename}:{frame.f_lineno}"
         frame = frame.f_back
     return ""
 
 
-def trace(
-    model: nn.Module,
-    table: RuleTable,
-    *,
-    leaf_modules: Sequence[Leaf] = (),
-    leaf_functions: Sequence[Callable[..., Any]] = (),
-    expansions: dict[type[nn.Module], Callable[..., Any]] | None = None,
-) -> fx.GraphModule:
+def trace(model: nn.Module, tracer: LeafTracer) -> fx.GraphModule:
     """The model as a GraphModule that shares its modules; inputs with a default keep it.
 
     Raises:
         TracingError: the model's control flow depends on values; the message gives the line.
     """
-    tracer = LeafTracer(table, leaf_modules, leaf_functions, expansions)
-    parameters = inspect.signature(model.forward).parameters.values()
-    defaults = {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
     try:
-        graph = tracer.trace(model, concrete_args=defaults or None)
+        graph = tracer.trace(model)
     except Exception as error:
         raise TracingError(_explain(model, error)) from error
-    for node in reversed(graph.nodes):  # the checks that fx writes for inputs fixed at their defaults
-        fixed = node.op == "call_function" and node.target in (torch._assert, fx._symbolic_trace._assert_is_none)
-        if fixed and not node.users:
-            graph.erase_node(node)
-    _restore_defaults(graph, defaults)
-    graph._codegen = fx.graph.CodeGen()
     return fx.GraphModule(tracer.root, graph, type(model).__name__)
-
-
-def _restore_defaults(graph: fx.Graph, defaults: dict[str, Any]) -> None:
-    for node in [n for n in graph.nodes if n.op == "placeholder"]:
-        name = str(node.target)
-        original = next((d for d in defaults if name == d or name.startswith(f"{d}_")), None)
-        if original is None:
-            continue
-        for user in list(node.users):  # comparisons with the default that only fed an assertion
-            if not user.users and user.op == "call_function":
-                graph.erase_node(user)
-        node.target = original
-        node.args = (defaults[original],)
 
 
 def _explain(model: nn.Module, error: Exception) -> str:
     frames = traceback.extract_tb(error.__traceback__)
     torch_folder = str(torch.__path__[0])
-    own = [f for f in frames if not f.filename.startswith(torch_folder) and f.filename != __file__]
+    ours = tuple(str(Path(__file__).with_name(f"{name.rpartition('.')[2]}.py")) for name in _OURS)
+    own = [f for f in frames if not f.filename.startswith((torch_folder, *ours))]
     place = f"{own[-1].filename}:{own[-1].lineno}: {own[-1].line}" if own else "an unknown line"
     return (
         f"{type(model).__name__} cannot be traced: {str(error).splitlines()[0]}\n"

@@ -12,10 +12,11 @@ from torch import Tensor, fx, nn
 
 from normprop import integrations
 from normprop.channel_moments import Moments
-from normprop.errors import NormPropError, UnsupportedOpError
-from normprop.example import Shape, example_values, sample_shape
-from normprop.rules.table import TABLE, Key, Rule, RuleTable, describe
-from normprop.trace import Leaf, trace
+from normprop.errors import NormPropError, TracingError, UnsupportedOpError
+from normprop.example import Shape, example_values, model_inputs, sample_shape
+from normprop.rules.table import TABLE, Key, Rule, describe
+from normprop.sized import SizedTracer
+from normprop.trace import Leaf, LeafTracer, trace
 
 
 class Kind(enum.Enum):
@@ -71,6 +72,8 @@ class Walk:
 
         args = fx.node.map_arg(node.args, replace)
         kwargs = dict(fx.node.map_arg(node.kwargs, replace))
+        if not args and "input" in kwargs:  # torch's name for a first tensor; rules take it by position
+            args = (kwargs.pop("input"),)
         if rule.shaped:
             kwargs["in_shapes"] = tuple(
                 tuple(v.shape) for n in self.data_arguments(node) for v in [self.values[n]] if isinstance(v, Tensor)
@@ -126,14 +129,16 @@ def prepare(
     _check(model)
     integration = integrations.load_for(model)
     table = TABLE.with_overrides(rules)
-    graph_module = trace(
-        model,
-        table,
-        leaf_modules=(*leaf_modules, *integration.leaf_modules),
-        leaf_functions=integration.leaf_functions,
-        expansions=integration.expansions,
-    )
-    values = example_values(graph_module, shape, integration.sample_shape(model))
+    hint = integration.sample_shape(model)
+    leaves = (*leaf_modules, *integration.leaf_modules)
+    settings = (table, leaves, integration.leaf_functions, integration.expansions)
+    try:
+        graph_module = trace(model, LeafTracer(*settings))
+    except TracingError as error:  # control flow, perhaps on sizes only
+        inputs = _inputs_or(error, model, shape, hint)
+        graph_module = trace(model, SizedTracer(inputs, *settings))
+        shape = tuple(inputs[0].shape[1:])
+    values = example_values(graph_module, shape, hint)
     kinds: dict[fx.Node, Kind] = {}
     for node in graph_module.graph.nodes:
         kinds[node] = _kind(node, values, kinds)
@@ -149,8 +154,16 @@ def prepare(
         else:
             found[node] = rule
     if missing:
-        raise UnsupportedOpError(_list_missing(walk, missing))
+        raise _unsupported(walk, missing)
     return walk
+
+
+def _inputs_or(error: TracingError, model: nn.Module, shape: Shape | None, hint: Shape | None) -> tuple[Tensor, ...]:
+    """Example inputs of a model that plain tracing refused; its own error if none are found."""
+    try:
+        return model_inputs(model, shape, hint)
+    except TracingError:
+        raise error from None
 
 
 def _kind(node: fx.Node, values: Mapping[fx.Node, Any], kinds: Mapping[fx.Node, Kind]) -> Kind:
@@ -185,19 +198,18 @@ def _check(model: nn.Module) -> None:
     for path, module in model.named_modules():
         if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():  # type: ignore[misc]
             raise NormPropError(
-                f"{path} is a {type(module).__name__} that has not seen its input yet.\nRun one batch through the model first."
+                f"{path} is a {type(module).__name__} without a shape yet.\nRun one batch through the model first."
             )
 
 
-def _list_missing(walk: Walk, missing: Sequence[tuple[fx.Node, str]]) -> str:
-    names = sorted({walk.operation(node) for node, _ in missing})
+def _unsupported(walk: Walk, missing: Sequence[tuple[fx.Node, str]]) -> UnsupportedOpError:
+    names = tuple(sorted({walk.operation(node) for node, _ in missing}))
     lines = [f"{len(names)} operation{'s' * (len(names) != 1)} without a moment rule: {', '.join(names)}"]
     for node, reason in missing:
-        lines.append(
-            f"  {walk.operation(node)} in {walk.place(node) or 'the model itself'} ({node.meta.get('source', '?')}): {reason}"
-        )
+        place = walk.place(node) or "the model itself"
+        lines.append(f"  {walk.operation(node)} in {place} ({node.meta.get('source', '?')}): {reason}")
     lines.append("Register a rule with @normprop.rule(…), or pass rules={operation: function} for this call.")
-    return "\n".join(lines)
+    return UnsupportedOpError("\n".join(lines), names)
 
 
 def input_moments(walk: Walk, given: Any, like: Tensor) -> list[Moments]:
@@ -242,7 +254,9 @@ def _input(given: Any, shape: Shape, like: Tensor) -> Moments:
     bad = "NaN" if not bool(torch.isfinite(var).all() & torch.isfinite(mean).all()) else ""
     bad = bad or ("negative" if bool((var < 0).any()) else "zero" if bool((var == 0).all()) else "")
     if bad and like.device.type != "meta":
-        raise NormPropError(f"the input's moments hold a {bad} variance or mean.\nStandardise the data, drop constant channels.")
+        raise NormPropError(
+            f"the input's moments hold a {bad} variance or mean.\nStandardise the data, drop constant channels."
+        )
     return found
 
 

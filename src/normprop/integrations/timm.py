@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import timm.layers as layers
-from timm.layers.norm_act import SyncBatchNormAct
+from timm.layers._fx import get_notrace_functions
+from timm.layers.conv2d_same import Conv2dSame
+from timm.layers.norm_act import BatchNormAct2d, SyncBatchNormAct
 from timm.layers.pool2d_same import AvgPool2dSame, MaxPool2dSame
 from torch import nn
 
 from normprop.integrations import Integration, Shape
-from normprop.rules import linear, normalization, pooling
+from normprop.rules import linear, normalization, pooling, shape
 from normprop.rules.table import rule
 
 
@@ -20,10 +21,17 @@ def _expand(module: Any, call: Callable[..., Any], x: Any) -> Any:
     return module.act(module.drop(call(x)))
 
 
-rule(layers.BatchNormAct2d, SyncBatchNormAct)(normalization.batch_norm)
-rule(layers.Conv2dSame)(linear.convolution)
+rule(BatchNormAct2d, SyncBatchNormAct)(normalization.batch_norm)
+rule(Conv2dSame)(linear.convolution)
 rule(AvgPool2dSame, standing="approximate", reason="as AvgPool2d")(pooling.average_pool)
 rule(MaxPool2dSame, standing="approximate", reason="as MaxPool2d")(pooling.max_pool)
+
+
+_FUNCTIONS: tuple[Callable[..., Any], ...] = tuple(f for f in get_notrace_functions() if callable(f))  # type: ignore[no-untyped-call]
+
+for _function in _FUNCTIONS:
+    if getattr(_function, "__name__", "").startswith(("window_reverse", "grid_reverse", "deblockify")):
+        rule(_function, shaped=True)(shape.regroup)  # windows of positions put back into an image
 
 
 def _shape(model: nn.Module) -> Shape | None:
@@ -33,8 +41,7 @@ def _shape(model: nn.Module) -> Shape | None:
 
 
 INTEGRATION = Integration(
-    leaf_modules=tuple(layers.get_notrace_modules()),
-    leaf_functions=tuple(f for f in layers.get_notrace_functions() if callable(f)),
-    expansions={layers.BatchNormAct2d: _expand, SyncBatchNormAct: _expand},
+    leaf_functions=_FUNCTIONS,
+    expansions={BatchNormAct2d: _expand, SyncBatchNormAct: _expand},
     shape_of=_shape,
 )

@@ -8,6 +8,8 @@ from normprop.rules import (  # the families register themselves
     linear,
     normalization,
     pooling,
+    reduction,
+    select,
     shape,
     stochastic,
 )
@@ -16,5 +18,6 @@ from normprop.rules.table import TABLE, Rule, RuleTable, rule, unsupported
 
 __all__ = [
     "TABLE", "Rule", "RuleTable", "activation", "rule", "unsupported",
-    "arithmetic", "attention", "combine", "elementwise", "linear", "normalization", "pooling", "shape", "stochastic",
+    "arithmetic", "attention", "combine", "elementwise", "linear", "normalization", "pooling", "reduction", "select",
+    "shape", "stochastic",
 ]  # fmt: skip

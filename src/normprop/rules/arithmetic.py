@@ -2,54 +2,63 @@
 
 from __future__ import annotations
 
+import math
 import operator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from normprop.activation_moments import activation_moments
 from normprop.channel_moments import Moments
 from normprop.errors import NormPropError
 from normprop.rules.table import rule
 
 Term = Moments | Tensor | float
 
+_DELTA = "expanded around a positive mean; a Gaussian has no such moment"
+_POSITIVE = 1e-6
+
 
 @rule(torch.add, operator.add, operator.iadd, "add", "add_", "__add__", "__radd__", "__iadd__")
-def add(x: Term, y: Term, *, alpha: float = 1) -> Moments:
+def add(x: Term, other: Term, *, alpha: float = 1) -> Moments:
     """``x + αy``: means add, variances of uncorrelated terms add (METHOD §3); x + x is 2x."""
-    if isinstance(x, Moments) and isinstance(y, Moments):
-        return x.scaled(1.0 + alpha) if x is y else x.plus(y if alpha == 1 else y.scaled(alpha))
+    if isinstance(x, Moments) and isinstance(other, Moments):
+        return x.scaled(1.0 + alpha) if x is other else x.plus(other if alpha == 1 else other.scaled(alpha))
     if isinstance(x, Moments):
-        return x.shifted(_constant(y) * alpha)
-    return _moments(y).scaled(alpha).shifted(_constant(x))
+        return x.shifted(_constant(other) * alpha)
+    return _moments(other).scaled(alpha).shifted(_constant(x))
 
 
 @rule(torch.sub, operator.sub, operator.isub, "sub", "sub_", "__sub__", "__isub__")
-def sub(x: Term, y: Term, *, alpha: float = 1) -> Moments:
+def sub(x: Term, other: Term, *, alpha: float = 1) -> Moments:
     """``x − αy`` of uncorrelated terms."""
-    return add(x, y, alpha=-alpha)
+    return add(x, other, alpha=-alpha)
+
+
+@rule(torch.rsub, "__rsub__")
+def rsub(x: Term, other: Term, *, alpha: float = 1) -> Moments:
+    """``y − αx`` of uncorrelated terms."""
+    return add(other, x, alpha=-alpha)
 
 
 @rule(torch.mul, operator.mul, operator.imul, "mul", "mul_", "__mul__", "__rmul__", "__imul__")
-def mul(x: Term, y: Term) -> Moments:
+def mul(x: Term, other: Term) -> Moments:
     """``x · y``: exact for independent factors, ``v₁v₂ + m₁²v₂ + m₂²v₁`` (a gate); x · x is the square of a Gaussian."""
-    if isinstance(x, Moments) and isinstance(y, Moments):
-        if x is not y:
-            return x.times(y)
-        square = activation_moments("square", x.mean, x.std)
-        return Moments(square.mean, square.var)
-    return x.scaled(_constant(y)) if isinstance(x, Moments) else _moments(y).scaled(_constant(x))
+    if isinstance(x, Moments) and isinstance(other, Moments):
+        if x is not other:
+            return x.times(other)
+        return Moments(x.second, 2.0 * x.var.square() + 4.0 * x.mean.square() * x.var)
+    return x.scaled(_constant(other)) if isinstance(x, Moments) else _moments(other).scaled(_constant(x))
 
 
 @rule(torch.div, torch.true_divide, operator.truediv, operator.itruediv, "div", "div_", "__truediv__",
       standing="approximate", reason="exact by a constant; a divisor that varies is replaced by its mean")  # fmt: skip
-def div(x: Term, y: Term, *, rounding_mode: None = None) -> Moments:
+def div(x: Term, other: Term, *, rounding_mode: None = None) -> Moments:
     """``x / y``; for a varying divisor ``x / E y`` with the relative variances added (delta method)."""
-    if not isinstance(y, Moments):
-        return _moments(x).scaled(1.0 / _constant(y))
-    relative = Moments(1.0 / y.mean, y.var / y.mean.square().square())
+    if not isinstance(other, Moments):
+        return _moments(x).scaled(1.0 / _constant(other))
+    relative = Moments(1.0 / other.mean, other.var / other.mean.pow(4))
     return x.times(relative) if isinstance(x, Moments) else relative.scaled(_constant(x))
 
 
@@ -59,14 +68,93 @@ def neg(x: Moments) -> Moments:
     return x.scaled(-1.0)
 
 
-@rule(torch.pow, operator.pow, "pow", "pow_", "__pow__")
+@rule(torch.addcmul, "addcmul", "addcmul_")
+def addcmul(x: Term, tensor1: Term, tensor2: Term, *, value: float = 1) -> Moments:
+    """``x + α y z`` of independent terms."""
+    if isinstance(tensor1, Moments) or isinstance(tensor2, Moments):
+        return add(x, mul(tensor1, tensor2), alpha=value)
+    return add(x, tensor1 * tensor2, alpha=value)
+
+
+@rule(torch.lerp, "lerp", "lerp_")
+def lerp(x: Term, end: Term, weight: Term) -> Moments:
+    """``(1 − w) x + w y`` with a constant w."""
+    if isinstance(weight, Moments):
+        raise NormPropError("lerp with a weight that depends on the input has no moment rule.")
+    first = mul(x, 1.0 - weight) if isinstance(x, Moments) else x * (1.0 - weight)
+    return add(first, mul(end, weight) if isinstance(end, Moments) else end * weight)
+
+
+@rule(torch.maximum, "maximum")
+def maximum(x: Moments, other: Term) -> Moments:
+    """Larger of two independent Gaussians, ``s² = v₁ + v₂``, ``a = (m₁ − m₂)/s`` (Clark 1961).
+
+    ``E = m₁Φ(a) + m₂Φ(−a) + sφ(a)`` and ``E max² = (v₁+m₁²)Φ(a) + (v₂+m₂²)Φ(−a) + (m₁+m₂)sφ(a)``.
+    """
+    y = other if isinstance(other, Moments) else Moments(_like(other, x), torch.zeros_like(x.mean))
+    spread = (x.var + y.var).clamp(min=torch.finfo(x.var.dtype).tiny).sqrt()
+    a = (x.mean - y.mean) / spread
+    density = torch.exp(-0.5 * a.square()) / math.sqrt(2 * math.pi)
+    above, below = torch.special.ndtr(a), torch.special.ndtr(-a)
+    mean = x.mean * above + y.mean * below + spread * density
+    second = x.second * above + y.second * below + (x.mean + y.mean) * spread * density
+    return Moments(mean, (second - mean.square()).clamp(min=0.0))
+
+
+@rule(torch.minimum, "minimum")
+def minimum(x: Moments, other: Term) -> Moments:
+    """``min(x, y) = −max(−x, −y)``."""
+    return neg(maximum(neg(x), neg(other) if isinstance(other, Moments) else -other))
+
+
+@rule(torch.pow, operator.pow, "pow", "pow_", "__pow__", standing="approximate",
+      reason="exact for the powers 1, 2 and 3; any other is expanded around the mean")  # fmt: skip
 def power(x: Moments, exponent: float) -> Moments:
-    """``xⁿ`` of a Gaussian for n = 1, 2."""
+    """``xⁿ`` of a Gaussian: Isserlis for n = 2, 3, otherwise ``f(m)`` and ``f′(m)² v`` for positive x (delta method)."""
+    if not isinstance(x, Moments) or isinstance(exponent, Moments | Tensor):
+        raise NormPropError("a power whose exponent is a tensor has no moment rule; numbers have.")
     if exponent == 1:
         return x
     if exponent == 2:
         return mul(x, x)
-    raise NormPropError(f"a power of {exponent} has no moment rule; 1 and 2 have.")
+    if exponent == 3:
+        mean = x.mean.pow(3) + 3 * x.mean * x.var
+        return Moments(mean, 9 * x.mean.pow(4) * x.var + 36 * x.mean.square() * x.var.square() + 15 * x.var.pow(3))
+    return expanded_at_mean(x, lambda m: m.pow(exponent), lambda m: exponent * m.pow(exponent - 1))
+
+
+@rule(torch.sqrt, "sqrt", "sqrt_", standing="approximate", reason=_DELTA)
+def sqrt(x: Moments) -> Moments:
+    """See `expanded_at_mean`."""
+    return expanded_at_mean(x, torch.sqrt, lambda m: 0.5 * m.rsqrt())
+
+
+@rule(torch.rsqrt, "rsqrt", "rsqrt_", standing="approximate", reason=_DELTA)
+def rsqrt(x: Moments) -> Moments:
+    """See `expanded_at_mean`."""
+    return expanded_at_mean(x, torch.rsqrt, lambda m: -0.5 * m.rsqrt().pow(3))
+
+
+@rule(torch.reciprocal, "reciprocal", "reciprocal_", standing="approximate", reason=_DELTA)
+def reciprocal(x: Moments) -> Moments:
+    """See `expanded_at_mean`."""
+    return expanded_at_mean(x, torch.reciprocal, lambda m: -m.pow(-2))
+
+
+@rule(torch.log, "log", "log_", standing="approximate", reason=_DELTA)
+def log(x: Moments) -> Moments:
+    """See `expanded_at_mean`."""
+    return expanded_at_mean(x, torch.log, torch.reciprocal)
+
+
+def expanded_at_mean(x: Moments, f: Callable[[Tensor], Tensor], slope: Callable[[Tensor], Tensor]) -> Moments:
+    """``E f(x) ≈ f(m)`` and ``Var f(x) ≈ f′(m)² v`` for a positive x (delta method)."""
+    mean = x.mean.clamp(min=_POSITIVE)
+    return Moments(f(mean), slope(mean).square() * x.var)
+
+
+def _like(value: Any, x: Moments) -> Tensor:
+    return value.to(x.mean.dtype) if isinstance(value, Tensor) else torch.full_like(x.mean, value)
 
 
 def _moments(x: Any) -> Moments:

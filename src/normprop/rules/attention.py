@@ -11,16 +11,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from normprop.channel_moments import Moments, safe_sqrt
+from normprop.channel_moments import Moments
 from normprop.errors import NormPropError
-from normprop.rules.table import rule
+from normprop.rules.arithmetic import add
+from normprop.rules.linear import functional_linear
+from normprop.rules.table import rule, unsupported
+
+Shape = Sequence[int]
+Shapes = Sequence[Shape]
 
 
 @rule(torch.matmul, operator.matmul, torch.bmm, torch.mm, "matmul", "bmm", "mm", shaped=True, standing="approximate",
       reason="the factors of a product of two activations are taken as independent")  # fmt: skip
-def matmul(
-    x: Moments | Tensor, y: Moments | Tensor, *, in_shapes: Sequence[Sequence[int]], out_shape: Sequence[int]
-) -> Moments:
+def matmul(x: Moments | Tensor, y: Moments | Tensor, *, in_shapes: Shapes, out_shape: Shape) -> Moments:
     """``z = Σ_k x_k y_k``: ``E = Σ m₁m₂``, ``Var = Σ v₁v₂ + m₁²v₂ + m₂²v₁`` (independent terms, derived)."""
     if isinstance(x, Moments) and isinstance(y, Moments):
         inner = in_shapes[0][-1]
@@ -37,8 +40,49 @@ def matmul(
     raise NormPropError("matmul of two constants has no moments.")
 
 
+@rule(torch.addmm, torch.baddbmm, "addmm", "baddbmm", shaped=True, standing="approximate",
+      reason="the factors of a product of two activations are taken as independent")  # fmt: skip
+def addmm(
+    x: Any, mat1: Any, mat2: Any, *, beta: float = 1, alpha: float = 1, in_shapes: Shapes, out_shape: Shape
+) -> Moments:
+    """``β x + α y z`` (see `matmul`)."""
+    shapes = in_shapes[isinstance(x, Moments) :]
+    constant = not (isinstance(mat1, Moments) or isinstance(mat2, Moments))
+    product = mat1 @ mat2 if constant else matmul(mat1, mat2, in_shapes=shapes, out_shape=out_shape)
+    scaled = x.scaled(beta) if isinstance(x, Moments) else beta * x
+    return add(scaled, product, alpha=alpha)
+
+
+@rule(torch.einsum, shaped=True, standing="approximate",
+      reason="the factors of a product of two activations are taken as independent")  # fmt: skip
+def einsum(equation: str, *operands: Any, in_shapes: Shapes, out_shape: Shape) -> Moments:
+    """Sums of products of one or two tensors: as `matmul`, ``E = Σ m₁m₂``, ``Var = Σ v₁v₂ + m₁²v₂ + m₂²v₁``."""
+    given = operands[0] if len(operands) == 1 and isinstance(operands[0], list | tuple) else operands
+    if len(given) > 2:
+        raise NormPropError("einsum of more than two tensors has no moment rule; one or two have.")
+    result = equation.partition("->")[2].replace(" ", "") if "->" in equation else None
+    inputs = equation.partition("->")[0].replace(" ", "").split(",")
+    shapes = iter(in_shapes)
+    parts = []
+    for labels, operand in zip(inputs, given, strict=True):
+        if isinstance(operand, Moments):  # what is summed needs its true size
+            shape, kept = next(shapes), list(operand.mean.shape)
+            for at, label in enumerate(labels.replace("...", "")):
+                at = at if "..." not in labels or at < labels.index(".") else at - len(labels.replace("...", ""))
+                if result is None or label not in result:
+                    kept[at] = shape[at]
+            operand = operand.expanded(kept)
+        parts.append(operand if isinstance(operand, Moments) else Moments(operand, torch.zeros_like(operand)))
+    if len(parts) == 1:
+        return Moments(torch.einsum(equation, parts[0].mean), torch.einsum(equation, parts[0].var))
+    x, y = parts
+    var = torch.einsum(equation, x.second, y.second)
+    squares = torch.einsum(equation, x.mean.square(), y.mean.square())
+    return Moments(torch.einsum(equation, x.mean, y.mean), var - squares)
+
+
 @rule(F.scaled_dot_product_attention, shaped=True, standing="approximate",
-      reason="attention weights are taken as the softmax of independent Gaussian logits, independent of the values")  # fmt: skip
+      reason="attention weights are the softmax of independent Gaussian logits, independent of the values")  # fmt: skip
 def attention(
     query: Moments,
     key: Moments,
@@ -49,8 +93,8 @@ def attention(
     scale: float | None = None,
     enable_gqa: bool = False,
     *,
-    in_shapes: Sequence[Sequence[int]],
-    out_shape: Sequence[int],
+    in_shapes: Shapes,
+    out_shape: Shape,
 ) -> Moments:
     """``Σ_k p_k v_k`` with Σp = 1: the mean stays, ``Var = v · E Σp²`` where ``E Σp² ≈ min(1, exp(s²)/n)``.
 
@@ -66,21 +110,27 @@ def attention(
     return Moments(values.mean, values.var * concentration)
 
 
-@rule(F.normalize, shaped=True, standing="approximate", reason="the norm of each vector is replaced by its expectation")
-def normalize(
-    x: Moments,
-    p: float = 2.0,
-    dim: int = 1,
-    eps: float = 1e-12,
-    *,
-    in_shapes: Sequence[Sequence[int]],
-    out_shape: Sequence[int],
-) -> Moments:
-    """``x / ‖x‖₂ ≈ x / √(Σ E x²)`` along one dimension (law of large numbers)."""
-    if p != 2.0:
-        raise NormPropError(f"normalize with p={p} has no moment rule; only p=2 has.")
-    length = x.second.mean(dim, keepdim=True) * in_shapes[0][dim]
-    return x.scaled(1.0 / safe_sqrt(length).clamp(min=eps))
+@rule(nn.MultiheadAttention, shaped=True, standing="approximate",
+      reason="as scaled_dot_product_attention; positions share one distribution")  # fmt: skip
+def multihead_attention(
+    module: nn.MultiheadAttention, query: Moments, key: Moments, value: Moments, *_: Any, in_shapes: Shapes,
+    out_shape: Shape | None, **__: Any,
+) -> tuple[Moments, None]:  # fmt: skip
+    """Projections, `attention` in each head, output projection; the weights it also returns have no moments here."""
+    if module.in_proj_weight is not None:
+        weights: Any = module.in_proj_weight.chunk(3)
+    else:
+        weights = (module.q_proj_weight, module.k_proj_weight, module.v_proj_weight)
+    biases = (None,) * 3 if module.in_proj_bias is None else module.in_proj_bias.chunk(3)
+    rank, heads, width = len(in_shapes[0]), module.num_heads, module.head_dim
+    parts = []
+    for x, weight, bias in zip((query, key, value), weights, biases, strict=True):
+        projected = functional_linear(x.pooled(range(rank - 1)), weight, bias)
+        parts.append(Moments(*(t.reshape(1, heads, 1, width) for t in (projected.mean, projected.var))))
+    keys = in_shapes[1][1 if module.batch_first and rank == 3 else 0]
+    mixed = attention(parts[0], parts[1], parts[2], in_shapes=((1, heads, keys, width),) * 3, out_shape=())
+    joined = Moments(*(t.reshape((1,) * (rank - 1) + (heads * width,)) for t in (mixed.mean, mixed.var)))
+    return functional_linear(joined, module.out_proj.weight, module.out_proj.bias), None
 
 
 def _softmax(x: Moments, dim: int, shape: Sequence[int]) -> Moments:
@@ -94,16 +144,36 @@ def _softmax(x: Moments, dim: int, shape: Sequence[int]) -> Moments:
 
 @rule(F.softmax, torch.softmax, "softmax", shaped=True, standing="approximate",
       reason="log-normal weights whose sum is replaced by its expectation")  # fmt: skip
-def softmax(
-    x: Moments, dim: int, *_: Any, in_shapes: Sequence[Sequence[int]], out_shape: Sequence[int], **__: Any
-) -> Moments:
-    """``p_i = e^{u_i} / Σ e^{u_j}``: ``E p ≈ e^{m_i} / Σ e^{m_j}``, ``Var p ≈ min((e^v − 1) E p, 1 − E p) E p`` (derived)."""
+def softmax(x: Moments, dim: int, *_: Any, in_shapes: Shapes, out_shape: Shape, **__: Any) -> Moments:
+    """``e^{u_i} / Σ e^{u_j}``: ``E p ≈ e^{m_i} / Σ e^{m_j}``, ``Var p ≈ min((e^v − 1) E p, 1 − E p) E p`` (derived)."""
     return _softmax(x, dim, in_shapes[0])
 
 
-@rule(nn.Softmax, shaped=True, standing="approximate", reason="log-normal weights whose sum is replaced by its expectation")
-def softmax_module(
-    module: nn.Softmax, x: Moments, *, in_shapes: Sequence[Sequence[int]], out_shape: Sequence[int]
-) -> Moments:
-    """As `softmax`."""
-    return _softmax(x, -1 if module.dim is None else module.dim, in_shapes[0])
+@rule(nn.Softmax, nn.Softmax2d, shaped=True, standing="approximate",
+      reason="log-normal weights whose sum is replaced by its expectation")  # fmt: skip
+def softmax_module(module: nn.Softmax | nn.Softmax2d, x: Moments, *, in_shapes: Shapes, out_shape: Shape) -> Moments:
+    """As `softmax`; Softmax2d's runs over the channels."""
+    dim = -3 if isinstance(module, nn.Softmax2d) else module.dim
+    return _softmax(x, -1 if dim is None else dim, in_shapes[0])
+
+
+@rule(F.log_softmax, torch.log_softmax, "log_softmax", shaped=True, standing="approximate",
+      reason="the sum of exponentials is replaced by its expectation")  # fmt: skip
+def log_softmax(x: Moments, dim: int, *_: Any, in_shapes: Shapes, out_shape: Shape, **__: Any) -> Moments:
+    """``u_i − log Σ e^{u_j}`` with ``E Σ e^u = Σ e^{m + v/2}``: the variance stays (derived)."""
+    exponent = x.mean + 0.5 * x.var
+    count = in_shapes[0][dim] // exponent.shape[dim]
+    return x.shifted(-exponent.logsumexp(dim, keepdim=True) - math.log(count))
+
+
+@rule(nn.LogSoftmax, shaped=True, standing="approximate", reason="the sum of exponentials is replaced by its expectation")
+def log_softmax_module(module: nn.LogSoftmax, x: Moments, *, in_shapes: Shapes, out_shape: Shape) -> Moments:
+    """As `log_softmax`."""
+    return log_softmax(x, -1 if module.dim is None else module.dim, in_shapes=in_shapes, out_shape=out_shape)
+
+
+unsupported(nn.LSTM, nn.GRU, nn.RNN, nn.LSTMCell, nn.GRUCell, nn.RNNCell,
+            reason="a recurrence changes its moments at every step; normprop.nn has recurrent layers for it")  # fmt: skip
+unsupported(nn.TransformerEncoderLayer, nn.TransformerDecoderLayer, nn.TransformerEncoder, nn.TransformerDecoder,
+            nn.Transformer,
+            reason="torch fuses these; write the block with nn.MultiheadAttention and nn.LayerNorm")  # fmt: skip

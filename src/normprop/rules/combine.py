@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 from collections.abc import Sequence
 from typing import Any
 
@@ -28,9 +27,7 @@ def _along(x: Moments, dim: int, size: int) -> Moments:
 
 
 @rule(torch.cat, torch.concat, torch.concatenate, shaped=True)
-def cat(
-    tensors: Sequence[Moments | Tensor], dim: int = 0, *, in_shapes: Sequence[Shape], out_shape: Shape
-) -> Moments:
+def cat(tensors: Sequence[Moments | Tensor], dim: int = 0, *, in_shapes: Sequence[Shape], out_shape: Shape) -> Moments:
     """Each part keeps its moments; what varies along other dimensions is broadcast."""
     shapes = iter(in_shapes)
     parts = []
@@ -106,7 +103,7 @@ def pad(
     for k in range(len(pad) // 2):
         dim, (before, after) = rank - 1 - k, pad[2 * k : 2 * k + 2]
         if mean.shape[dim] == 1 and in_shapes[0][dim] != 1:
-            share *= in_shapes[0][dim] / out_shape[dim]
+            share *= 1.0 - (max(before, 0) + max(after, 0)) / out_shape[dim]  # a negative width crops
         elif before or after:
             widths = [0] * (2 * k) + [before, after]
             mean, var = F.pad(mean, widths, value=constant), F.pad(var, widths)
@@ -117,9 +114,7 @@ def pad(
 
 
 @rule(nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d, nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d, shaped=True)
-def constant_pad_module(
-    module: nn.ConstantPad2d, x: Moments, *, in_shapes: Sequence[Shape], out_shape: Shape
-) -> Moments:
+def constant_pad_module(module: nn.ConstantPad2d, x: Moments, *, in_shapes: Sequence[Shape], out_shape: Shape) -> Moments:
     """As `pad` with mode "constant"."""
     widths = module.padding
     value = float(getattr(module, "value", 0.0))
@@ -131,5 +126,3 @@ def constant_pad_module(
 def repeating_pad_module(module: nn.Module, x: Moments) -> Moments:
     """Values are repeated: the moments stay."""
     return x
-
-

@@ -34,16 +34,23 @@ _FUNCTIONS: dict[str, tuple[str, tuple[Any, ...]]] = {
     "softsign": ("", (F.softsign,)),
     "tanhshrink": ("", (F.tanhshrink,)),
     "logsigmoid": ("", (F.logsigmoid,)),
-    "threshold": ("threshold value", (F.threshold, F.threshold_)),
-    "sigmoid": ("", (F.sigmoid, torch.sigmoid, "sigmoid", "sigmoid_")),
-    "tanh": ("", (F.tanh, torch.tanh, "tanh", "tanh_")),
+    "threshold": ("threshold value", (F.threshold, torch.threshold_)),
+    "sigmoid": ("", (F.sigmoid, torch.sigmoid, torch.sigmoid_, torch.special.expit, "sigmoid", "sigmoid_")),
+    "tanh": ("", (F.tanh, torch.tanh, torch.tanh_, "tanh", "tanh_")),
     "exp": ("", (torch.exp, "exp", "exp_")),
     "erf": ("", (torch.erf, "erf", "erf_")),
     "sin": ("", (torch.sin, "sin", "sin_")),
     "cos": ("", (torch.cos, "cos", "cos_")),
     "abs": ("", (torch.abs, "abs", "abs_")),
     "square": ("", (torch.square, "square", "square_")),
-    "clamp": ("min max", (torch.clamp, "clamp", "clamp_", torch.clip, "clip")),
+    "clamp": ("min max", (torch.clamp, torch.clamp_, "clamp", "clamp_", torch.clip, "clip", "clip_")),
+    "clamp_min": ("min", (torch.clamp_min, "clamp_min", "clamp_min_")),
+    "clamp_max": ("max", (torch.clamp_max, "clamp_max", "clamp_max_")),
+    "sign": ("", (torch.sign, "sign", "sign_")),
+    "sinh": ("", (torch.sinh, "sinh")),
+    "cosh": ("", (torch.cosh, "cosh")),
+    "erfc": ("", (torch.erfc, torch.special.erfc, "erfc")),
+    "rrelu": ("lower upper", (F.rrelu, F.rrelu_)),
 }
 
 _MODULES = (
@@ -65,7 +72,8 @@ def named_activation_moments(
 ) -> ActivationMoments:
     """All moments of a named activation called as in torch: ``F.leaky_relu(x, 0.2)``."""
     given = dict(zip(parameters, args, strict=False)) | kwargs
-    given.pop("inplace", None)
+    for how in ("inplace", "training"):
+        given.pop(how, None)
     return activation_moments(name, x.mean, x.std, **{k: _fitting(v, x) for k, v in given.items()})
 
 
@@ -101,7 +109,9 @@ def glu(*args: Any, in_shapes: Any, out_shape: Any, **kwargs: Any) -> Moments:
     """``a · σ(b)`` for the halves a, b of one dimension: moments of a product of independent factors (derived)."""
     module = args[0] if isinstance(args[0], nn.Module) else None
     x = args[1] if module is not None else args[0]
-    dim = module.dim if isinstance(module, nn.GLU) else inspect.signature(F.glu).bind(*args, **kwargs).arguments.get("dim", -1)
+    dim = (
+        module.dim if isinstance(module, nn.GLU) else inspect.signature(F.glu).bind(*args, **kwargs).arguments.get("dim", -1)
+    )
     shape = list(x.mean.shape)
     shape[dim] = in_shapes[0][dim]
     x = x.expanded(shape)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -11,12 +12,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from normprop.channel_moments import Moments
+from normprop.errors import NormPropError
 from normprop.rules.table import rule
 
 
 def wide(tensor: Tensor) -> Tensor:
     """The tensor in float32 at least: moments of half-precision networks are not computed in half precision."""
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+
+
+def full_precision(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Autocast off on the tensor's device; the meta device knows no autocast."""
+    return contextlib.nullcontext() if tensor.is_meta else torch.autocast(tensor.device.type, enabled=False)
 
 
 def weight_moments(
@@ -45,22 +52,26 @@ def weight_moments(
         taps = weight.reshape(groups, weight.shape[0] // groups, weight.shape[1], -1)
         equation, share = "goik,gi->go", 1.0
     mean, var = mean.to(taps.dtype).reshape(groups, -1), var.to(taps.dtype).reshape(groups, -1)
-    with torch.autocast(weight.device.type, enabled=False):
+    with full_precision(weight):
         first = torch.einsum(equation, taps, mean).reshape(-1)
         second = torch.einsum(equation, taps.square(), var).reshape(-1)
     return (first, second) if share == 1.0 else (first * share, second * share)
 
 
+def _known(weight: Any) -> None:
+    if isinstance(weight, Moments):
+        raise NormPropError("a weight that depends on the input has no moment rule.\nKeep the layer whole and register one.")
+
+
 def _convolution(
     x: Moments, weight: Tensor, bias: Tensor | None, dims: int, *, groups: int = 1, transposed_stride: int = 0
 ) -> Moments:
+    _known(weight)
     channel = -1 - dims
     channels = x.channels(channel)
     inputs = weight.shape[0] if transposed_stride else weight.shape[1] * groups
     channels = channels.expanded((inputs,))
-    first, second = weight_moments(
-        weight, channels.mean, channels.var, groups=groups, transposed_stride=transposed_stride
-    )
+    first, second = weight_moments(weight, channels.mean, channels.var, groups=groups, transposed_stride=transposed_stride)
     if bias is not None:
         first = first + wide(bias)
     return Moments(first, second).aligned(x.mean.dim(), channel)
@@ -86,7 +97,10 @@ def functional_convolution(
     return _convolution(x, weight, bias, weight.dim() - 2, groups=groups)
 
 
-@rule(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_PHASES = "exact where the mean is zero or the stride is one: the phases of a stride see different taps, which are averaged"
+
+
+@rule(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, standing="approximate", reason=_PHASES)
 def transposed_convolution(
     module: nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d, x: Moments, output_size: Any = None
 ) -> Moments:
@@ -97,7 +111,7 @@ def transposed_convolution(
     )
 
 
-@rule(F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
+@rule(F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d, standing="approximate", reason=_PHASES)
 def functional_transposed_convolution(
     x: Moments,
     weight: Tensor,
@@ -117,9 +131,10 @@ def functional_transposed_convolution(
 @rule(F.linear)
 def functional_linear(x: Moments, weight: Tensor, bias: Tensor | None = None) -> Moments:
     """Over the last dimension: ``E = W m + b``, ``Var = W² v`` ([P] eq. 9)."""
+    _known(weight)
     weight = wide(weight)
     x = x.expanded((*x.mean.shape[:-1], weight.shape[1]))
-    with torch.autocast(weight.device.type, enabled=False):
+    with full_precision(weight):
         mean = F.linear(x.mean.to(weight.dtype), weight, None if bias is None else wide(bias))
         return Moments(mean, F.linear(x.var.to(weight.dtype), weight.square()))
 

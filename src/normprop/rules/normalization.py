@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 from collections.abc import Sequence
 from typing import Any
 
@@ -79,7 +78,7 @@ def _affine(x: Moments, weight: Tensor | None, bias: Tensor | None) -> Moments:
     return x if bias is None else x.shifted(bias)
 
 
-@rule(F.layer_norm, shaped=True, standing="approximate", reason=_MEASURED)
+@rule(F.layer_norm, torch.layer_norm, shaped=True, standing="approximate", reason=_MEASURED)
 def functional_layer_norm(
     x: Moments, normalized_shape: Shape, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5, *,
     in_shapes: Sequence[Shape], out_shape: Shape,
@@ -98,20 +97,31 @@ def layer_norm(module: nn.LayerNorm, x: Moments, *, in_shapes: Sequence[Shape], 
     )
 
 
-@rule(nn.RMSNorm, shaped=True, standing="approximate", reason=_MEASURED)
-def rms_norm(module: nn.RMSNorm, x: Moments, *, in_shapes: Sequence[Shape], out_shape: Shape) -> Moments:
+@rule(F.rms_norm, torch.rms_norm, shaped=True, standing="approximate", reason=_MEASURED)
+def functional_rms_norm(
+    x: Moments, normalized_shape: Shape, weight: Tensor | None = None, eps: float | None = None, *,
+    in_shapes: Sequence[Shape], out_shape: Shape,
+) -> Moments:  # fmt: skip
     """``w x / √(E x²)`` over the last dimensions."""
     rank = len(in_shapes[0])
-    eps = module.eps if module.eps is not None else torch.finfo(x.mean.dtype).eps
-    dims = range(rank - len(module.normalized_shape), rank)
-    return _affine(_normalised(x, dims, in_shapes[0], eps, centred=False), module.weight, None)
+    dims = range(rank - len(normalized_shape), rank)
+    eps = torch.finfo(x.mean.dtype).eps if eps is None else eps
+    return _affine(_normalised(x, dims, in_shapes[0], eps, centred=False), weight, None)
+
+
+@rule(nn.RMSNorm, shaped=True, standing="approximate", reason=_MEASURED)
+def rms_norm(module: nn.RMSNorm, x: Moments, *, in_shapes: Sequence[Shape], out_shape: Shape) -> Moments:
+    """As `functional_rms_norm`."""
+    return functional_rms_norm(
+        x, module.normalized_shape, module.weight, module.eps, in_shapes=in_shapes, out_shape=out_shape
+    )
 
 
 def _grouped(x: Moments, groups: int, shape: Shape, eps: float) -> Moments:
     channels = shape[1]
     spread = x.expanded([channels if d == 1 else s for d, s in enumerate(x.mean.shape)])
     parts = Moments(*(t.unflatten(1, (groups, channels // groups)) for t in (spread.mean, spread.var)))
-    rest = [d for d in range(2, parts.mean.dim())]
+    rest = list(range(2, parts.mean.dim()))
     normal = _normalised(parts, rest, (shape[0], groups, channels // groups, *parts.mean.shape[3:]), eps)
     return Moments(normal.mean.flatten(1, 2), normal.var.flatten(1, 2))
 
@@ -124,7 +134,7 @@ def group_norm(module: nn.GroupNorm, x: Moments, *, in_shapes: Sequence[Shape], 
     return _affine(_grouped(x, module.num_groups, in_shapes[0], module.eps), weight, bias)
 
 
-@rule(F.group_norm, shaped=True, standing="approximate", reason=_MEASURED)
+@rule(F.group_norm, torch.group_norm, shaped=True, standing="approximate", reason=_MEASURED)
 def functional_group_norm(
     x: Moments, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5, *,
     in_shapes: Sequence[Shape], out_shape: Shape,
@@ -143,13 +153,33 @@ def instance_norm(module: nn.InstanceNorm2d, x: Moments, *, in_shapes: Sequence[
     return _affine(_grouped(x, in_shapes[0][1], in_shapes[0], module.eps), weight, bias)
 
 
-@rule(nn.LocalResponseNorm, standing="approximate", reason="the local energy is replaced by its expectation")
+@rule(F.instance_norm, torch.instance_norm, shaped=True, standing="approximate", reason=_MEASURED)
+def functional_instance_norm(
+    x: Moments, running_mean: Any = None, running_var: Any = None, weight: Tensor | None = None, bias: Tensor | None = None,
+    use_input_stats: bool = True, momentum: float = 0.1, eps: float = 1e-5, *_: Any, in_shapes: Sequence[Shape],
+    out_shape: Shape,
+) -> Moments:  # fmt: skip
+    """As `instance_norm`."""
+    channels = in_shapes[0][1]
+    return functional_group_norm(x, channels, weight, bias, eps, in_shapes=in_shapes, out_shape=out_shape)
+
+
+_ENERGY = "the local energy is replaced by its expectation"
+
+
+@rule(nn.LocalResponseNorm, standing="approximate", reason=_ENERGY)
 def local_response_norm(module: nn.LocalResponseNorm, x: Moments) -> Moments:
-    """``x / (k + α · mean of x² over n neighbouring channels)^β``."""
-    second = x.second.flatten(1).mean(-1, keepdim=True) if x.mean.shape[1] == 1 else x.second
-    rows = second.reshape(1, 1, -1)
-    padded = F.pad(rows, (module.size // 2, (module.size - 1) // 2))
-    energy = F.avg_pool1d(padded, module.size, stride=1).reshape(second.shape)
-    return x.scaled((module.k + module.alpha * energy).pow(-module.beta))
+    """As `functional_local_response_norm`."""
+    return functional_local_response_norm(x, module.size, module.alpha, module.beta, module.k)
 
 
+@rule(F.local_response_norm, standing="approximate", reason=_ENERGY)
+def functional_local_response_norm(
+    x: Moments, size: int, alpha: float = 1e-4, beta: float = 0.75, k: float = 1.0
+) -> Moments:
+    """``x / (k + α · mean of x² over n neighbouring channels)^β``; borders have fewer neighbours."""
+    second = x.second
+    if second.shape[1] > 1:  # the channel dimension last, where the pooling works
+        rows = F.pad(second.movedim(1, -1).flatten(0, -2).unsqueeze(1), (size // 2, (size - 1) // 2))
+        second = F.avg_pool1d(rows, size, stride=1).reshape(second.movedim(1, -1).shape).movedim(-1, 1)
+    return x.scaled((k + alpha * second).pow(-beta))

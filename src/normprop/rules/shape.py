@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -30,7 +29,7 @@ def reshaped(x: Moments, before: Shape, after: Shape) -> Moments:
     for old, new in _groups(before, after):
         varies = any(shape[d] != 1 for d in old)
         if varies and 0 in old and any(before[d] != 1 for d in old[1:]) and len(old) > 1:
-            pooled = Moments(mean, var).pooled([d for d in old])
+            pooled = Moments(mean, var).pooled(list(old))
             mean, var, varies = pooled.mean, pooled.var, False
         if varies:
             full = [before[d] if d in old else mean.shape[d] for d in range(len(before))]
@@ -81,36 +80,67 @@ def reshape(x: Moments, *_: Any, in_shapes: Sequence[Shape], out_shape: Shape, *
     return reshaped(x, in_shapes[0], out_shape)
 
 
-@rule(nn.Flatten, nn.Unflatten, nn.PixelShuffle, nn.PixelUnshuffle, nn.ChannelShuffle, shaped=True)
+def regroup(x: Moments, *_: Any, in_shapes: Sequence[Shape], out_shape: Shape, **__: Any) -> Moments:
+    """Positions change places and dimensions: what is left is one distribution a channel, along the channel dimension.
+
+    The channel dimension is the first after the batch whose size both shapes share there, else the last.
+    """
+    rank = len(out_shape)
+    channel = 1 if len(in_shapes[0]) == rank and in_shapes[0][1] == out_shape[1] != out_shape[-1] else -1
+    return x.channels(channel).aligned(rank, channel)
+
+
+@rule(nn.Flatten, nn.Unflatten, shaped=True)
 def reshape_module(module: nn.Module, x: Moments, *, in_shapes: Sequence[Shape], out_shape: Shape) -> Moments:
-    """Elements keep their moments, wherever the module puts them."""
-    if isinstance(module, nn.PixelShuffle):
-        return pixel_shuffle(x, module.upscale_factor)
-    if isinstance(module, nn.PixelUnshuffle):
-        return pixel_unshuffle(x, module.downscale_factor)
-    if isinstance(module, nn.ChannelShuffle):
-        return channel_shuffle(x, module.groups)
+    """Elements keep their moments (see `reshaped`)."""
     return reshaped(x, in_shapes[0], out_shape)
 
 
-@rule(F.pixel_shuffle)
-def pixel_shuffle(x: Moments, upscale_factor: int) -> Moments:
+def _whole(x: Moments, dim: int, size: int) -> Moments:
+    """The moments with their true size along one dimension."""
+    shape = [max(a, b) for a, b in zip(x.mean.shape, x.var.shape, strict=True)]
+    shape[dim] = size
+    return x.expanded(shape)
+
+
+@rule(F.pixel_shuffle, shaped=True)
+def pixel_shuffle(x: Moments, upscale_factor: int, *, in_shapes: Sequence[Shape], out_shape: Shape) -> Moments:
     """r² channels become the phases of one: the mixture of their moments per channel (definition)."""
-    phases = upscale_factor**2
-    grouped = Moments(*(t.unflatten(1, (t.shape[1] // phases, phases)) for t in (x.mean, x.var)))
-    return grouped.pooled([2], keepdim=False)
+    x = _whole(x, -3, in_shapes[0][-3])
+    grouped = Moments(*(t.unflatten(-3, (-1, upscale_factor**2)) for t in (x.mean, x.var)))
+    return grouped.pooled([-3], keepdim=False)
 
 
-@rule(F.pixel_unshuffle)
-def pixel_unshuffle(x: Moments, downscale_factor: int) -> Moments:
+@rule(F.pixel_unshuffle, shaped=True)
+def pixel_unshuffle(x: Moments, downscale_factor: int, *, in_shapes: Sequence[Shape], out_shape: Shape) -> Moments:
     """Each phase of a channel becomes a channel of its own with the same moments."""
-    return Moments(*(t.repeat_interleave(downscale_factor**2, 1) for t in (x.mean, x.var)))
+    x = _whole(x, -3, in_shapes[0][-3])
+    return Moments(*(t.repeat_interleave(downscale_factor**2, -3) for t in (x.mean, x.var)))
 
 
-@rule(F.channel_shuffle)
-def channel_shuffle(x: Moments, groups: int) -> Moments:
+@rule(F.channel_shuffle, torch.channel_shuffle, shaped=True)
+def channel_shuffle(x: Moments, groups: int, *, in_shapes: Sequence[Shape], out_shape: Shape) -> Moments:
     """Channels change places."""
+    x = _whole(x, 1, in_shapes[0][1])
     return Moments(*(t.unflatten(1, (groups, -1)).transpose(1, 2).flatten(1, 2) for t in (x.mean, x.var)))
+
+
+@rule(nn.PixelShuffle, shaped=True)
+def pixel_shuffle_module(module: nn.PixelShuffle, x: Moments, **shapes: Any) -> Moments:
+    """As `pixel_shuffle`."""
+    return pixel_shuffle(x, module.upscale_factor, **shapes)
+
+
+@rule(nn.PixelUnshuffle, shaped=True)
+def pixel_unshuffle_module(module: nn.PixelUnshuffle, x: Moments, **shapes: Any) -> Moments:
+    """As `pixel_unshuffle`."""
+    return pixel_unshuffle(x, module.downscale_factor, **shapes)
+
+
+@rule(nn.ChannelShuffle, shaped=True)
+def channel_shuffle_module(module: nn.ChannelShuffle, x: Moments, **shapes: Any) -> Moments:
+    """As `channel_shuffle`."""
+    return channel_shuffle(x, module.groups, **shapes)
 
 
 def move(method: str, x: Moments, *args: Any, **kwargs: Any) -> Moments:
@@ -119,22 +149,38 @@ def move(method: str, x: Moments, *args: Any, **kwargs: Any) -> Moments:
     return Moments(getattr(mean, method)(*args, **kwargs), getattr(var, method)(*args, **kwargs))
 
 
-for _method, _functions in {
+_MOVES: dict[str, tuple[Callable[..., Any], ...]] = {
     "permute": (torch.permute,),
     "transpose": (torch.transpose,),
     "swapaxes": (torch.swapaxes,),
     "movedim": (torch.movedim,),
     "unsqueeze": (torch.unsqueeze,),
     "t": (torch.t,),
-}.items():
-    for _key in (_method, *_functions):
-        TABLE.add(_key, Rule(move, leading=(_method,)))
+    "moveaxis": (torch.moveaxis,),
+    "swapdims": (torch.swapdims,),
+}
+for _method, _functions in _MOVES.items():
+    TABLE.add(_method, Rule(move, leading=(_method,)))
+    for _function in _functions:
+        TABLE.add(_function, Rule(move, leading=(_method,)))
 
 
 @rule(torch.squeeze, "squeeze", shaped=True)
 def squeeze(x: Moments, *_: Any, in_shapes: Sequence[Shape], out_shape: Shape, **__: Any) -> Moments:
     """Dimensions of size 1 go."""
     return reshaped(x, in_shapes[0], out_shape)
+
+
+@rule(getattr)
+def attribute(x: Any, name: str) -> Any:
+    """``x.T``, ``x.mT``, ``x.H``, and the entries of torch's named results."""
+    if name in ("T", "mT", "H", "mH"):
+        return Moments(*(getattr(t, name) for t in torch.broadcast_tensors(x.mean, x.var)))
+    if name in ("data", "real") and isinstance(x, Moments):
+        return x
+    if name in ("values", "indices") and isinstance(x, tuple):
+        return x[name == "indices"]
+    raise NormPropError(f"the attribute {name} of an activation has no moment rule.")
 
 
 def same(x: Moments, *_: Any, **__: Any) -> Moments:
@@ -147,8 +193,8 @@ def same_module(module: nn.Module, x: Moments) -> Moments:
     return x
 
 
-for _key in ("contiguous", "clone", "to", "float", "type_as", "detach", "double", "half", "type", "bfloat16",
-             torch.clone):  # fmt: skip
+for _key in ("contiguous", "clone", "to", "float", "type_as", "detach", "double", "half", "type", "bfloat16", "cpu", "cuda",
+             "requires_grad_", torch.clone, torch.detach):  # fmt: skip
     TABLE.add(_key, Rule(same))
 for _module in (nn.Identity, nn.UpsamplingNearest2d):
     TABLE.add(_module, Rule(same_module))
@@ -183,31 +229,3 @@ def interpolate(*args: Any, **kwargs: Any) -> Moments:
 def roll(x: Moments, *_: Any, in_shapes: Sequence[Shape], out_shape: Shape, **__: Any) -> Moments:
     """Elements change places along dimensions over which the moments are taken not to vary."""
     return x
-
-
-def _plain(x: Any) -> bool:
-    return x is None or x is Ellipsis or isinstance(x, int | slice)
-
-
-@rule(operator.getitem, "__getitem__")
-def getitem(x: Moments | Sequence[Moments], index: Any) -> Moments:
-    """One of several outputs, or a slice: along a dimension over which the moments vary they are sliced too."""
-    if not isinstance(x, Moments):
-        return x[index]
-    entries = list(index) if isinstance(index, tuple) else [index]
-    if not all(_plain(e) for e in entries):
-        raise NormPropError("an index that is a tensor has no moment rule; slices, integers, None and … have.")
-    if Ellipsis in entries:
-        at = entries.index(Ellipsis)
-        missing = x.mean.dim() - sum(e is not None for e in entries) + 1
-        entries[at : at + 1] = [slice(None)] * missing
-    dim, adapted = 0, []
-    for entry in entries:
-        if entry is None:
-            adapted.append(None)
-            continue
-        constant = x.mean.shape[dim] == 1
-        adapted.append(entry if not constant else slice(None) if isinstance(entry, slice) else 0)
-        dim += 1
-    key = tuple(adapted)
-    return Moments(x.mean[key], x.var[key])

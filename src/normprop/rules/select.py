@@ -1,0 +1,111 @@
+"""Parts of a tensor: slices, entries, windows taken out and put back."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from normprop.channel_moments import Moments
+from normprop.errors import NormPropError
+from normprop.rules.table import rule
+
+Shape = Sequence[int]
+Shapes = Sequence[Shape]
+
+
+def _plain(x: Any) -> bool:
+    return x is None or x is Ellipsis or isinstance(x, int | slice)
+
+
+@rule(operator.getitem, "__getitem__")
+def getitem(x: Any, index: Any) -> Any:
+    """One of several outputs, or a slice: along a dimension over which the moments vary they are sliced too."""
+    if not isinstance(x, Moments):
+        return x[index]
+    entries = list(index) if isinstance(index, tuple) else [index]
+    if not all(_plain(e) for e in entries):
+        raise NormPropError("an index that is a tensor has no moment rule; slices, integers, None and … have.")
+    if Ellipsis in entries:
+        at = entries.index(Ellipsis)
+        missing = x.mean.dim() - sum(e is not None for e in entries) + 1
+        entries[at : at + 1] = [slice(None)] * missing
+    dim = 0
+    adapted: list[Any] = []
+    for entry in entries:
+        if entry is None:
+            adapted.append(None)
+            continue
+        constant = x.mean.shape[dim] == 1
+        adapted.append(entry if not constant else slice(None) if isinstance(entry, slice) else 0)
+        dim += 1
+    key = tuple(adapted)
+    return Moments(x.mean[key], x.var[key])
+
+
+@rule(torch.narrow, "narrow")
+def narrow(x: Moments, dim: int, start: int, length: int) -> Any:
+    """A slice along one dimension."""
+    return getitem(x, _at(x, dim, slice(start, start + length)))
+
+
+@rule(torch.select, "select")
+def select(x: Moments, dim: int, index: int) -> Any:
+    """One entry of a dimension, which goes."""
+    return getitem(x, _at(x, dim, index))
+
+
+def _at(x: Moments, dim: int, index: Any) -> tuple[Any, ...]:
+    return (*(slice(None),) * (dim % x.mean.dim()), index)
+
+
+@rule("unfold", shaped=True)
+def unfold(x: Moments, dimension: int, size: int, step: int, *, in_shapes: Shapes, out_shape: Shape) -> Moments:
+    """Windows along one dimension become a last one: elements keep their moments."""
+    mean, var = torch.broadcast_tensors(x.mean, x.var)
+    if mean.shape[dimension] == 1:
+        return Moments(mean.unsqueeze(-1), var.unsqueeze(-1))
+    return Moments(mean.unfold(dimension, size, step), var.unfold(dimension, size, step))
+
+
+@rule(F.unfold, shaped=True)
+def patches(
+    x: Moments, kernel_size: Any, dilation: Any = 1, padding: Any = 0, stride: Any = 1, *, in_shapes: Shapes,
+    out_shape: Shape,
+) -> Moments:  # fmt: skip
+    """im2col: every tap of a channel has the channel's moments; padding is not counted."""
+    taps = out_shape[1] // in_shapes[0][1]
+    channels = x.channels().expanded((in_shapes[0][1],))
+    return Moments(*(t.repeat_interleave(taps).reshape(1, -1, 1) for t in (channels.mean, channels.var)))
+
+
+@rule(nn.Unfold, shaped=True)
+def patches_module(module: nn.Unfold, x: Moments, *, in_shapes: Shapes, out_shape: Shape) -> Moments:
+    """As `patches`."""
+    return patches(x, module.kernel_size, in_shapes=in_shapes, out_shape=out_shape)
+
+
+_BORDERS = "borders and uneven overlaps are averaged; overlapping entries are taken as independent"
+
+
+@rule(F.fold, standing="approximate", reason=_BORDERS, shaped=True)
+def folded(
+    x: Moments, output_size: Any, kernel_size: Any, *_: Any, in_shapes: Shapes, out_shape: Shape, **__: Any
+) -> Moments:
+    """col2im: a position is the sum of the patches which meet there, ``n = taps · patches / positions`` on average."""
+    channels = x.channels().expanded((in_shapes[0][1],))
+    taps = in_shapes[0][1] // out_shape[1]
+    overlap = taps * in_shapes[0][2] / math.prod(out_shape[2:])
+    grouped = Moments(*(t.reshape(1, -1, taps, 1) for t in (channels.mean, channels.var))).pooled([2], keepdim=False)
+    return Moments(*(t.unsqueeze(-1) * overlap for t in (grouped.mean, grouped.var)))
+
+
+@rule(nn.Fold, standing="approximate", reason=_BORDERS, shaped=True)
+def folded_module(module: nn.Fold, x: Moments, *, in_shapes: Shapes, out_shape: Shape) -> Moments:
+    """As `folded`."""
+    return folded(x, module.output_size, module.kernel_size, in_shapes=in_shapes, out_shape=out_shape)
