@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from normprop.channel_moments import Moments
-from normprop.rules.linear import weight_moments, wide
+from normprop.effective import EffectiveWeight
+from normprop.rules.linear import full_precision, weight_moments, wide
 
 
 class Site(nn.Module):
@@ -90,20 +94,6 @@ def statistics(
     return weight_moments(weight, channels.mean, channels.var, groups=groups, transposed_stride=transposed_stride)
 
 
-def standardiser(site: Site, mean: Tensor, var: Tensor, call: int) -> tuple[Tensor, Tensor]:
-    """Factor and offset of ``γ (z − E − d)/√(k V) + β`` (METHOD §3), one each a channel.
-
-    A variance of zero (a filter of zeros) counts as one, so that nothing is divided by zero.
-    """
-    shift, scale = (t[call] if t.dim() == 2 else t for t in (site.shift, site.scale))
-    var = torch.where(var > 0, var, 1.0)
-    factor = (wide(scale) * var).rsqrt()
-    if site.weight is not None:
-        factor = factor * wide(site.weight)
-    offset = -(mean + wide(shift)) * factor
-    return factor, offset if site.bias is None else offset + wide(site.bias)
-
-
 def effective_weight(
     weight: Tensor,
     site: Site,
@@ -133,15 +123,40 @@ def effective_weight(
     Returns:
         Effective weight in the weight's own shape and dtype, effective bias ``(O,)``.
     """
-    filters = centred(wide(weight), groups, bool(transposed_stride)) if center else wide(weight)
-    mean, var = statistics(filters, x, channel=channel, groups=groups, transposed_stride=transposed_stride)
-    factor, offset = standardiser(site, mean, var, call)
+    filters = wide(weight)
+    inputs = filters.shape[0] if transposed_stride else filters.shape[1] * groups
+    channels = x.channels(channel).expanded((inputs,))
+    taps = filters[0, 0].numel()
+    rows = filters.unflatten(0, (groups, -1))
+    rows = rows.transpose(1, 2).flatten(2) if transposed_stride else rows.flatten(2)
+    # An output position of a transposed convolution sees one tap in so many.
+    share = 1.0 / transposed_stride if transposed_stride else 1.0
+    mean, var = (per_tap(t.to(rows.dtype) * share, groups, taps) for t in (channels.mean, channels.var))
+    shift, scale, gamma, beta = (t.to(rows.dtype).reshape(groups, -1) for t in constants(site, call))
+    with full_precision(weight):
+        effective, bias, _, _ = EffectiveWeight.apply(rows, mean, var, gamma, beta, shift, scale, center)
     if transposed_stride:
-        per_filter = factor.reshape(groups, 1, -1, *(1,) * (filters.dim() - 2))
-        scaled = (filters.unflatten(0, (groups, -1)) * per_filter).flatten(0, 1)
-    else:
-        scaled = filters * factor.reshape(-1, *(1,) * (filters.dim() - 1))
-    return scaled.to(weight.dtype), offset.to(weight.dtype)
+        effective = effective.unflatten(2, (-1, taps)).transpose(1, 2)
+    return effective.reshape(weight.shape).to(weight.dtype), bias.reshape(-1).to(weight.dtype)
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Autocast off: statistics are not computed in half precision. The meta device knows no autocast."""
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
+
+
+def per_tap(channels: Tensor, groups: int, taps: int) -> Tensor:
+    """A value per input channel, ``(I,)``, as one per weight of a filter: ``(groups, I/groups · taps)``."""
+    grouped = channels.reshape(groups, -1)
+    return grouped if taps == 1 else grouped.unsqueeze(-1).expand(-1, -1, taps).flatten(1)
+
+
+def constants(site: Site, call: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """d, k, γ and β of one call of a site, ``(C,)`` each."""
+    shift, scale = (t[call] if t.dim() == 2 else t for t in (site.shift, site.scale))
+    gamma = torch.ones_like(shift) if site.weight is None else site.weight
+    beta = torch.zeros_like(shift) if site.bias is None else site.bias
+    return shift, scale, gamma, beta
 
 
 def effective_affine(site: Site, x: Moments, *, channel: int, call: int = 0) -> tuple[Tensor, Tensor]:
@@ -154,7 +169,10 @@ def effective_affine(site: Site, x: Moments, *, channel: int, call: int = 0) -> 
         call: which of the site's calls this is.
     """
     channels = x.channels(channel).expanded((site.shift.shape[-1],))
-    factor, offset = standardiser(site, channels.mean, channels.var, call)
+    shift, scale, gamma, beta = (wide(t) for t in constants(site, call))
+    var = torch.where(channels.var > 0, channels.var, 1.0)
+    factor = gamma * (scale * var).rsqrt()
+    offset = beta - (channels.mean + shift) * factor
     shape = [1] * x.mean.dim()
     shape[channel] = -1
     return factor.reshape(shape), offset.reshape(shape)

@@ -197,9 +197,8 @@ def _holds_tensor(value: Any) -> bool:
 def _check(model: nn.Module) -> None:
     for path, module in model.named_modules():
         if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():  # type: ignore[misc]
-            raise NormPropError(
-                f"{path} is a {type(module).__name__} without a shape yet.\nRun one batch through the model first."
-            )
+            kind = type(module).__name__
+            raise NormPropError(f"{path} is a {kind} that has not seen its input yet.\nRun one batch through it first.")
 
 
 def _unsupported(walk: Walk, missing: Sequence[tuple[fx.Node, str]]) -> UnsupportedOpError:
