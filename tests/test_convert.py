@@ -222,7 +222,7 @@ def test_the_paper_form_is_the_papers_layers() -> None:
         nn.ReLU(),
     ).double()
     converted = normprop.convert(model, method="paper")
-    assert float(converted.get_parameter("1.weight")[0]) == pytest.approx(1 / 1.211174, rel=1e-5)
+    assert converted.get_parameter("1.weight")[0].item() == pytest.approx(1 / 1.211174, rel=1e-5)
     layers = nn.Sequential(
         normprop.nn.Conv2d(3, 8, 3, padding=1, activation="relu", method="paper"),
         nn.MaxPool2d(2),
@@ -282,7 +282,7 @@ def test_a_leaf_without_a_rule_is_named_and_can_be_given_one() -> None:
         (lambda: nn.Linear(3, 3), {}, "no BatchNorm"),
         (lambda: normprop.convert(chain()), {}, "converted already"),
         (lambda: nn.Sequential(normprop.convert(chain())), {}, "converted already"),
-        (lambda: nn.Sequential(nn.LazyLinear(3), nn.BatchNorm1d(3)), {}, "not seen its input"),
+        (lambda: nn.Sequential(nn.LazyLinear(3), nn.BatchNorm1d(3)), {}, "Run one batch"),
         (lambda: "resnet", {}, "takes a torch.nn.Module"),
         (chain, {"input": Moments(torch.zeros(4), torch.ones(4))}, r"takes samples of shape"),
         (chain, {"input": Moments(torch.zeros(3), -torch.ones(3))}, "negative"),

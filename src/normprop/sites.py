@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
@@ -138,11 +135,6 @@ def effective_weight(
     if transposed_stride:
         effective = effective.unflatten(2, (-1, taps)).transpose(1, 2)
     return effective.reshape(weight.shape).to(weight.dtype), bias.reshape(-1).to(weight.dtype)
-
-
-def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
-    """Autocast off: statistics are not computed in half precision. The meta device knows no autocast."""
-    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
 def per_tap(channels: Tensor, groups: int, taps: int) -> Tensor:
