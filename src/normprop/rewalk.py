@@ -87,6 +87,7 @@ def _pair(node: fx.Node) -> Any:
     return pair if isinstance(pair, fx.Node) and pair.target in known else None
 
 
+@torch.no_grad()
 def _claiming(model: ConvertedModule, node: fx.Node, rule: Rule, values: Mapping[fx.Node, Any]) -> Rule:
     """The rule of a layer that a site answers for: N(β, γ²), whatever independence would predict."""
     pair = _pair(node)

@@ -95,6 +95,7 @@ class Rewriter:
             pair = self._call(sites.effective_affine, site, moments, channel=plan.channel, **call)
             factor, offset = (self._call(operator.getitem, pair, i) for i in (0, 1))
             self.data[plan.node] = self._call(sites.apply_affine, x, factor, offset)
+        self.data[plan.node].meta["scope"] = plan.path
         if plan.node in self.needed:
             rank = self.walk.values[plan.node].dim()
             self.lane[plan.node] = self._call(sites.site_moments, site, rank, plan.channel)

@@ -15,6 +15,7 @@ __all__ = ["COMMANDS", "main"]
 COMMANDS: dict[str, tuple[str, str, str]] = {
     "demo": ("normprop.cli.demo", "demo", "see it train where BatchNorm can't, in two minutes, without downloads"),
     "train": ("normprop.cli.train", "train", "train a network on a data set with any normaliser"),
+    "inspect": ("normprop.cli.inspect", "inspect", "predicted and measured moments of a network; what converts"),
     "moments": ("normprop.cli.moments", "moments", "moments of activations for a Gaussian input"),
     "data": ("normprop.cli.data", "data", "list the data sets, and where each is found"),
 }

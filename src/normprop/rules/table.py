@@ -105,7 +105,12 @@ def describe(key: Key) -> str:
     """An operation's name for people."""
     if isinstance(key, str):
         return f"Tensor.{key}" if "." not in key else key
-    return qualified_name(key)
+    # Where torch keeps its compiled functions is nobody's concern.
+    return (
+        qualified_name(key)
+        .replace("torch._VariableFunctionsClass.", "torch.")
+        .replace("torch._C._nn.", "torch.nn.functional.")
+    )
 
 
 TABLE = RuleTable()
