@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import math
 import os
 import statistics
 import time
@@ -21,7 +20,7 @@ from normprop.cli.console import console
 from normprop.errors import NormPropError
 from normprop.experiments.checkpoint import write_whole
 from normprop.experiments.history import Row
-from normprop.experiments.recipe import Recipe
+from normprop.experiments.recipe import Recipe, clip_at, rate_at
 from normprop.experiments.training import train
 from normprop.plot.curves import Curve, plot_curves
 
@@ -49,16 +48,14 @@ def demo(*, out: Path = Path("normprop-demo.png"), epochs: int = 3, seeds: int =
         workers: Runs at a time; by default one for each core.
     """
     if min(epochs, seeds, 1 if workers is None else workers) < 1:
-        raise NormPropError(
-            "The demo needs --epochs, --seeds and --workers of 1 or more.\nLeave them out for the defaults."
-        )
+        raise NormPropError("The demo needs --epochs, --seeds and --workers of 1 or more.\nLeave them out for the defaults.")
     began = time.monotonic()
     recipes = [recipe_of(norm, size, epochs, seed) for _, norm, size in SETTINGS for seed in range(seeds)]
     screen = console()
     screen.print(
         f"Digits (1,437 training images of 8×8), {epochs} epochs, {seeds} seeds. The same for all: the paper's network "
         "at a quarter of its width, He initialisation, SGD with momentum 0.9 and weight decay 5e-4, one-cycle rate "
-        f"{_RATE:g}·√(b/64), adaptive gradient clipping at {_CLIP:g}/√(b/64), where b is the batch size.",
+        f"{_RATE:g}·(b/64)^¾, adaptive gradient clipping at {_CLIP:g}/√(b/64), where b is the batch size.",
         soft_wrap=True,
     )
     columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("runs"))
@@ -82,7 +79,6 @@ def demo(*, out: Path = Path("normprop-demo.png"), epochs: int = 3, seeds: int =
 
 def recipe_of(norm: str, batch_size: int, epochs: int, seed: int) -> Recipe:
     """The demo's recipe, the same but for normaliser, batch size and seed."""
-    scale = math.sqrt(batch_size / 64)
     return Recipe(
         model="nin",
         width=0.25,
@@ -90,8 +86,8 @@ def recipe_of(norm: str, batch_size: int, epochs: int, seed: int) -> Recipe:
         batch_size=batch_size,
         epochs=epochs,
         seed=seed,
-        lr=_RATE * scale,
-        clip=_CLIP / scale,
+        lr=rate_at(batch_size, _RATE),
+        clip=clip_at(batch_size, _CLIP),
     )
 
 

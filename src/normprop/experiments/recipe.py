@@ -18,8 +18,8 @@ class Recipe:
     """One training run: equal recipes on equal machines give equal weights.
 
     Example:
-        >>> Recipe(norm="batch", batch_size=16).resolved().lr
-        0.05
+        >>> Recipe(norm="batch", batch_size=64).resolved().lr
+        0.1
     """
 
     data: str = "digits"
@@ -35,7 +35,7 @@ class Recipe:
     epochs: int = 10
     """Passes over the training set."""
     lr: float | None = None
-    """Highest learning rate; by default one that suits the normaliser at batch 64, times √(batch size / 64)."""
+    """Highest learning rate; by default one that suits the normaliser at batch size 64, times (batch size / 64)^¾."""
     train_images: int | None = None
     """Use a fixed random subset of the training set."""
     image_size: int | None = None
@@ -81,13 +81,10 @@ class Recipe:
             )
         if self.data_norm == "batch" and self.batch_size == 1:
             raise NormPropError("--data-norm batch can't train at batch size 1.\nUse --data-norm global.")
-        # Noise in the gradient falls as 1/√batch: so steps may grow as √batch, and the length beyond which a gradient
-        # is an accident shrinks. What a step can change at most, rate times clipping, is the same at every batch size.
-        scale = math.sqrt(self.batch_size / 64)
         return dataclasses.replace(
             self,
-            lr=norm.rate * scale if self.lr is None else self.lr,
-            clip=norm.clip / scale if self.clip is None else self.clip,
+            lr=rate_at(self.batch_size, norm.rate) if self.lr is None else self.lr,
+            clip=clip_at(self.batch_size, norm.clip) if self.clip is None else self.clip,
             halve_every=self.halve_every or max(1, self.epochs // 8),
         )
 
@@ -120,6 +117,29 @@ class Recipe:
             for name, value in dataclasses.asdict(self).items()
             if earlier.get(name) != value and not (name == "epochs" and open_ended and value > earlier.get(name, 0))
         ]
+
+
+def rate_at(batch_size: int, rate: float) -> float:
+    """The learning rate that goes with `rate` at batch size 64.
+
+    Between the √ of independent noise and the proportionality of a noiseless gradient; on Fashion-MNIST at batch size 1
+    with a narrow `nin` it beat √ for both forms of NormProp.
+
+    Example:
+        >>> round(rate_at(4, 0.1), 4)
+        0.0125
+    """
+    return rate * (batch_size / 64) ** 0.75  # type: ignore[no-any-return]
+
+
+def clip_at(batch_size: int, clip: float) -> float:
+    """The adaptive clipping that goes with `clip` at batch size 64: the noise in a gradient falls as 1/√batch.
+
+    Example:
+        >>> clip_at(4, 0.05)
+        0.2
+    """
+    return clip / math.sqrt(batch_size / 64)
 
 
 def _flag(field: str) -> str:

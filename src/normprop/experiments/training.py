@@ -100,7 +100,7 @@ def accuracy(model: nn.Module, images: Images, group: Processes, *, batch_size: 
     model.eval()
     right = 0.0
     x, y = images.x_test[group.rank :: group.world], images.y_test[group.rank :: group.world]
-    for xs, ys in zip(x.split(batch_size), y.split(batch_size), strict=True):  # type: ignore[no-untyped-call]
+    for xs, ys in zip(x.split(batch_size), y.split(batch_size), strict=True):
         right += float((model(xs.to(group.device)).argmax(1) == ys.to(group.device)).sum())
     return group.total([right])[0] / len(images.x_test)
 
@@ -195,7 +195,7 @@ class _Trainer:
         if not math.isfinite(sums[0]):
             return math.nan
         self.optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         self.optimizer.step()
         self.sums = [a + b for a, b in zip(self.sums, sums, strict=True)]
         self.seconds += time.perf_counter() - began
