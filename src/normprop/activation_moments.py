@@ -71,6 +71,7 @@ def moments(fn: Activation, mean: float | Tensor = 0.0, std: float | Tensor = 1.
     >>> moments(lambda u: torch.where(u > 1, u.square(), -u)).mean
     tensor(0.6426, dtype=torch.float64)
     """
+    _check_values(mean, std)
     known = canonical(fn)
     if known is not None:
         return activation_moments(known[0], mean, std, **known[1])
@@ -112,13 +113,18 @@ def _prepare(mean: float | Tensor, std: float | Tensor) -> tuple[Tensor, Tensor,
     m, s = (
         x.to(compute) if isinstance(x, Tensor) else torch.as_tensor(x, dtype=compute, device=device) for x in (mean, std)
     )
+    shape = torch.broadcast_shapes(m.shape, s.shape)
+    return m.expand(shape), s.expand(shape), dtype
+
+
+def _check_values(mean: float | Tensor, std: float | Tensor) -> None:
+    """A question about a Gaussian that is none gets an answer; a network on its way to divergence only carries its NaN on."""
+    m, s, _ = _prepare(mean, std)
     if _eager(m) and _eager(s):
         if bool((~(s >= 0)).any()):
             raise NormPropError("std is negative or NaN")
         if bool(m.isnan().any()):
             raise NormPropError("mean is NaN")
-    shape = torch.broadcast_shapes(m.shape, s.shape)
-    return m.expand(shape), s.expand(shape), dtype
 
 
 def _eager(x: Tensor) -> bool:
