@@ -56,19 +56,20 @@ def fold(model: nn.Module, *, check: bool = True) -> nn.Module:
 
 def _fold_layers(model: nn.Module) -> nn.Module:
     """Replace every module that can fold itself."""
-    if hasattr(model, "folded"):
-        return model.folded()  # type: ignore[no-any-return,operator]
+    layers: dict[str, Any] = {path: m for path, m in model.named_modules() if hasattr(m, "folded")}
+    if "" in layers:
+        plain: nn.Module = layers[""].folded()
+        return plain
     result = copy.deepcopy(model)
-    found = [path for path, m in model.named_modules() if hasattr(m, "folded")]
-    if not found:
+    if not layers:
         raise NormPropError(
             f"{type(model).__name__} holds nothing to fold.\nfold takes a converted network or normprop.nn layers."
         )
-    for path in found:
-        if any(path.startswith(f"{outer}.") for outer in found):
+    for path, layer in layers.items():
+        if any(path.startswith(f"{outer}.") for outer in layers):
             continue  # the activation inside a layer: the layer folds it
         parent, _, name = path.rpartition(".")
-        setattr(result.get_submodule(parent), name, model.get_submodule(path).folded())  # type: ignore[operator]
+        setattr(result.get_submodule(parent), name, layer.folded())
     return result
 
 
@@ -140,7 +141,8 @@ class _Folding:
         name = getattr(node.target, "__name__", "")
         if node.op != "call_function" or name not in _LAYERS or len(node.args) < 3:
             return None
-        weight_node, bias_node = node.args[1:3]
+        weight_node: Any = node.args[1]
+        bias_node: Any = node.args[2]
         if (
             weight_node not in self.lane
             or not isinstance(weight_node, fx.Node)
@@ -149,7 +151,7 @@ class _Folding:
             return None
         pair: Any = weight_node.args[0]
         path = str(pair.args[0].target).rpartition(".")[0]
-        weight, bias = self.values[weight_node], self.values[bias_node]  # type: ignore[index]
+        weight, bias = self.values[weight_node], self.values[bias_node]
         return path, _LAYERS[name](weight, bias, node.args[3:])
 
     def _affine(self, node: fx.Node) -> fx.Node:
