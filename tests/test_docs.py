@@ -1,0 +1,137 @@
+"""The documentation runs, its links lead somewhere, the examples work."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+RUN = [page for page in PAGES if "```python" in page.read_text()]
+EXAMPLES = {
+    "finetune_batch_size_1.py": ["--quick"],
+    "convert_timm.py": ["test_resnet", "--no-onnx"],
+    "moments.py": [],
+    "paper_layers.py": ["--quick"],
+}
+_BLOCK = re.compile(r"^```(\w*)([^\n]*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+_LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
+
+
+@pytest.mark.parametrize("page", RUN, ids=lambda page: page.name)
+def test_python_blocks_run(
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One namespace a page; a block marked `text output` is what the code before it has printed last."""
+    monkeypatch.chdir(tmp_path)
+    namespace: dict[str, object] = {"__name__": "__main__"}
+    printed = ""
+    text = page.read_text()
+    for match in _BLOCK.finditer(text):
+        language, kind, body = match.groups()
+        if language == "python":
+            line = text[: match.start(3)].count("\n")
+            exec(compile("\n" * line + body, str(page), "exec"), namespace)
+            printed = capsys.readouterr().out
+        elif kind.strip() == "output":
+            assert printed.strip() == body.strip(), f"{page.name} shows another output than its code prints"
+
+
+@pytest.fixture(autouse=True)
+def _rules_of_the_page_end_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    from normprop.rules.table import TABLE
+
+    monkeypatch.setattr(TABLE, "_rules", dict(TABLE._rules))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_local_links_and_anchors_exist(page: Path) -> None:
+    text = _BLOCK.sub("", page.read_text())
+    for target in _LINK.findall(text):
+        if target.startswith(("http://", "https://")):
+            continue
+        path, _, anchor = target.partition("#")
+        file = (page.parent / path) if path else page
+        assert file.exists(), f"{page.name} links to {target}"
+        if anchor:
+            assert anchor in _anchors(file), f"{page.name} links to {target}, which has no such heading"
+
+
+def _anchors(page: Path) -> set[str]:
+    """Headings as GitHub names them."""
+    headings = re.findall(r"^#+ (.*)$", _BLOCK.sub("", page.read_text()), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_every_example_is_run() -> None:
+    assert EXAMPLES.keys() == {path.name for path in (ROOT / "examples").glob("*.py")}
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_examples_run(name: str, tmp_path: Path) -> None:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, str(ROOT / "examples" / name), *EXAMPLES[name]]
+    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout
+    assert not list(tmp_path.iterdir()), "an example leaves files behind"
+
+
+def test_changelog_and_citation_name_the_version() -> None:
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    top = re.search(r"^## \[([^\]]+)\]", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert top is not None
+    assert top[1] == version
+    assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text()
+
+
+# Opacus sets backward hooks on a module whose input needs no gradient, and torch says so.
+@pytest.mark.filterwarnings("ignore:.*:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*:FutureWarning")
+@pytest.mark.filterwarnings("ignore:.*:DeprecationWarning")
+def test_opacus_does_what_the_page_says() -> None:
+    """The wrapper of docs/convert.md gives Opacus the gradients of torch.func; without it there are none."""
+    opacus = pytest.importorskip("opacus")
+    import normprop
+
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2)
+    )
+    model = normprop.convert(net)
+    x, y = torch.randn(5, 3, 6, 6), torch.tensor([0, 1, 1, 0, 1])
+
+    def loss(parameters: dict[str, Tensor], image: Tensor, label: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(functional_call(model, parameters, (image[None],)), label[None])
+
+    trainable = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    expected = vmap(grad(loss), in_dims=(None, 0, 0))(trainable, x, y)
+    whole = _page_class("Whole")(model)
+    wrapped = opacus.GradSampleModule(whole)
+    nn.functional.cross_entropy(wrapped(x), y, reduction="mean").backward()
+    for name, flat in whole.names.items():
+        torch.testing.assert_close(getattr(whole, flat).grad_sample, expected[name], rtol=1e-4, atol=1e-6)
+    wrapped.to_standard_module()
+    bare = opacus.GradSampleModule(model)
+    nn.functional.cross_entropy(bare(x), y).backward()
+    assert getattr(model.get_parameter("0.weight"), "grad_sample", None) is None, "Opacus handles it now: say so"
+
+
+def _page_class(name: str) -> type:
+    """A class that docs/convert.md defines, from its own text."""
+    blocks = [
+        body for language, _, body in _BLOCK.findall((ROOT / "docs" / "convert.md").read_text()) if language == "python"
+    ]
+    source = next(body for body in blocks if f"class {name}(" in body)
+    namespace = {"nn": nn, "torch": torch, "functional_call": functional_call}
+    exec(source, namespace)
+    return namespace[name]  # type: ignore[return-value]
