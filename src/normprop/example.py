@@ -24,6 +24,7 @@ _OTHER_SIZES = tuple(s for s in range(1, 601) if s not in _USUAL_SIZES)
 _LAYERS = (_ConvNd, nn.Linear, nn.Embedding, nn.EmbeddingBag, nn.RNNBase, nn.LayerNorm, _NormBase)
 
 Shape = tuple[int, ...]
+Shapes = Shape | Sequence[Shape | None]
 Layer = nn.Module | Tensor
 Result = TypeVar("Result")
 
@@ -63,6 +64,10 @@ class MetaRun(fx.Interpreter):
         value = self.fetch_attr(target)
         return self._on_meta(value) if isinstance(value, Tensor) else value
 
+    def call_method(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A tensor that moves to a device stays where it is."""
+        return args[0] if target in ("cpu", "cuda") else super().call_method(target, args, kwargs)
+
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Factories such as torch.zeros make meta tensors too."""
         with torch.device("meta"):
@@ -74,12 +79,12 @@ class MetaRun(fx.Interpreter):
         return self._meta[id(tensor)]
 
 
-def example_values(graph_module: fx.GraphModule, shape: Shape | None, hint: Shape | None) -> dict[fx.Node, Any]:
+def example_values(graph_module: fx.GraphModule, shape: Shapes | None, hint: Shape | None) -> dict[fx.Node, Any]:
     """Every node's value in a run on meta tensors.
 
     Args:
         graph_module: the traced model.
-        shape: shape of one sample of the first input, if known.
+        shape: shape of one sample of the first input, or a sequence with one an input, if known.
         hint: a shape to try first, for instance the one a model zoo records.
 
     Returns:
@@ -96,10 +101,11 @@ def example_values(graph_module: fx.GraphModule, shape: Shape | None, hint: Shap
         interpreter.run(*inputs)
         return dict(interpreter.env)
 
-    return _search(type(graph_module).__name__, run, kinds, shape, hint)[1]
+    dtype = _floating_dtype(graph_module)
+    return _search(type(graph_module).__name__, run, kinds, dtype, shape, hint)[1]
 
 
-def model_inputs(model: nn.Module, shape: Shape | None, hint: Shape | None) -> tuple[Tensor, ...]:
+def model_inputs(model: nn.Module, shape: Shapes | None, hint: Shape | None) -> tuple[Tensor, ...]:
     """Meta tensors, one an input without a default, which the model accepts; it is run as it is, without a graph.
 
     Raises:
@@ -116,21 +122,22 @@ def model_inputs(model: nn.Module, shape: Shape | None, hint: Shape | None) -> t
         with torch.device("meta"):
             functional_call(model, tensors, tuple(positional), keyword)
 
-    return _search(type(model).__name__, run, [first] * len(named), shape, hint)[0]
+    return _search(type(model).__name__, run, [first] * len(named), _floating_dtype(model), shape, hint)[0]
 
 
 def _search(
     name: str,
     run: Callable[[tuple[Tensor, ...]], Result],
     kinds: Sequence[Layer | None],
-    shape: Shape | None,
+    dtype: torch.dtype,
+    shape: Shapes | None,
     hint: Shape | None,
 ) -> tuple[tuple[Tensor, ...], Result]:
     """The first inputs with which `run` succeeds, and what it returned."""
     if not kinds:
         raise TracingError("a network without an input cannot be walked.")
     first: Exception | None = None
-    for inputs in _candidates(kinds, shape, hint):
+    for inputs in _candidates(kinds, dtype, shape, hint):
         try:
             with torch.no_grad():
                 return inputs, run(inputs)
@@ -145,19 +152,23 @@ def _search(
     )
 
 
-def _candidates(kinds: Sequence[Layer | None], shape: Shape | None, hint: Shape | None) -> Iterator[tuple[Tensor, ...]]:
+def _candidates(
+    kinds: Sequence[Layer | None], dtype: torch.dtype, shape: Shapes | None, hint: Shape | None
+) -> Iterator[tuple[Tensor, ...]]:
     if shape is not None:
-        yield tuple(_tensor(kind, shape if i == 0 else _samples(kind, 32)[0]) for i, kind in enumerate(kinds))
+        known = list(shape) if shape and not isinstance(shape[0], int) else [shape]
+        known += [None] * (len(kinds) - len(known))
+        yield tuple(_tensor(k, _samples(k, 32)[0] if s is None else s, dtype) for k, s in zip(kinds, known, strict=True))
         return
     if hint is not None:
-        yield tuple(_tensor(kind, hint) for kind in kinds)
+        yield tuple(_tensor(kind, hint, dtype) for kind in kinds)
     tried: set[tuple[Shape, ...]] = set()
     sizes = itertools.chain(_USUAL_SIZES, _OTHER_SIZES)
     for size, variant in ((s, v) for s in sizes for v in range(4)):
         shapes = tuple(options[min(variant, len(options) - 1)] for options in (_samples(kind, size) for kind in kinds))
         if shapes not in tried:
             tried.add(shapes)
-            yield tuple(_tensor(kind, sample) for kind, sample in zip(kinds, shapes, strict=True))
+            yield tuple(_tensor(kind, sample, dtype) for kind, sample in zip(kinds, shapes, strict=True))
 
 
 def _first_layer(graph_module: fx.GraphModule, placeholder: fx.Node) -> Layer | None:
@@ -228,17 +239,15 @@ def _features(features: int, size: int) -> list[Shape]:
     return [(features,), (size, features), (size, size, features), image]
 
 
-def _tensor(kind: Layer | None, shape: Sequence[int]) -> Tensor:
-    dtype = torch.long if isinstance(kind, nn.Embedding | nn.EmbeddingBag) else _dtype(kind)
+def _tensor(kind: Layer | None, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    if isinstance(kind, nn.Embedding | nn.EmbeddingBag):
+        dtype = torch.long
     return torch.empty((EXAMPLE_BATCH, *shape), dtype=dtype, device="meta")
 
 
-def _dtype(kind: Layer | None) -> torch.dtype:
-    if isinstance(kind, Tensor):
-        return kind.dtype
-    if isinstance(kind, nn.Module):
-        return next((p.dtype for p in kind.parameters()), torch.get_default_dtype())
-    return torch.get_default_dtype()
+def _floating_dtype(model: nn.Module) -> torch.dtype:
+    tensors = (*model.parameters(), *model.buffers())
+    return next((t.dtype for t in tensors if t.is_floating_point()), torch.get_default_dtype())
 
 
 def sample_shape(values: Mapping[fx.Node, Any], graph: fx.Graph) -> list[tuple[Shape, torch.dtype]]:

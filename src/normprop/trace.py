@@ -41,7 +41,8 @@ class LeafTracer(fx.Tracer):
         leaf_functions: Sequence[Callable[..., Any]] = (),
         expansions: dict[type[nn.Module], Callable[..., Any]] | None = None,
     ) -> None:
-        functions = (k for k in table if isinstance(k, types.FunctionType) and not k.__module__.startswith("torch."))
+        keys = (_imported(k) if isinstance(k, str) else k for k in table)
+        functions = (k for k in keys if isinstance(k, types.FunctionType) and not k.__module__.startswith("torch."))
         super().__init__(autowrap_functions=(*functions, *leaf_functions))
         self.table = table
         self.leaves = tuple(leaf_modules)
@@ -103,6 +104,12 @@ class LeafTracer(fx.Tracer):
         node.meta["source"] = _source_line()
         node.meta["scope"] = next(reversed(self.module_stack), "") if self.module_stack else ""
         return node
+
+
+def _imported(name: str) -> Any:
+    """What a dotted name stands for, if its module is loaded."""
+    module, _, attribute = name.rpartition(".")
+    return getattr(sys.modules.get(module), attribute, None)
 
 
 def _source_line() -> str:

@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from normprop import integrations
 from normprop.channel_moments import Moments
 from normprop.errors import NormPropError, TracingError, UnsupportedOpError
-from normprop.example import Shape, example_values, model_inputs, sample_shape
+from normprop.example import Shape, Shapes, example_values, model_inputs, sample_shape
 from normprop.rules.table import TABLE, Key, Rule, describe
 from normprop.sized import SizedTracer
 from normprop.trace import Leaf, LeafTracer, trace
@@ -112,7 +112,7 @@ def prepare(
     *,
     rules: Mapping[Key, Rule | Callable[..., Any]] | None = None,
     leaf_modules: Sequence[Leaf] = (),
-    shape: Shape | None = None,
+    shape: Shapes | None = None,
 ) -> Walk:
     """Trace a model, run it on meta tensors and find every node's rule.
 
@@ -120,7 +120,7 @@ def prepare(
         model: any module that torch.fx can trace.
         rules: overrides for this call.
         leaf_modules: modules to keep whole.
-        shape: shape of one sample of the first input, if known.
+        shape: shape of one sample of the first input, or a sequence with one an input, if known.
 
     Raises:
         TracingError: control flow on values, or no fitting input shape.
@@ -137,8 +137,10 @@ def prepare(
     except TracingError as error:  # control flow, perhaps on sizes only
         inputs = _inputs_or(error, model, shape, hint)
         graph_module = trace(model, SizedTracer(inputs, *settings))
-        shape = tuple(inputs[0].shape[1:])
-    values = example_values(graph_module, shape, hint)
+        shape = tuple(tuple(x.shape[1:]) for x in inputs)
+    device = reference_tensor(model).device  # what a factory in the forward asks for is not the example's meta device
+    found_values = example_values(graph_module, shape, hint)
+    values = {n: device if isinstance(v, torch.device) else v for n, v in found_values.items()}
     kinds: dict[fx.Node, Kind] = {}
     for node in graph_module.graph.nodes:
         kinds[node] = _kind(node, values, kinds)
@@ -158,7 +160,7 @@ def prepare(
     return walk
 
 
-def _inputs_or(error: TracingError, model: nn.Module, shape: Shape | None, hint: Shape | None) -> tuple[Tensor, ...]:
+def _inputs_or(error: TracingError, model: nn.Module, shape: Shapes | None, hint: Shape | None) -> tuple[Tensor, ...]:
     """Example inputs of a model that plain tracing refused; its own error if none are found."""
     try:
         return model_inputs(model, shape, hint)
@@ -173,17 +175,10 @@ def _kind(node: fx.Node, values: Mapping[fx.Node, Any], kinds: Mapping[fx.Node, 
         return Kind.DATA if tensors else Kind.STATIC
     if node.op == "output":
         return Kind.DATA
-    if node.target in _CONSTANTS or not any(kinds[a] is Kind.DATA for a in node.all_input_nodes):
+    if not any(kinds[a] is Kind.DATA for a in node.all_input_nodes):
         static = not tensors and any(kinds[a] is Kind.STATIC for a in node.all_input_nodes)
         return Kind.STATIC if static else Kind.TENSOR
     return Kind.DATA if tensors else Kind.STATIC
-
-
-# Made in the shape of the input, without its values.
-_CONSTANTS = frozenset(
-    [torch.zeros_like, torch.ones_like, torch.full_like, torch.empty_like, "new_zeros", "new_ones", "new_full", "new_empty",
-     "new_tensor"]
-)  # fmt: skip
 
 
 def _holds_tensor(value: Any) -> bool:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from timm.layers._fx import get_notrace_functions
+from timm.layers.cond_conv2d import CondConv2d
 from timm.layers.conv2d_same import Conv2dSame
 from timm.layers.norm_act import BatchNormAct2d, SyncBatchNormAct
 from timm.layers.pool2d_same import AvgPool2dSame, MaxPool2dSame
@@ -13,15 +14,19 @@ from torch import nn
 
 from normprop.integrations import Integration, Shape
 from normprop.rules import linear, normalization, pooling, shape
-from normprop.rules.table import rule
+from normprop.rules.table import rule, unsupported
 
 
 def _expand(module: Any, call: Callable[..., Any], x: Any) -> Any:
-    """BatchNorm, then the dropout and the activation that sit inside the module."""
-    return module.act(module.drop(call(x)))
+    """BatchNorm, then the dropout and the activation that sit inside the module, if there are any."""
+    x = call(x)
+    for inner in (getattr(module, "drop", None), getattr(module, "act", None)):
+        x = x if inner is None else inner(x)
+    return x
 
 
 rule(BatchNormAct2d, SyncBatchNormAct)(normalization.batch_norm)
+unsupported(CondConv2d, reason="the weights of a conditional convolution depend on the input")
 rule(Conv2dSame)(linear.convolution)
 rule(AvgPool2dSame, standing="approximate", reason="as AvgPool2d")(pooling.average_pool)
 rule(MaxPool2dSame, standing="approximate", reason="as MaxPool2d")(pooling.max_pool)

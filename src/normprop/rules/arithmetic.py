@@ -20,7 +20,7 @@ _DELTA = "expanded around a positive mean; a Gaussian has no such moment"
 _POSITIVE = 1e-6
 
 
-@rule(torch.add, operator.add, operator.iadd, "add", "add_", "__add__", "__radd__", "__iadd__")
+@rule(torch.add, operator.add, "add", "add_")
 def add(x: Term, other: Term, *, alpha: float = 1) -> Moments:
     """``x + αy``: means add, variances of uncorrelated terms add (METHOD §3); x + x is 2x."""
     if isinstance(x, Moments) and isinstance(other, Moments):
@@ -30,19 +30,19 @@ def add(x: Term, other: Term, *, alpha: float = 1) -> Moments:
     return _moments(other).scaled(alpha).shifted(_constant(x))
 
 
-@rule(torch.sub, operator.sub, operator.isub, "sub", "sub_", "__sub__", "__isub__")
+@rule(torch.sub, operator.sub, "sub", "sub_")
 def sub(x: Term, other: Term, *, alpha: float = 1) -> Moments:
     """``x − αy`` of uncorrelated terms."""
     return add(x, other, alpha=-alpha)
 
 
-@rule(torch.rsub, "__rsub__")
+@rule(torch.rsub)
 def rsub(x: Term, other: Term, *, alpha: float = 1) -> Moments:
     """``y − αx`` of uncorrelated terms."""
     return add(other, x, alpha=-alpha)
 
 
-@rule(torch.mul, operator.mul, operator.imul, "mul", "mul_", "__mul__", "__rmul__", "__imul__")
+@rule(torch.mul, operator.mul, "mul", "mul_")
 def mul(x: Term, other: Term) -> Moments:
     """``x · y``: exact for independent factors, ``v₁v₂ + m₁²v₂ + m₂²v₁`` (a gate); x · x is the square of a Gaussian."""
     if isinstance(x, Moments) and isinstance(other, Moments):
@@ -52,7 +52,7 @@ def mul(x: Term, other: Term) -> Moments:
     return x.scaled(_constant(other)) if isinstance(x, Moments) else _moments(other).scaled(_constant(x))
 
 
-@rule(torch.div, torch.true_divide, operator.truediv, operator.itruediv, "div", "div_", "__truediv__",
+@rule(torch.div, torch.true_divide, operator.truediv, "div", "div_",
       standing="approximate", reason="exact by a constant; a divisor that varies is replaced by its mean")  # fmt: skip
 def div(x: Term, other: Term, *, rounding_mode: None = None) -> Moments:
     """``x / y``; for a varying divisor ``x / E y`` with the relative variances added (delta method)."""
@@ -107,7 +107,7 @@ def minimum(x: Moments, other: Term) -> Moments:
     return neg(maximum(neg(x), neg(other) if isinstance(other, Moments) else -other))
 
 
-@rule(torch.pow, operator.pow, "pow", "pow_", "__pow__", standing="approximate",
+@rule(torch.pow, operator.pow, "pow", "pow_", standing="approximate",
       reason="exact for the powers 1, 2 and 3; any other is expanded around the mean")  # fmt: skip
 def power(x: Moments, exponent: float) -> Moments:
     """``xⁿ`` of a Gaussian: Isserlis for n = 2, 3, otherwise ``f(m)`` and ``f′(m)² v`` for positive x (delta method)."""

@@ -26,6 +26,36 @@ def _along(x: Moments, dim: int, size: int) -> Moments:
     return x.expanded(shape)
 
 
+@rule(torch.zeros_like, "new_zeros", shaped=True)
+def zeros(x: Moments, *_: Any, in_shapes: Sequence[Shape], out_shape: Shape, **__: Any) -> Moments:
+    """A constant 0 of the input's form."""
+    return _constant(x, 0.0, out_shape)
+
+
+@rule(torch.ones_like, "new_ones", shaped=True)
+def ones(x: Moments, *_: Any, in_shapes: Sequence[Shape], out_shape: Shape, **__: Any) -> Moments:
+    """A constant 1 of the input's form."""
+    return _constant(x, 1.0, out_shape)
+
+
+@rule(torch.full_like, shaped=True)
+def full_like(x: Moments, fill_value: float, *_: Any, in_shapes: Sequence[Shape], out_shape: Shape, **__: Any) -> Moments:
+    """A constant of the input's form."""
+    return _constant(x, float(fill_value), out_shape)
+
+
+@rule("new_full", shaped=True)
+def new_full(
+    x: Moments, size: Any, fill_value: float, *_: Any, in_shapes: Sequence[Shape], out_shape: Shape, **__: Any
+) -> Moments:
+    """A constant of the given size."""
+    return _constant(x, float(fill_value), out_shape)
+
+
+def _constant(x: Moments, value: float, shape: Shape) -> Moments:
+    return Moments(x.mean.new_full((1,) * len(shape), value), x.mean.new_zeros((1,) * len(shape)))
+
+
 @rule(torch.cat, torch.concat, torch.concatenate, shaped=True)
 def cat(tensors: Sequence[Moments | Tensor], dim: int = 0, *, in_shapes: Sequence[Shape], out_shape: Shape) -> Moments:
     """Each part keeps its moments; what varies along other dimensions is broadcast."""

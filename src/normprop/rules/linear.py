@@ -94,6 +94,7 @@ def functional_convolution(
     groups: int = 1,
 ) -> Moments:
     """As `convolution`; stride, padding and dilation do not change the moments."""
+    _known(weight)
     return _convolution(x, weight, bias, weight.dim() - 2, groups=groups)
 
 

@@ -37,7 +37,13 @@ def batch_norm(module: nn.BatchNorm2d, x: Moments) -> Moments:
     return affine_moments(module.weight, module.bias, like)
 
 
-@rule(F.batch_norm, torch.batch_norm)
+@rule(torch.batch_norm)
+def torch_batch_norm(x: Moments, weight: Tensor | None, bias: Tensor | None, *_: Any, **__: Any) -> Moments:
+    """As `batch_norm`, in the order of torch's own function."""
+    return affine_moments(weight, bias, x.mean)
+
+
+@rule(F.batch_norm)
 def functional_batch_norm(
     x: Moments, running_mean: Any, running_var: Any, weight: Tensor | None = None, bias: Tensor | None = None, *_: Any,
     **__: Any,
@@ -153,7 +159,7 @@ def instance_norm(module: nn.InstanceNorm2d, x: Moments, *, in_shapes: Sequence[
     return _affine(_grouped(x, in_shapes[0][1], in_shapes[0], module.eps), weight, bias)
 
 
-@rule(F.instance_norm, torch.instance_norm, shaped=True, standing="approximate", reason=_MEASURED)
+@rule(F.instance_norm, shaped=True, standing="approximate", reason=_MEASURED)
 def functional_instance_norm(
     x: Moments, running_mean: Any = None, running_var: Any = None, weight: Tensor | None = None, bias: Tensor | None = None,
     use_input_stats: bool = True, momentum: float = 0.1, eps: float = 1e-5, *_: Any, in_shapes: Sequence[Shape],

@@ -143,9 +143,9 @@ def deviation(
       reason="p = 2 only; " + _GAUSSIAN, shaped=True)  # fmt: skip
 def norm(
     x: Moments, p: Any = 2, dim: Any = None, keepdim: bool = False, *, ord: Any = None, in_shapes: Shapes, out_shape: Shape,
-    dtype: Any = None,
+    out: None = None, dtype: Any = None,
 ) -> Moments:  # fmt: skip
-    """``‖x‖₂`` over dimensions (see `length_of`)."""
+    """``‖x‖₂ over dimensions (see `length_of`)."""
     if (ord if ord is not None else p) not in (2, "fro"):
         raise NormPropError("a norm with another p than 2 has no moment rule.")
     over = _Reduction(x, dim, in_shapes[0])

@@ -23,7 +23,7 @@ def _plain(x: Any) -> bool:
     return x is None or x is Ellipsis or isinstance(x, int | slice)
 
 
-@rule(operator.getitem, "__getitem__")
+@rule(operator.getitem)
 def getitem(x: Any, index: Any) -> Any:
     """One of several outputs, or a slice: along a dimension over which the moments vary they are sliced too."""
     if not isinstance(x, Moments):

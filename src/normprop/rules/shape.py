@@ -193,7 +193,7 @@ def same_module(module: nn.Module, x: Moments) -> Moments:
     return x
 
 
-for _key in ("contiguous", "clone", "to", "float", "type_as", "detach", "double", "half", "type", "bfloat16", "cpu", "cuda",
+for _key in ("contiguous", "clone", "to", "float", "type_as", "detach", "double", "half", "type", "bfloat16", "cpu",
              "requires_grad_", torch.clone, torch.detach):  # fmt: skip
     TABLE.add(_key, Rule(same))
 for _module in (nn.Identity, nn.UpsamplingNearest2d):

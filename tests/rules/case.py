@@ -1,0 +1,149 @@
+"""What a case of a rule test is, and how it is evaluated: by the rule, and by sampling the operation itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from normprop import Moments
+from normprop.walk import Kind, Walk, prepare
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    """One operation.
+
+    Attributes:
+        operation: called with the inputs; a module or a function.
+        shapes: sample shape of each input, channels first.
+        exact: compare with z < 5 instead of a tolerance.
+        tolerance: of the mean in standard deviations (or in root mean squares, if smaller), and of the standard deviation.
+        correlation: between the positions of a channel.
+        channel: channel dimension of the inputs, with the batch.
+        positive: the input is far above zero.
+        samples: how many.
+        moments: mean and variance of every input; random ones by default.
+        smooth: differentiable in its input's moments and its parameters.
+        train: run in training mode.
+    """
+
+    operation: Callable[..., Any]
+    shapes: Sequence[Shape]
+    exact: bool = True
+    tolerance: float = 0.0
+    correlation: float = 0.0
+    channel: int = 1
+    positive: bool = False
+    samples: int = 20000
+    moments: Moments | None = None
+    smooth: bool = True
+    train: bool = False
+
+    def given(self) -> list[Moments]:
+        """Moments of each input: vectors over its channels."""
+        sizes = [shape[self.channel - (self.channel > 0)] for shape in self.shapes]
+        return [self.moments or channel_moments(size, self.positive, i) for i, size in enumerate(sizes)]
+
+    def inputs(self) -> list[Moments]:
+        """`given`, with the rank of the inputs."""
+        return [m.aligned(len(s) + 1, self.channel) for m, s in zip(self.given(), self.shapes, strict=True)]
+
+    def sample(self, samples: int) -> list[Tensor]:
+        """Gaussian inputs, independent or equally correlated over the positions of a channel."""
+        generator = torch.Generator().manual_seed(7)
+        draw = lambda *size: torch.randn(size, generator=generator, dtype=torch.float64)
+        found = []
+        for moments, shape in zip(self.inputs(), self.shapes, strict=True):
+            z = draw(samples, *shape)
+            if self.correlation:
+                shared = [samples, *(s if d + 1 == self.channel else 1 for d, s in enumerate(shape))]
+                z = self.correlation**0.5 * draw(*shared) + (1 - self.correlation) ** 0.5 * z
+            found.append(moments.mean + moments.std * z)
+        return found
+
+    def walk(self) -> Walk:
+        """The operation, traced."""
+        return prepare(self.network(), shape=tuple(self.shapes))
+
+    def network(self) -> nn.Module:
+        """A module around the operation."""
+        return _NETWORKS[len(self.shapes)](self.operation).double().train(self.train)
+
+
+class One(nn.Module):
+    """A network of one operation."""
+
+    def __init__(self, operation: Callable[..., Any]) -> None:
+        super().__init__()
+        self.operation = operation
+
+    def forward(self, x: Any) -> Any:
+        return self.operation(x)
+
+
+class Two(One):
+    def forward(self, x: Any, y: Any) -> Any:
+        return self.operation(x, y)
+
+
+class Three(One):
+    def forward(self, x: Any, y: Any, z: Any) -> Any:
+        return self.operation(x, y, z)
+
+
+_NETWORKS = {1: One, 2: Two, 3: Three}
+
+
+def channel_moments(channels: int, positive: bool = False, seed: int = 0) -> Moments:
+    """Random mean and variance of each channel."""
+    generator = torch.Generator().manual_seed(channels + 100 * seed)
+    mean = torch.randn(channels, generator=generator, dtype=torch.float64) * 0.6
+    var = 0.3 + 0.9 * torch.rand(channels, generator=generator, dtype=torch.float64)
+    return Moments(4.0 + mean, 0.02 * var) if positive else Moments(mean, var)
+
+
+def evaluate(walk: Walk, inputs: Sequence[Moments]) -> Any:
+    """What the rules say of the output."""
+    interpreter = fx.Interpreter(walk.graph_module, garbage_collect_values=False)
+    known: dict[fx.Node, Any] = {}
+    moments: dict[fx.Node, Any] = {}
+    given = iter(inputs)
+    for node in walk.graph_module.graph.nodes:
+        kind = walk.kinds[node]
+        if node.op == "output":
+            return fx.node.map_arg(node.args[0], moments.__getitem__)
+        if kind is Kind.TENSOR:
+            fetch = lambda a: known[a] if walk.kinds[a] is Kind.TENSOR else walk.values[a]
+            args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), fetch)
+            known[node] = getattr(interpreter, node.op)(node.target, args, kwargs)
+        elif kind is Kind.DATA and node.op == "placeholder":
+            moments[node] = next(given)
+        elif kind is Kind.DATA:
+            module = walk.module(node) if node.op == "call_module" else None
+            function, args, kwargs = walk.call(node, moments.__getitem__, known.__getitem__, module)
+            moments[node] = function(*args, **kwargs)
+    raise AssertionError("a graph without an output")
+
+
+def flat(result: Any) -> list[Any]:
+    """The entries of nested outputs that have moments, or are tensors."""
+    if isinstance(result, Moments | Tensor):
+        return [result]
+    return [] if result is None else [entry for part in result for entry in flat(part)]
+
+
+def measured(y: Tensor, predicted: Moments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Mean and mean square deviation from the predicted mean, both with their standard error, where they vary."""
+    shape = torch.broadcast_shapes(predicted.mean.shape, predicted.var.shape)
+    y = y.double()
+    over = [d for d in range(1, y.dim()) if shape[d] == 1]
+    pool = lambda t: t.mean(over, keepdim=True) if over else t
+    first, second = pool(y), pool((y - predicted.mean.detach()).square())
+    error = lambda t: t.std(0, keepdim=True) / len(t) ** 0.5
+    return first.mean(0, keepdim=True), error(first), second.mean(0, keepdim=True), error(second)
