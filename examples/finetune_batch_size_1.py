@@ -8,7 +8,7 @@ inverted images, and memory for one or two images at a time. Compared, with the 
     BatchNorm, batch 1   batch statistics of one image
     frozen BatchNorm     eval mode: the old task's statistics as constants, batch size 1
 
-    python examples/finetune_batch_size_1.py                 # scikit-learn's digits, about two minutes on one core
+    python examples/finetune_batch_size_1.py                 # scikit-learn's digits, about three minutes on one core
     python examples/finetune_batch_size_1.py --data cifar10  # $NORMPROP_DATA/cifar10.npz or torchvision's download
 """
 
@@ -94,7 +94,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="digits", help="digits, cifar10, or any other data set normprop train knows")
     parser.add_argument("--limit", type=int, default=5000, help="training images a task at most")
-    parser.add_argument("--rates", type=float, nargs="+", default=[0.001, 0.003, 0.01], help="of fine-tuning")
+    parser.add_argument("--rates", type=float, nargs="+", default=[0.003, 0.01, 0.03], help="of fine-tuning")
     parser.add_argument("--seeds", type=int, default=2, help="runs of each setting")
     parser.add_argument("--width", type=float, default=1.0, help="factor on the number of channels")
     parser.add_argument("--quick", action="store_true", help="a few steps of everything, to see that it runs")
