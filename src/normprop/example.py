@@ -156,7 +156,7 @@ def _candidates(
     kinds: Sequence[Layer | None], dtype: torch.dtype, shape: Shapes | None, hint: Shape | None
 ) -> Iterator[tuple[Tensor, ...]]:
     if shape is not None:
-        known = list(shape) if shape and not isinstance(shape[0], int) else [shape]
+        known: list[Any] = list(shape) if shape and not isinstance(shape[0], int) else [shape]
         known += [None] * (len(kinds) - len(known))
         yield tuple(_tensor(k, _samples(k, 32)[0] if s is None else s, dtype) for k, s in zip(kinds, known, strict=True))
         return

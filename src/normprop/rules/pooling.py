@@ -15,10 +15,10 @@ from normprop.channel_moments import Moments, safe_sqrt
 from normprop.errors import NormPropError
 from normprop.rules.table import rule
 
-# Correlation between two positions of a window, over the window's own extent. Feature maps are smooth: see docs/convert.md
+# Correlation between two positions of a window, over the window's own extent. Feature maps are smooth: see docs/pooling.md
 # for what was measured. Independent positions would make every average look quieter than it is.
 WINDOW_CORRELATION = 0.5
-GLOBAL_CORRELATION = 0.1
+GLOBAL_CORRELATION = 0.2
 
 _LP = "p = 1 and 2 only; Σx² is replaced by its expectation"
 _REASON = "positions of a window are taken to correlate by a fixed amount"
