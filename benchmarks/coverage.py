@@ -43,6 +43,15 @@ def family(name: str) -> str:
     return f"timm {_model_to_module[model]}"
 
 
+def in_turns(found: list[str]) -> list[str]:
+    """One of each family, then the next of each: a run that is stopped has seen all of them."""
+    groups: dict[str, list[str]] = defaultdict(list)
+    for name in found:
+        groups[family(name)].append(name)
+    ranked = [(rank, name) for group in groups.values() for rank, name in enumerate(group)]
+    return [name for _, name in sorted(ranked, key=lambda pair: pair[0])]
+
+
 def work(batch: list[str]) -> None:
     """In the subprocess: a line of JSON a network."""
     import torch
@@ -83,9 +92,10 @@ def page(rows: list[Any]) -> str:
     lines = [
         "# Which networks convert",
         "",
-        "Every classification network of torchvision and timm is built on the meta device, without weights, and converted",
-        "fresh. *Traced* means that torch.fx turns it into a graph; *converted* that `normprop.convert` rewrites it and the",
-        "result runs and returns the right shapes. Approximate rules are counted per operation.",
+        f"{len(rows)} of the {len(names(''))} classification networks of torchvision and timm are built on the meta device,",
+        "without weights, and converted fresh (the rest was not run). *Traced* means that torch.fx turns it into a graph,",
+        "*converted* that `normprop.convert` rewrites it and that the result runs and returns the right shapes. Approximate",
+        "rules are counted per operation.",
         "",
         f"    python benchmarks/coverage.py    # torch {version('torch')}, torchvision {version('torchvision')}, "
         f"timm {version('timm')}, Python {platform.python_version()}",
@@ -117,6 +127,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="networks whose name contains this")
     parser.add_argument("--fresh", action="store_true", help="forget what was run before")
     parser.add_argument("--retry", action="store_true", help="run again what was not converted")
+    parser.add_argument("--report", action="store_true", help="write the page from what was run")
     parser.add_argument("--list", action="store_true", help="print failures")
     options = parser.parse_args()
     if options.work is not None:
@@ -127,14 +138,14 @@ def main() -> None:
         known = {row["name"]: row for row in json.loads(RESULTS.read_text())}
     if options.retry:
         known = {n: r for n, r in known.items() if r.get("converted") or not r.get("norms")}
-    todo = [n for n in names(options.only) if n not in known]
+    todo = in_turns([n for n in names(options.only) if n not in known])
     RESULTS.parent.mkdir(parents=True, exist_ok=True)
     from normprop.coverage import Coverage, summary
 
     read = lambda: [
         Coverage(**{k: tuple(v) if isinstance(v, list) else v for k, v in known[n].items()}) for n in sorted(known)
     ]
-    for start in range(0, len(todo), BATCH):
+    for start in range(0, len(todo), BATCH) if not options.report else ():
         known |= {row["name"]: row for row in run(todo[start : start + BATCH])}
         RESULTS.write_text("[\n" + ",\n".join(json.dumps(known[n]) for n in sorted(known)) + "\n]\n")
         print(f"{start + BATCH}/{len(todo)}: {summary(read())}", flush=True)

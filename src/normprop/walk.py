@@ -75,9 +75,8 @@ class Walk:
         if not args and "input" in kwargs:  # torch's name for a first tensor; rules take it by position
             args = (kwargs.pop("input"),)
         if rule.shaped:
-            kwargs["in_shapes"] = tuple(
-                tuple(v.shape) for n in self.data_arguments(node) for v in [self.values[n]] if isinstance(v, Tensor)
-            )
+            arguments = [t for n in self.data_arguments(node) for t in _tensors(self.values[n])]
+            kwargs["in_shapes"] = tuple(tuple(t.shape) for t in arguments)
             value = self.values[node]
             kwargs["out_shape"] = tuple(value.shape) if isinstance(value, Tensor) else None
         first = (module,) if node.op == "call_module" else ()
@@ -179,6 +178,13 @@ def _kind(node: fx.Node, values: Mapping[fx.Node, Any], kinds: Mapping[fx.Node, 
         static = not tensors and any(kinds[a] is Kind.STATIC for a in node.all_input_nodes)
         return Kind.STATIC if static else Kind.TENSOR
     return Kind.DATA if tensors else Kind.STATIC
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    """The tensors of an operation's value: itself, or the entries of several."""
+    if isinstance(value, Tensor):
+        return [value]
+    return [t for v in value for t in _tensors(v)] if isinstance(value, tuple | list) else []
 
 
 def _holds_tensor(value: Any) -> bool:

@@ -73,6 +73,7 @@ CASES = {
     ),
     "cat": Case(lambda x, y: torch.cat((x, y), 1), [(3, 2), (2, 2)]),
     "cat by keywords": Case(lambda x, y: torch.cat(tensors=[x, y], dim=-2), [(3, 2), (2, 2)]),
+    "cat of pieces": Case(lambda x: torch.cat(x.split(2, dim=1), 2), _I, **_ONE),
     "cat of positions": Case(lambda x: torch.cat((x, x), -1), [(3, 2)]),
     "cat with a constant": Case(lambda x: torch.cat([x, torch.zeros_like(x)], 1), [(3, 2)]),
     "cat with ones": Case(lambda x: torch.cat([x, torch.ones_like(x)], 1), [(3, 2)]),
