@@ -139,10 +139,9 @@ def _sample_shape(given: Any) -> tuple[int, ...] | None:
 
 def _walks(root: nn.Module, rules: Any, leaf_modules: Sequence[Leaf], shape: Any) -> dict[bool, Walk]:
     """The walk of each mode; one and the same if both modes run the same operations."""
-    walks = {
-        mode: prepare(tracing_copy(root).train(mode), rules=rules, leaf_modules=leaf_modules, shape=shape)
-        for mode in (True, False)
-    }
+    walks = {True: prepare(tracing_copy(root).train(), rules=rules, leaf_modules=leaf_modules, shape=shape)}
+    shape = shape or walks[True].inputs()[0][0]  # what an auxiliary head takes, the rest takes too
+    walks[False] = prepare(tracing_copy(root).eval(), rules=rules, leaf_modules=leaf_modules, shape=shape)
     if _signature(walks[True].graph_module.graph) == _signature(walks[False].graph_module.graph):
         walks[True] = walks[False]
     return walks

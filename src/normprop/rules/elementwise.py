@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from normprop.activation_moments import ActivationMoments, activation_moments, canonical, moments
 from normprop.channel_moments import Moments
+from normprop.rectifier_lane import LeakyRectifierMoments
 from normprop.rules.table import TABLE, Rule, rule
 
 # One line an operation: its name for `activation_moments`, its parameters in order, and where a graph meets it.
@@ -79,8 +81,25 @@ def named_activation_moments(
 
 def named_activation(name: str, parameters: tuple[str, ...], x: Moments, *args: Any, **kwargs: Any) -> Moments:
     """``E f(u)`` and ``Var f(u)`` for u ~ N(m, v) ([P] remark 1 and eq. 12, at the channel's own m and v [SF, PN])."""
+    given = dict(zip(parameters, args, strict=False)) | kwargs
+    slope = _rectifier_slope(name, given)
+    if slope is not None:
+        return _rectified(x, slope)
     result = named_activation_moments(name, parameters, x, *args, **kwargs)
     return Moments(result.mean, result.var)
+
+
+def _rectifier_slope(name: str, parameters: Mapping[str, Any]) -> float | None:
+    """Slope below zero of ReLU or LeakyReLU, which moment lanes compute in one function; None for all else."""
+    if name == "relu":
+        return 0.0
+    slope = parameters.get("negative_slope", 0.01)
+    return float(slope) if name == "leaky_relu" and isinstance(slope, int | float) else None
+
+
+def _rectified(x: Moments, slope: float) -> Moments:
+    mean, var = torch.broadcast_tensors(x.mean, x.var)
+    return Moments(*LeakyRectifierMoments.apply(mean, var, slope))
 
 
 def module_activation_moments(module: nn.Module, x: Moments) -> ActivationMoments:
@@ -95,6 +114,10 @@ def module_activation_moments(module: nn.Module, x: Moments) -> ActivationMoment
 @rule(*_MODULES)
 def module_activation(module: nn.Module, x: Moments) -> Moments:
     """As `named_activation`; learned parameters (PReLU's slopes) take part in the gradient ([P] remark 2)."""
+    known = canonical(module)
+    slope = None if known is None else _rectifier_slope(*known)
+    if slope is not None:
+        return _rectified(x, slope)
     result = module_activation_moments(module, x)
     return Moments(result.mean, result.var)
 
