@@ -110,9 +110,7 @@ def test_training_set_comes_out_standard(per):
     x = images().double()
     z = Standardize(InputStats.from_tensor(x, per=per)).double()(x)
     dims = (0, 2, 3) if per == "channel" else (0,)
-    torch.testing.assert_close(
-        z.mean(dims), torch.zeros_like(z.mean(dims)), rtol=0, atol=1e-3
-    )  # float32 buffers at 100
+    torch.testing.assert_close(z.mean(dims), torch.zeros_like(z.mean(dims)), rtol=0, atol=1e-3)  # float32 buffers at 100
     torch.testing.assert_close(z.var(dims, correction=0), torch.ones_like(z.mean(dims)), rtol=1e-5, atol=0)
 
 

@@ -51,9 +51,7 @@ def test_nin_is_the_papers_at_full_width():
 
 @pytest.mark.parametrize(("name", "layers"), [("resnet20", 20), ("resnet8", 8), ("plain12", 12), ("plain5", 5)])
 def test_depth_counts_weighted_layers_on_the_longest_path(name, layers):
-    modules = [
-        m for key, m in network(name).named_modules() if isinstance(m, (nn.Conv2d, nn.Linear)) and "skip" not in key
-    ]
+    modules = [m for key, m in network(name).named_modules() if isinstance(m, (nn.Conv2d, nn.Linear)) and "skip" not in key]
     assert len(modules) == layers
 
 
@@ -72,9 +70,7 @@ def test_groups_divide_the_channels_and_hold_two(channels):
 
 
 def test_linear_layers_have_a_bias_only_where_nothing_normalises():
-    biases = {
-        norm: [m.bias is not None for m in network("nin", norm) if isinstance(m, nn.Conv2d)] for norm in NORMALIZERS
-    }
+    biases = {norm: [m.bias is not None for m in network("nin", norm) if isinstance(m, nn.Conv2d)] for norm in NORMALIZERS}
     assert all(biases["none"])
     assert all(b == [False] * 8 + [True] for norm, b in biases.items() if norm != "none")
 

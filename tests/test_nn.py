@@ -265,9 +265,7 @@ def test_shut_units_are_quiet(gain, bias, dtype):
 
 def z_scores(samples):
     """How many standard errors the mean is off 0, and the mean square off 1, over dimension 0."""
-    scores = [
-        (s.mean(0) - target) / s.std(0) * math.sqrt(len(s)) for s, target in ((samples, 0.0), (samples.square(), 1.0))
-    ]
+    scores = [(s.mean(0) - target) / s.std(0) * math.sqrt(len(s)) for s, target in ((samples, 0.0), (samples.square(), 1.0))]
     return torch.stack(scores).abs().max().item()
 
 
@@ -430,9 +428,7 @@ def test_meta_device_and_later_materialisation():
     assert meta(torch.randn(2, 3)).isfinite().all()
 
 
-@pytest.mark.parametrize(
-    "fn", ["relu", torch.nn.Tanh, torch.nn.LeakyReLU(0.2), torch.nn.PReLU(), lambda u: u.abs() + u]
-)
+@pytest.mark.parametrize("fn", ["relu", torch.nn.Tanh, torch.nn.LeakyReLU(0.2), torch.nn.PReLU(), lambda u: u.abs() + u])
 def test_activation_is_standardised(fn):
     torch.manual_seed(0)
     layer = nn.Activation(fn).double()
@@ -444,9 +440,7 @@ def test_activation_is_standardised(fn):
 
 def test_repr_tells_everything():
     text = repr(nn.Conv2d(3, 4, 3, padding=1, activation=torch.nn.SiLU(), method="paper", gain_init=0.5))
-    assert (
-        "3, 4, kernel_size=(3, 3), stride=(1, 1), padding=(1, 1), method='paper', center=False, gain_init=0.5" in text
-    )
+    assert "3, 4, kernel_size=(3, 3), stride=(1, 1), padding=(1, 1), method='paper', center=False, gain_init=0.5" in text
     assert "SiLU()" in text
     assert "(activation): Activation(relu)" in repr(nn.Linear(2, 3))
     assert repr(nn.ResidualSum(depth=4)) == "ResidualSum(alpha=0.5)"

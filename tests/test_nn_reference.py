@@ -183,9 +183,7 @@ def test_transposed_convolution_scatters_every_input(arguments, method):
                 for tap in itertools.product(*map(range, layer.kernel_size)):
                     at = tuple(
                         p * s + t * d - q
-                        for p, s, t, d, q in zip(
-                            position, layer.stride, tap, layer.dilation, layer.padding, strict=True
-                        )
+                        for p, s, t, d, q in zip(position, layer.stride, tap, layer.dilation, layer.padding, strict=True)
                     )
                     if all(0 <= a < n for a, n in zip(at, response.shape, strict=True)):
                         response[at] += x[0, c][position].item() * filter[(k, *tap)]

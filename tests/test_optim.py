@@ -128,9 +128,7 @@ def test_momentum_is_carried_along_the_great_circle():
     optimizer.step()
     for step in range(1, 30):
         angle = step * math.atan(0.1)
-        expected = torch.tensor(
-            [[math.cos(angle), -0.6 * math.sin(angle), -0.8 * math.sin(angle)]], dtype=torch.float64
-        )
+        expected = torch.tensor([[math.cos(angle), -0.6 * math.sin(angle), -0.8 * math.sin(angle)]], dtype=torch.float64)
         torch.testing.assert_close(weight.detach(), expected)
         moment = optimizer.state[weight]["momentum_buffer"]
         assert moment.norm().item() == pytest.approx(1.0, rel=1e-12)
@@ -244,9 +242,7 @@ def test_clipping_is_its_equation_unit_by_unit(shapes, clip, seed, dtype):
             expected.append(None)
             continue
         whole = parameter.ndim < 2
-        units = (
-            [(parameter.detach(), parameter.grad)] if whole else zip(parameter.detach(), parameter.grad, strict=True)
-        )
+        units = [(parameter.detach(), parameter.grad)] if whole else zip(parameter.detach(), parameter.grad, strict=True)
         results = []
         for weight, gradient in units:
             bound = clip * max(weight.norm().item(), 1e-3)
@@ -276,9 +272,7 @@ def test_clipping_in_half_precision(dtype):
     weight = torch.nn.Parameter((100 * torch.randn(3, 4096)).to(dtype))
     weight.grad = (1000 * torch.randn(3, 4096)).to(dtype)
     clip_grad_adaptive_([weight], 0.1)
-    torch.testing.assert_close(
-        weight.grad.float().norm(dim=1), 0.1 * weight.detach().float().norm(dim=1), rtol=1e-2, atol=0
-    )
+    torch.testing.assert_close(weight.grad.float().norm(dim=1), 0.1 * weight.detach().float().norm(dim=1), rtol=1e-2, atol=0)
 
 
 def test_clipping_nothing():

@@ -118,7 +118,7 @@ def _prepare(mean: float | Tensor, std: float | Tensor) -> tuple[Tensor, Tensor,
 
 
 def _check_values(mean: float | Tensor, std: float | Tensor) -> None:
-    """A question about a Gaussian that is none gets an answer; a network on its way to divergence only carries its NaN on."""
+    """Refuse what is no Gaussian; only here, so that a network on its way to divergence just carries its NaN on."""
     m, s, _ = _prepare(mean, std)
     if _eager(m) and _eager(s):
         if bool((~(s >= 0)).any()):

@@ -13,6 +13,7 @@ from normprop.channel_moments import Moments
 from normprop.converted import ConvertedModule, as_converted
 from normprop.errors import NormPropError
 from normprop.lane import lane_nodes, last_uses
+from normprop.sites import Site
 
 Statistics = tuple[Tensor, Tensor]
 
@@ -154,6 +155,7 @@ class _Calibration:
             channels: Moments = args[1].channels(options["channel"])
             weight, (mean, var) = None, (channels.mean, channels.var)
         path = str(site_node.target)
+        target: Statistics | None
         if path in self.biases:
             target = _own_output(site, self.biases[path], mean, var, first=call == 0)
         else:

@@ -109,9 +109,7 @@ class InputStats:
             (3, 32, 32)
         """
         if not shape or min(shape) < 1:
-            raise NormPropError(
-                f"No input has the shape {shape}.\nPass the channels, then the size: standard(3, 32, 32)."
-            )
+            raise NormPropError(f"No input has the shape {shape}.\nPass the channels, then the size: standard(3, 32, 32).")
         ones = torch.ones(shape[0], dtype=torch.float64)
         return cls(torch.zeros_like(ones), ones, 0, shape)
 
@@ -260,9 +258,7 @@ class Standardize(nn.Module):
 
 def _check_layout(x: Tensor) -> None:
     if x.is_complex():
-        raise NormPropError(
-            "Complex input has no mean and variance per channel.\nPass torch.view_as_real(x) or abs(x)."
-        )
+        raise NormPropError("Complex input has no mean and variance per channel.\nPass torch.view_as_real(x) or abs(x).")
     if x.dim() < 2:
         raise NormPropError(
             f"An input of shape {tuple(x.shape)} lacks a batch or a channel dimension.\nUse (batch, channels, ...)."

@@ -104,9 +104,7 @@ class UnitNormProjection:
         if self.tangent:
             states = [optimizer.state.get(weight, {}) for weight, _, _ in filters]
             carried = list(zip(filters, norms, states, strict=True))
-            _transport_(
-                [(state[key], item, norm) for item, norm, state in carried for key in first if _has(state, key)]
-            )
+            _transport_([(state[key], item, norm) for item, norm, state in carried for key in first if _has(state, key)])
             for (_, *layout), norm, state in carried:
                 for moment in (state[key] for key in second if _has(state, key)):
                     filter_view(moment, *layout)[0].mul_(norm.square())
@@ -198,9 +196,7 @@ def _filters(source: torch.nn.Module | Tensor | Iterable[Tensor]) -> Iterator[Fi
     """The weights with filters, each once: a weight that layers share must not be rescaled twice."""
     seen = set[int]()
     if isinstance(source, torch.nn.Module):
-        found = (
-            item for module in source.modules() if hasattr(module, "filters") for item in cast(Any, module).filters()
-        )
+        found = (item for module in source.modules() if hasattr(module, "filters") for item in cast(Any, module).filters())
     else:
         tensors = [source] if isinstance(source, Tensor) else source
         found = ((tensor, 0, 1) for tensor in tensors if tensor.ndim > 1)

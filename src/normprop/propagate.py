@@ -10,8 +10,8 @@ from torch import Tensor, fx, nn
 
 from normprop.channel_moments import Moments
 from normprop.report import Report, Row
-from normprop.rules import elementwise, normalization
 from normprop.rewalk import Claim, walk_of
+from normprop.rules import elementwise, normalization
 from normprop.rules.table import Key, Rule
 from normprop.trace import Leaf
 from normprop.walk import Kind, Walk, input_moments, reference_tensor

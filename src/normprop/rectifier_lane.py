@@ -29,7 +29,7 @@ class LeakyRectifierMoments(torch.autograd.Function):
 
         E f   = (1−a) h + a m
         Var f = (1−a)² Var relu + 2a(1−a) v Φ + a² v                     as Cov(u, relu(u)) = v Φ
-        Var relu = (m² + v)Φ + m√v φ − h²  for t ≤ 0, and v(1 − 2Φ(−t)) + Var relu(−u) for t > 0, where the first would cancel
+        Var relu = (m² + v)Φ + m√v φ − h²  for t ≤ 0; v(1 − 2Φ(−t)) + Var relu(−u) for t > 0, where that would cancel
 
         ∂E/∂m = (1−a)Φ + a            ∂Var/∂m = (1−a)² 2h(1−Φ) + 2a(1−a) √v φ
         ∂E/∂v = (1−a) φ/(2√v)         ∂Var/∂v = (1−a)² (Φ − hφ/√v) + 2a(1−a)(Φ − tφ/2) + a²
@@ -55,7 +55,7 @@ class LeakyRectifierMoments(torch.autograd.Function):
         return first.to(mean.dtype), second.to(mean.dtype)
 
     @staticmethod
-    def setup_context(ctx: FunctionCtx, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    def setup_context(ctx: FunctionCtx, inputs: tuple[Any, ...], output: Any) -> None:  # noqa: ARG004  torch's signature
         """Keep the inputs: all else is cheap."""
         mean, var, slope = inputs
         ctx.save_for_backward(mean, var)

@@ -54,7 +54,7 @@ def walk_of(
             rule = Rule(_affine) if node.target is sites.apply_affine else table.for_function(node.target)
         if rule is None:
             raise UnsupportedOpError(f"{node.target} in the converted network has no moment rule.\nPass it in rules={{…}}.")
-        found[node] = _claiming(model, node, rule, values) if _pair(node) is not None else rule
+        found[node] = _claiming(node, rule, values) if _pair(node) is not None else rule
     return Walk(model, values, kinds, found)
 
 
@@ -88,7 +88,7 @@ def _pair(node: fx.Node) -> Any:
 
 
 @torch.no_grad()
-def _claiming(model: ConvertedModule, node: fx.Node, rule: Rule, values: Mapping[fx.Node, Any]) -> Rule:
+def _claiming(node: fx.Node, rule: Rule, values: Mapping[fx.Node, Any]) -> Rule:
     """The rule of a layer that a site answers for: N(β, γ²), whatever independence would predict."""
     pair = _pair(node)
     site_node = next(a for a in pair.args if isinstance(a, fx.Node) and isinstance(values[a], sites.Site))
@@ -112,6 +112,7 @@ class Claim:
     claimed: Moments
 
     def __call__(self, *_: Any, **__: Any) -> Moments:
+        """The claim, whatever comes in."""
         return self.claimed
 
 

@@ -46,9 +46,7 @@ class _Convolution(NormalizedLayer):
         return self.out_channels
 
     def _plain(self) -> torch.nn.Module:
-        arguments = {
-            name: getattr(self, name) for name in ("in_channels", "out_channels", "kernel_size", *self._arguments)
-        }
+        arguments = {name: getattr(self, name) for name in ("in_channels", "out_channels", "kernel_size", *self._arguments)}
         return self._torch_layer(**arguments, bias=self.bias is not None, device="meta")
 
 

@@ -42,9 +42,7 @@ class NormalizedLayer(torch.nn.Module):
     _channel_dim = 0
     _spatial_dims = 0
 
-    def _normalize(
-        self, activation: ActivationLike | None, method: Method, gain_init: float | None, center: Center
-    ) -> None:
+    def _normalize(self, activation: ActivationLike | None, method: Method, gain_init: float | None, center: Center) -> None:
         """Finish what torch's constructor has begun."""
         if method not in ("paper", "exact"):
             self._refuse(
@@ -53,18 +51,14 @@ class NormalizedLayer(torch.nn.Module):
         if not self.weight.is_floating_point():
             self._refuse(f"the dtype is {self.weight.dtype}", "Give a real floating-point dtype.")
         if activation is None and (gain_init is not None or center is True):
-            self._refuse(
-                "gain_init or center without an activation", "A plain output layer (activation=None) has neither."
-            )
+            self._refuse("gain_init or center without an activation", "A plain output layer (activation=None) has neither.")
         self.method = method
         self.gain_init = gain_init
         self.center = activation is not None and self._centers(center)
         self.activation = None if activation is None else Activation(activation)
         if self.activation is not None and isinstance(activation, str | type):
             self.activation.to(self.weight)  # a module of the caller's stays where it is
-        self.register_parameter(
-            "gain", None if activation is None else Parameter(self.weight.new_empty(self._channels()))
-        )
+        self.register_parameter("gain", None if activation is None else Parameter(self.weight.new_empty(self._channels())))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -149,13 +143,9 @@ class NormalizedLayer(torch.nn.Module):
             # A centred filter with one input channel doesn't respond to a constant, with fan-in 1 to nothing.
             return self.method == "exact" and inputs > 1
         if center and self.method == "paper":
-            self._refuse(
-                "center=True with method='paper'", "The paper doesn't centre its filters; give method='exact'."
-            )
+            self._refuse("center=True with method='paper'", "The paper doesn't centre its filters; give method='exact'.")
         if center and fan_in < 2:
-            self._refuse(
-                "center=True with a fan-in of 1", "Such a filter vanishes when it is centred; give center=False."
-            )
+            self._refuse("center=True with a fan-in of 1", "Such a filter vanishes when it is centred; give center=False.")
         return center
 
     def _refuse(self, what: str, remedy: str) -> None:

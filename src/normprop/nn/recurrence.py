@@ -55,9 +55,7 @@ class RecurrentLayer(torch.nn.Module):
                 "Each has to be 1 or more."
             )
         if not gain_init > 0:
-            raise NormPropError(
-                f"{type(self).__name__}: gain_init is {gain_init}.\nGive a positive number; 2 is usual."
-            )
+            raise NormPropError(f"{type(self).__name__}: gain_init is {gain_init}.\nGive a positive number; 2 is usual.")
         self.input_size = input_size
         self.hidden_size = hidden_size
         self.num_layers = num_layers

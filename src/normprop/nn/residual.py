@@ -39,9 +39,7 @@ class ResidualSum(torch.nn.Module):
             )
         if depth is not None:
             if depth < 1:
-                raise NormPropError(
-                    f"ResidualSum: depth is {depth}.\nGive the number of residual sums in a row, 1 or more."
-                )
+                raise NormPropError(f"ResidualSum: depth is {depth}.\nGive the number of residual sums in a row, 1 or more.")
             alpha = depth**-0.5
         assert alpha is not None
         if not 0 <= alpha <= 1:
