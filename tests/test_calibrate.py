@@ -67,6 +67,8 @@ def test_what_was_calibrated_still_does_not_depend_on_the_batch() -> None:
     [
         (lambda: nn.Linear(3, 3), torch.zeros(2, 3), "network that convert made"),
         (lambda: normprop.convert(Residual()), [], "no data"),
+        (lambda: normprop.convert(SMALL["mlp"][0]()), torch.randn(1, 3, 4, 4), "one value a channel"),
+        (lambda: normprop.convert(Residual(), method="paper"), torch.randn(4, 3, 8, 8), "no constants"),
         (lambda: normprop.convert(Residual()), torch.zeros(0, 3, 8, 8), "no data"),
         (lambda: normprop.convert(Residual()), torch.full((2, 3, 8, 8), float("nan")), "not finite"),
         (lambda: normprop.convert(Residual()), normprop.InputStats.standard(3), "holds none"),

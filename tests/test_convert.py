@@ -91,6 +91,26 @@ def test_paths_and_containers_stay() -> None:
     assert copy.deepcopy(converted).stem[0].weight.shape == converted.stem[0].weight.shape
 
 
+class Literal(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bn(self.conv(x * torch.tensor([[[2.0]]])))
+
+
+def test_a_tensor_written_in_forward_comes_along() -> None:
+    model, x = randomise(Literal()).eval(), torch.randn(2, 3, 4, 4)
+    converted = normprop.convert(model)
+    for form in (converted, copy.deepcopy(converted), normprop.fold(converted)):
+        torch.testing.assert_close(form(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+def test_children_by_position() -> None:
+    assert isinstance(normprop.convert(chain())[0], nn.Conv2d)
+
+
 def test_a_fresh_network_is_standardised_at_every_site() -> None:
     torch.manual_seed(0)
     layers: list[nn.Module] = []
@@ -279,6 +299,7 @@ def test_a_leaf_without_a_rule_is_named_and_can_be_given_one() -> None:
         (lambda: randomise(chain()), {"center": True}, "centring changes"),
         (lambda: randomise(chain()), {"method": "paper"}, "no constants that could keep"),
         (chain, {"method": "paper", "center": True}, "does not centre"),
+        (lambda: chain(track_running_stats=False), {"preserve": True}, "no running statistics"),
         (lambda: nn.Linear(3, 3), {}, "no BatchNorm"),
         (lambda: normprop.convert(chain()), {}, "converted already"),
         (lambda: nn.Sequential(normprop.convert(chain())), {}, "converted already"),

@@ -45,6 +45,8 @@ def calibrate(model: nn.Module, data: Any) -> nn.Module:
         True
     """
     converted = as_converted(model, "calibrate")
+    if not any(n.target in (sites.effective_weight, sites.effective_affine) for n in converted.graph.nodes):
+        raise NormPropError("the paper's form has no constants to calibrate.\nConvert with method='exact'.")
     batches = _batches(data, next(converted.parameters()).device)
     mode = converted.training
     converted.eval()
@@ -184,6 +186,8 @@ class _Calibration:
             others = [d for d in range(z.dim()) if d != channel % z.dim()]
             total, square = total + z.sum(others), square + z.square().sum(others)
             count += z.numel() // z.shape[channel]
+        if count < 2:
+            raise NormPropError("calibrate cannot measure a variance from one value a channel.\nPass more samples.")
         mean = total / count
         return mean, (square / count - mean.square()).clamp(min=1e-12)
 

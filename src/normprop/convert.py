@@ -73,11 +73,14 @@ def convert(
     keep = _is_trained(root) if preserve == "auto" else preserve
     _check_combination(method, center, keep)
     centring = (not keep and method == "exact") if center == "auto" else center
+    if preserve is True:
+        _check_statistics(root)
     walks = _walks(root, rules, leaf_modules, _sample_shape(input))
     plans = {mode: plan_sites(walk, normalize, centring) for mode, walk in walks.items()}
     if not plans[False]:
         raise NormPropError("the network has no BatchNorm to convert.\nnormalize='all' gives every layer a site.")
     statistics = _install_sites(root, [*plans[False], *plans[True]])
+    _install_constants(root, walks)
     for mode, walk in walks.items():
         _freeze_biases(walk, plans[mode])
     inputs = _install_inputs(root, walks[False], input)
@@ -119,6 +122,15 @@ def _check_combination(method: str, center: Any, keep: bool) -> None:
         )
     if method == "paper" and center is True:
         raise NormPropError("the paper does not centre its filters.\nPass method='exact' to centre them.")
+
+
+def _check_statistics(root: nn.Module) -> None:
+    for path, module in root.named_modules():
+        if isinstance(module, _NormBase) and module.running_mean is None:
+            raise NormPropError(
+                f"{path} keeps no running statistics: what it computes depends on the batch and cannot be kept.\n"
+                "Pass preserve=False to start fresh."
+            )
 
 
 def _is_trained(root: nn.Module) -> bool:
@@ -184,6 +196,19 @@ def _install_sites(root: nn.Module, plans: Sequence[SitePlan]) -> dict[tuple[str
             site.train(root.training)
         setattr(parent, name, site)
     return statistics
+
+
+def _install_constants(root: nn.Module, walks: dict[bool, Walk]) -> None:
+    """Give the network the tensors that its forward makes of literals, which tracing leaves on its own copy."""
+    for mode, walk in walks.items():
+        for node in walk.graph_module.graph.nodes:
+            name = str(node.target)
+            if node.op != "get_attr" or "." in name or not name.startswith("_tensor_constant"):
+                continue
+            own = f"{name}_training" if mode and walks[True] is not walks[False] else name
+            if not hasattr(root, own):
+                root.register_buffer(own, getattr(walk.graph_module, name).clone(), persistent=False)
+            node.target = own
 
 
 def _freeze_biases(walk: Walk, plans: Sequence[SitePlan]) -> None:

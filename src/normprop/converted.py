@@ -61,6 +61,10 @@ class ConvertedModule(fx.GraphModule):
         """The graph of training mode (True) and of eval mode (False)."""
         return self.meta["normprop"].get("graphs") or {True: self._graph, False: self._graph}
 
+    def __getitem__(self, index: int) -> nn.Module:
+        """A child by its position, as in the `nn.Sequential` that the network may have been."""
+        return list(self._modules.values())[index]  # type: ignore[return-value]  # a slot of a Sequential is never empty
+
     def example_inputs(self, batch: int) -> list[Tensor]:
         """Random inputs of the shapes that the conversion ran with, in the network's own dtype and on its device."""
         like = next(p for p in self.parameters() if p.is_floating_point())

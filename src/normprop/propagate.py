@@ -159,7 +159,7 @@ def _row(walk: Walk, node: fx.Node, moments: Moments, slope: Tensor | None, chan
         reason="" if rule is None else rule.reason,
         source=str(node.meta.get("source", "")),
         shape=tuple(walk.values[node].shape),
-        predicted=moments,
+        predicted=Moments(moments.mean.detach(), moments.var.detach()),
         slope=None if slope is None else float(slope.mean()),
         sensitivity=float(change.mean() / variance),
     )
