@@ -128,3 +128,17 @@ def test_inspect_leaves_the_model_as_it_was() -> None:
     assert model.training
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert all(row.measured is not None for row in report)
+
+
+class WrittenOut(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(2 * x) + torch.tanh(x)
+
+
+def test_functions_of_one_tensor_are_not_called_independent() -> None:
+    rows = normprop.propagate(nn.Sequential(nn.Linear(4, 4), WrittenOut()))
+    joins = [row for row in rows if row.operation.endswith(("mul", "add")) and len(row.reason) > 0]
+    assert [row.standing for row in joins] == ["approximate", "approximate"]
+    assert all("one tensor" in row.reason for row in joins)
+    residual = [row for row in normprop.propagate(Residual()) if row.operation.endswith("add")]
+    assert [row.standing for row in residual] == ["exact", "exact"]

@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from normprop.channel_moments import Moments
 from normprop.report import Report, Row
 from normprop.rewalk import Claim, walk_of
-from normprop.rules import elementwise, normalization
+from normprop.rules import arithmetic, elementwise, normalization, shape
 from normprop.rules.table import Key, Rule
 from normprop.trace import Leaf
 from normprop.walk import Kind, Walk, input_moments, reference_tensor
@@ -21,6 +21,14 @@ _NORMALISERS = frozenset(
      normalization.functional_layer_norm, normalization.group_norm, normalization.functional_group_norm,
      normalization.instance_norm]
 )  # fmt: skip
+
+
+_JOINS = frozenset([arithmetic.add, arithmetic.sub, arithmetic.mul, arithmetic.div])
+_ELEMENTWISE = _JOINS | {
+    arithmetic.neg, arithmetic.power, elementwise.named_activation, elementwise.module_activation, shape.same,
+    shape.same_module,
+}  # fmt: skip
+_DEPENDENT = "both sides are functions of one tensor, and are taken for independent"
 
 
 def propagate(
@@ -55,8 +63,8 @@ def propagate(
         >>> [row.operation for row in normprop.propagate(net)]
         ['input', 'Linear', 'ReLU']
     """
-    shape = getattr(input, "shape", None)
-    walk = walk_of(model, rules=rules, leaf_modules=leaf_modules, shape=tuple(shape) if shape else None)
+    sample = getattr(input, "shape", None)
+    walk = walk_of(model, rules=rules, leaf_modules=leaf_modules, shape=tuple(sample) if sample else None)
     return Report(rows_of(walk, input_moments(walk, input, reference_tensor(model))), type(model).__name__)
 
 
@@ -148,15 +156,43 @@ def _difference(after: Any, before: Any, step: float) -> Any:
     return type(after)(_difference(a, b, step) for a, b in zip(after, before, strict=True))
 
 
+def _scalar_roots(walk: Walk, node: fx.Node) -> set[fx.Node]:
+    """The tensors of which a node is an elementwise function."""
+    roots: set[fx.Node] = set()
+    seen: set[fx.Node] = set()
+    stack = [node]
+    while stack:
+        current = stack.pop()
+        if current in seen:
+            continue
+        seen.add(current)
+        if current in walk.rules and walk.rules[current].function in _ELEMENTWISE:
+            stack.extend(walk.data_arguments(current))
+        else:
+            roots.add(current)
+    return roots
+
+
+def _entangled(walk: Walk, node: fx.Node) -> bool:
+    """Whether a sum or product joins two functions of one tensor, which its rule takes for independent."""
+    if walk.rules[node].function not in _JOINS:
+        return False
+    sources = walk.data_arguments(node)
+    if len(sources) != 2 or sources[0] is sources[1]:
+        return False
+    return bool(_scalar_roots(walk, sources[0]) & _scalar_roots(walk, sources[1]))
+
+
 def _row(walk: Walk, node: fx.Node, moments: Moments, slope: Tensor | None, change: Tensor) -> Row:
     rule = walk.rules.get(node)
+    entangled = rule is not None and _entangled(walk, node)
     variance = moments.var.mean().clamp(min=torch.finfo(moments.var.dtype).tiny)
     return Row(
         name=node.name,
         path=walk.place(node),
         operation="input" if rule is None else walk.operation(node),
-        standing="input" if rule is None else rule.standing,
-        reason="" if rule is None else rule.reason,
+        standing="input" if rule is None else "approximate" if entangled else rule.standing,
+        reason="" if rule is None else _DEPENDENT if entangled else rule.reason,
         source=str(node.meta.get("source", "")),
         shape=tuple(walk.values[node].shape),
         predicted=Moments(moments.mean.detach(), moments.var.detach()),

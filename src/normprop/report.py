@@ -78,10 +78,10 @@ class Report(Sequence[Row]):
 
     Example:
         >>> import torch, normprop
-        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU())
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.BatchNorm1d(8), torch.nn.ReLU())
         >>> report = normprop.propagate(net)
-        >>> report[-1].operation, round(report[-1].slope, 3)
-        ('ReLU', 1.46...)
+        >>> report[-1].operation, round(report[-1].slope, 2)
+        ('ReLU', 1.47)
     """
 
     def __init__(self, rows: Sequence[Row], title: str = "") -> None:
