@@ -64,7 +64,7 @@ def _refine(
         if len(middle):
             # A narrow panel of which both halves are smooth was split at the very point.
             left, right = work[: len(middle)], work[len(middle) :]
-            narrow = right[:, 1] - left[:, 0] < 1e-6 * middle.abs().clamp(min=1.0)
+            narrow = right[:, 1] - left[:, 0] < 1e-6 * middle.abs()
             singular.update(middle[narrow & resolved[: len(middle)] & resolved[len(middle) :]].tolist())
         work = work[~resolved]
         if len(work) > limit:
@@ -118,12 +118,11 @@ def _resolved(fn: Function, panels: Tensor, scale: float) -> Tensor:
     k = torch.arange(_ORDER, dtype=torch.float64)
     angles = math.pi * (k + 0.5) / _ORDER
     low, high = panels.unbind(1)
-    # Next to both ends, where a kink would hide from the Chebyshev points: close, and as close as there are numbers.
-    width, digits = high - low, 4 * _EPSILON * panels.abs().amax(1)
-    insets = [torch.maximum(width * share, digits).minimum(width / 4) for share in (1e-7, 0.0)]
+    # Next to both ends, where a kink would hide from the Chebyshev points.
+    inset = torch.maximum((high - low) * 1e-7, 4 * _EPSILON * panels.abs().amax(1)).minimum((high - low) / 4)
     x = low[:, None] + (high - low)[:, None] * (1 + torch.cos(angles)) / 2
-    x = torch.cat([x, *(end[:, None] for inset in insets for end in (high - inset, low + inset))], dim=1)
-    near = [torch.cos(k * torch.arccos((1 - 2 * inset / width).clamp(-1, 1))[:, None]) for inset in insets]
+    x = torch.cat([x, (high - inset)[:, None], (low + inset)[:, None]], dim=1)
+    edge = torch.cos(k * torch.arccos((1 - 2 * inset / (high - low)).clamp(-1, 1))[:, None])
     # The slope brings out a kink, which the value shows ever less of as panels shrink.
     with torch.enable_grad():
         points = x.detach().requires_grad_()
@@ -140,7 +139,7 @@ def _resolved(fn: Function, panels: Tensor, scale: float) -> Tensor:
         y = y / y.abs().amax(1, keepdim=True).clamp(min=max(scale, 1e-300))
         series = y[:, :_ORDER] @ torch.cos(k[:, None] * angles).T * (2 / _ORDER)
         series[:, 0] /= 2
-        ends = torch.stack([(series * edge * sign**k).sum(1) for edge in near for sign in (1.0, -1.0)], dim=1)
+        ends = torch.stack([(series * edge).sum(1), (series * edge * (-1) ** k).sum(1)], dim=1)
         misfit = torch.maximum(series[:, -3:].abs().amax(1), 1e-4 * (ends - y[:, _ORDER:]).abs().amax(1))
         smooth &= misfit <= tolerance
     return torch.where(undefined.any(1), undefined.all(1), smooth)
