@@ -176,7 +176,7 @@ def torch_function(name: str) -> Callable[..., Tensor]:
     raise NormPropError(f"unknown activation {name!r}" + (f"; did you mean {' or '.join(close)}?" if close else ""))
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch has no type for it
 @functools.cache
 def _points(name: str) -> Breakpoints:
     return find_breakpoints(torch_function(name))

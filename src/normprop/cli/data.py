@@ -16,7 +16,7 @@ def data() -> None:
     """
     table = Table(title=f"Data sets; folder {data_root()}", title_justify="left")
     for column, justify in (("name", "left"), ("train", "right"), ("test", "right"), ("shape", "left")):
-        table.add_column(column, justify=justify)  # type: ignore[arg-type]
+        table.add_column(column, justify=justify)  # type: ignore[arg-type]  # a literal by construction
     for column in ("classes", "found", "licence"):
         table.add_column(column)
     for name, source in SOURCES.items():

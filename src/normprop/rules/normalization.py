@@ -59,7 +59,7 @@ def frozen_batch_norm(module: nn.Module, x: Moments) -> Moments:
         torch.as_tensor(getattr(module, k)).reshape(1, -1, *(1,) * (x.mean.dim() - 2))
         for k in ("weight", "bias", "running_mean", "running_var")
     )
-    scale = weight * (var + float(module.eps)).rsqrt()  # type: ignore[arg-type]
+    scale = weight * (var + float(module.eps)).rsqrt()  # type: ignore[arg-type]  # an attribute of a foreign module
     return x.scaled(scale).shifted(bias - mean * scale)
 
 

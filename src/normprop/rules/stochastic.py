@@ -40,13 +40,13 @@ def stochastic_depth(x: Moments, p: float, mode: str, training: bool = True) -> 
 @rule("torchvision.ops.stochastic_depth.StochasticDepth", training_only=True)
 def stochastic_depth_module(module: nn.Module, x: Moments) -> Moments:
     """As `dropout`, for whole samples."""
-    return _dropped(x, float(module.p), module.training)  # type: ignore[arg-type]
+    return _dropped(x, float(module.p), module.training)  # type: ignore[arg-type]  # an attribute of a foreign module
 
 
 @rule("timm.layers.drop.DropPath", training_only=True)
 def drop_path(module: nn.Module, x: Moments) -> Moments:
     """As `dropout`, for whole samples; without timm's rescaling the mean shrinks to (1−p)m, Var = (1−p)(v + p m²)."""
-    p = float(module.drop_prob or 0.0)  # type: ignore[arg-type]
+    p = float(module.drop_prob or 0.0)  # type: ignore[arg-type]  # an attribute of a foreign module
     if not module.training or p == 0.0 or p >= 1.0 or module.scale_by_keep:
         return _dropped(x, p, module.training)
     return _dropped(x, p, True).scaled(1.0 - p)
@@ -55,7 +55,7 @@ def drop_path(module: nn.Module, x: Moments) -> Moments:
 @rule("timm.layers.drop.DropBlock2d", training_only=True, standing="approximate", reason="a region is dropped as one")
 def drop_block(module: nn.Module, x: Moments) -> Moments:
     """As `dropout` with the share of dropped positions."""
-    return _dropped(x, float(module.drop_prob), module.training)  # type: ignore[arg-type]
+    return _dropped(x, float(module.drop_prob), module.training)  # type: ignore[arg-type]  # an attribute of a foreign module
 
 
 @rule(nn.AlphaDropout, nn.FeatureAlphaDropout, training_only=True)
