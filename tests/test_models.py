@@ -55,6 +55,16 @@ def test_depth_counts_weighted_layers_on_the_longest_path(name, layers):
     assert len(modules) == layers
 
 
+def test_resnet18_is_torchvisions_behind_another_stem():
+    from torchvision.models import resnet18
+
+    ours, theirs = network("resnet18", classes=10, width=1.0), resnet18(num_classes=10)
+    shapes = [[tuple(p.shape) for p in net.parameters()] for net in (ours, theirs)]
+    assert sorted(shapes[0][1:]) == sorted(shapes[1][1:])
+    assert shapes[0][0] == (64, 3, 3, 3)
+    assert ours.stages(torch.randn(1, 64, 16, 16)).shape == (1, 512, 2, 2)
+
+
 @pytest.mark.parametrize("shape", [(1, 8, 8), (3, 32, 32), (1, 28, 28), (4, 9, 13)])
 @pytest.mark.parametrize("name", NETS)
 def test_any_image_size(name, shape):

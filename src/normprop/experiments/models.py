@@ -13,15 +13,16 @@ from normprop.experiments.names import unknown
 from normprop.experiments.normalizers import Normalizer
 from normprop.experiments.resnet import ResNet
 
-_NAMES = ("nin", "mlp", "plain12", "resnet8", "resnet20", "resnet32", "resnet44", "resnet56", "resnet110")
+_NAMES = ("nin", "mlp", "plain12", "resnet8", "resnet18", "resnet20", "resnet32", "resnet44", "resnet56", "resnet110")
 
 
 def build(name: str, *, shape: tuple[int, ...], classes: int, norm: Normalizer, width: float = 1.0) -> nn.Module:
     """A freshly initialised network with `norm.layer` before every hidden activation; see `realize` for the rest.
 
     Args:
-        name: `nin` (the network of Arpit et al. 2016), `mlp`, `plainN` (N layers, no skips), `resnetN` (N = 6n + 2), or
-            `torchvision:NAME`, `timm:NAME`, `MODULE:FUNCTION` (called with `channels=` and `classes=`).
+        name: `nin` (the network of Arpit et al. 2016), `mlp`, `plainN` (N layers, no skips), `resnetN` (N = 6n + 2),
+            `resnet18` (that of ImageNet, for small images: a 3×3 stem of stride 1, no pooling), or `torchvision:NAME`,
+            `timm:NAME`, `MODULE:FUNCTION` (called with `channels=` and `classes=`).
         shape: Shape of a sample, `(channels, height, width)` or `(features,)`.
         classes: Number of outputs.
         norm: What normalises it.
@@ -53,9 +54,11 @@ def build(name: str, *, shape: tuple[int, ...], classes: int, norm: Normalizer, 
         return initialized(_nin(shape[0], classes, norm, width))
     if family and family[1] == "plain" and depth >= 4:
         return initialized(_plain(depth, shape[0], classes, norm, width))
+    if name == "resnet18":
+        return initialized(ResNet(2, tuple(_scaled(c, width) for c in (64, 128, 256, 512)), shape[0], classes, norm))
     if family and family[1] == "resnet" and depth >= 8 and (depth - 2) % 6 == 0:
-        widths = (_scaled(16, width), _scaled(32, width), _scaled(64, width))
-        return initialized(ResNet(depth, widths, shape[0], classes, norm))
+        widths = tuple(_scaled(c, width) for c in (16, 32, 64))
+        return initialized(ResNet((depth - 2) // 6, widths, shape[0], classes, norm))
     raise unknown("model", name, _NAMES, "torchvision:NAME, timm:NAME and MODULE:FUNCTION work too.")
 
 

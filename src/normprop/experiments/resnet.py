@@ -28,19 +28,29 @@ class Block(nn.Module):
 
 
 class ResNet(nn.Module):
-    """He et al. 2016, section 4.2: depth 6n + 2, three stages of n blocks, global average pooling."""
+    """A 3×3 convolution, stages of blocks that halve the image but for the first, global average pooling, a linear layer.
 
-    def __init__(self, depth: int, widths: tuple[int, int, int], channels: int, classes: int, norm: Normalizer) -> None:
+    He et al. 2016, section 4.2, with three stages of n blocks: depth 6n + 2.
+
+    Args:
+        blocks: Blocks in each stage.
+        widths: Channels of each stage.
+        channels: Channels of the images.
+        classes: Number of outputs.
+        norm: What normalises it.
+    """
+
+    def __init__(self, blocks: int, widths: tuple[int, ...], channels: int, classes: int, norm: Normalizer) -> None:
         super().__init__()
         self.conv = nn.Conv2d(channels, widths[0], 3, 1, 1, bias=norm.bias)
         self.norm = norm.layer(widths[0], 2)
         stages, inside = [], widths[0]
         for stage, outside in enumerate(widths):
-            blocks = []
-            for block in range((depth - 2) // 6):
-                blocks.append(Block(inside, outside, 2 if stage and not block else 1, norm))
+            chain = []
+            for block in range(blocks):
+                chain.append(Block(inside, outside, 2 if stage and not block else 1, norm))
                 inside = outside
-            stages.append(nn.Sequential(*blocks))
+            stages.append(nn.Sequential(*chain))
         self.stages = nn.Sequential(*stages)
         self.pool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(widths[-1], classes)
