@@ -129,8 +129,8 @@ def test_preserve_is_automatic() -> None:
     kept = normprop.convert(trained)
     assert not torch.equal(kept.get_parameter("1.scale"), torch.ones(8))
     assert torch.equal(normprop.convert(trained, preserve=False).get_parameter("1.scale"), torch.ones(8))
-    assert "center = True" in normprop.convert(fresh).code
-    assert "center = True" not in kept.code
+    assert "'center': True" in normprop.convert(fresh).code
+    assert "'center': True" not in kept.code
 
 
 def test_an_untrained_network_can_be_kept_too() -> None:

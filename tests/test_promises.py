@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
 import normprop
+from normprop.lane import site_calls
 from tests.zoo import FAST, SMALL, TIMM, TORCHVISION, build, outputs, randomise, without_dropout
 
 DTYPES = (torch.float64, torch.float32)
@@ -173,7 +174,7 @@ def test_an_uncalibrated_site_does_not_feel_the_scale_of_its_weight(name: str, d
     model, x = small(name, dtype)
     model.eval()
     before = model(x)
-    weights = {str(n.args[0].target) for n in model.graph.nodes if getattr(n.target, "__name__", "") == "effective_weight"}
+    weights = {str(call.weight.target) for call in site_calls(model.graph).values() if call.weight is not None}
     assert weights
     with torch.no_grad():
         for i, path in enumerate(sorted(weights)):

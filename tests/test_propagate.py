@@ -93,7 +93,7 @@ def test_a_converted_network_reports_what_its_sites_claim() -> None:
     with torch.no_grad():
         model.bn1.weight.fill_(2.0)
         model.bn1.bias.fill_(-1.0)
-    rows = [row for row in normprop.propagate(model) if row.operation.endswith("conv2d")]
+    rows = [row for row in normprop.propagate(model) if row.operation.endswith("layers.convolution")]
     assert any(
         torch.allclose(r.predicted.var, torch.tensor(4.0)) and torch.allclose(r.predicted.mean, -torch.ones(1)) for r in rows
     )

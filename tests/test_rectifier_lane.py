@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from normprop import Moments
 from normprop.activation_moments import activation_moments
-from normprop.rectifier_lane import LeakyRectifierMoments
+from normprop.rectifier_lane import rectified_moments
 from normprop.rules.elementwise import module_activation
 
 SLOPES = (0.0, 0.01, 0.3, 1.0, -0.5)
@@ -21,7 +21,7 @@ def grid() -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("slope", SLOPES)
 def test_it_gives_what_the_general_engine_gives(slope: float) -> None:
     mean, var = (t.clone().requires_grad_() for t in grid())
-    found = LeakyRectifierMoments.apply(mean, var, slope)
+    found = rectified_moments(mean, var, slope)
     general = activation_moments("leaky_relu", mean, var.sqrt(), negative_slope=slope)
     inputs = (mean.square() + var).detach()  # rounding of the input is what either can be held to
     for a, b, scale in zip(found, (general.mean, general.var), (inputs.sqrt(), var.detach()), strict=True):
@@ -39,7 +39,7 @@ def test_it_gives_what_the_general_engine_gives(slope: float) -> None:
 def test_first_and_second_derivatives(slope: float) -> None:
     mean = torch.tensor([-1.5, 0.0, 0.4, 3.0], dtype=torch.float64, requires_grad=True)
     var = torch.tensor([0.5, 1.0, 2.0, 0.1], dtype=torch.float64, requires_grad=True)
-    function = lambda m, v: LeakyRectifierMoments.apply(m, v, slope)
+    function = lambda m, v: rectified_moments(m, v, slope)
     assert torch.autograd.gradcheck(function, (mean, var))
     assert torch.autograd.gradgradcheck(function, (mean, var))
 
@@ -48,7 +48,7 @@ def test_first_and_second_derivatives(slope: float) -> None:
 def test_no_variance(dtype: torch.dtype) -> None:
     mean = torch.tensor([-2.0, 0.0, 2.0], dtype=dtype, requires_grad=True)
     var = torch.zeros(3, dtype=dtype, requires_grad=True)
-    first, second = LeakyRectifierMoments.apply(mean, var, 0.1)
+    first, second = rectified_moments(mean, var, 0.1)
     torch.testing.assert_close(first, torch.tensor([-0.2, 0.0, 2.0], dtype=dtype))
     assert float(second.abs().max().detach()) == 0.0
     gradients = torch.autograd.grad((first + second).sum(), (mean, var))
@@ -57,7 +57,7 @@ def test_no_variance(dtype: torch.dtype) -> None:
 
 def test_vmap() -> None:
     mean, var = torch.randn(4, 3), torch.rand(3) + 0.1
-    total = lambda m: sum(t.sum() for t in LeakyRectifierMoments.apply(m, var, 0.2))
+    total = lambda m: sum(t.sum() for t in rectified_moments(m, var, 0.2))
     together = torch.func.vmap(torch.func.grad(total))(mean)
     for row, m in zip(together, mean, strict=True):
         torch.testing.assert_close(row, torch.func.grad(total)(m))

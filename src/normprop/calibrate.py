@@ -8,12 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from normprop import sites
-from normprop.channel_moments import Moments
-from normprop.converted import ConvertedModule, as_converted
+from normprop.converted import as_converted
 from normprop.errors import NormPropError
-from normprop.lane import lane_nodes, last_uses
-from normprop.sites import Site
+from normprop.lane import LaneValues, last_uses, site_calls
+from normprop.scales import Scale
+from normprop.sites import Site, site_statistics
 
 Statistics = tuple[Tensor, Tensor]
 
@@ -45,7 +44,7 @@ def calibrate(model: nn.Module, data: Any) -> nn.Module:
         True
     """
     converted = as_converted(model, "calibrate")
-    if not any(n.target in (sites.effective_weight, sites.effective_affine) for n in converted.graph.nodes):
+    if not converted.meta["normprop"]["calibrates"]:
         raise NormPropError("the paper's form has no constants to calibrate.\nConvert with method='exact'.")
     batches = _batches(data, next(converted.parameters()).device)
     mode = converted.training
@@ -59,20 +58,24 @@ def calibrate(model: nn.Module, data: Any) -> nn.Module:
 
 
 def preserve_(
-    model: ConvertedModule, statistics: Mapping[tuple[str, int], Statistics], biases: Mapping[str, Tensor | None]
+    root: nn.Module,
+    graphs: Iterable[fx.Graph],
+    statistics: Mapping[tuple[str, int], Statistics],
+    biases: Mapping[str, Tensor | None],
 ) -> None:
     """Set every site's constants so that it standardises by given statistics: d = rm − E, k = (rv + ε)/V.
 
     A site that had no BatchNorm in its place gets γ = √V and β = E + b instead, so that it gives the layer's own output.
 
     Args:
-        model: a converted network; changed in place.
+        root: the modules and parameters of a converted network; changed in place.
+        graphs: its graphs, as they are before `batched`: where a site changes γ and β, later moments follow.
         statistics: mean, and variance plus ε, of a layer's output without its bias, by path of the site and index of the
             call.
         biases: of the layers before sites that had no BatchNorm in their place, by path of the site.
     """
-    for graph in dict.fromkeys(model.graphs().values()):
-        _Calibration(model, graph, given=statistics, biases=biases).run()
+    for graph in dict.fromkeys(graphs):
+        _Calibration(root, graph, given=statistics, biases=biases).run()
 
 
 def _batches(data: Any, device: torch.device) -> list[Tensor]:
@@ -89,11 +92,11 @@ def _batches(data: Any, device: torch.device) -> list[Tensor]:
 
 
 class _Calibration:
-    """Runs a converted graph node by node, the lane once and the data lane for every batch.
+    """Runs a converted graph node by node, the lane once, as far as each site needs it, and the data lane for every batch.
 
     Args:
-        model: whose parameters are used and whose constants are set.
-        graph: one of its graphs.
+        root: whose parameters are used and whose constants are set.
+        graph: a converted graph of it.
         given: statistics by path and call; then no data is needed and the data lane is not run.
         biases: bias of the layer, by path, for sites which shall give the layer's own output.
         batches: what to measure otherwise.
@@ -101,20 +104,19 @@ class _Calibration:
 
     def __init__(
         self,
-        model: ConvertedModule,
+        root: nn.Module,
         graph: fx.Graph,
         *,
         given: Mapping[tuple[str, int], Statistics] | None = None,
         biases: Mapping[str, Tensor | None] | None = None,
         batches: Sequence[Tensor] = (),
     ) -> None:
-        self.interpreter = fx.Interpreter(model, garbage_collect_values=False, graph=graph)
         self.graph = graph
         self.given = given
         self.biases = biases or {}
         self.batches = batches
-        self.lane = lane_nodes(graph)
-        self.values: dict[fx.Node, Any] = {}
+        self.lane = LaneValues(root, graph)
+        self.calls = site_calls(graph)
         self.data: list[dict[fx.Node, Any]] = [{} for _ in batches]
 
     @torch.no_grad()
@@ -122,66 +124,51 @@ class _Calibration:
         """Set the constants of every site of the graph."""
         frees = last_uses(self.graph)
         for node in self.graph.nodes:
-            if node in self.lane:
-                if node.target in (sites.effective_weight, sites.effective_affine):
-                    self._set(node)
-                self.values[node] = self._execute(node, self.values)
-            else:
-                for batch, values in zip(self.batches, self.data, strict=True):
-                    both = {a: (self.values if a in self.lane else values)[a] for a in node.all_input_nodes}
-                    values[node] = batch if node.op == "placeholder" and not node.args else self._execute(node, both)
-            for values in self.data:
+            if node in self.lane.nodes:
+                continue
+            if node in self.calls:
+                self._set(node)
+                self.lane.known[node.args[1]] = self.lane.scale(self.calls[node])
+            for batch, values in zip(self.batches, self.data, strict=True):
+                values[node] = self._execute(node, values, batch)
                 for used in frees.get(node, ()):
                     values.pop(used, None)
 
-    def _execute(self, node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
-        if node.op in ("output",):
+    def _execute(self, node: fx.Node, values: Mapping[fx.Node, Any], batch: Tensor) -> Any:
+        if node.op == "output":
             return None
         if node.op == "placeholder":
-            return node.args[0]
-        args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), values.__getitem__)
-        return getattr(self.interpreter, node.op)(node.target, args, kwargs)
+            return node.args[0] if node.args else batch
+        return self.lane.run(node, lambda a: self.lane[a] if a in self.lane.nodes else values[a])
 
     def _set(self, node: fx.Node) -> None:
-        args: Any = fx.node.map_arg(node.args, self.values.__getitem__)
-        options: dict[str, Any] = dict(node.kwargs)
-        call = options.pop("call", 0)
-        site_node: Any = node.args[0] if node.target is sites.effective_affine else node.args[1]
-        site = self.values[site_node]
-        if node.target is sites.effective_weight:
-            weight, _, moments = args
-            if options.pop("center", False):
-                weight = sites.centred(weight, options.get("groups", 1), "transposed_stride" in options)
-            mean, var = sites.statistics(weight, moments, **options)
-        else:
-            channels: Moments = args[1].channels(options["channel"])
-            weight, (mean, var) = None, (channels.mean, channels.var)
-        path = str(site_node.target)
+        call = self.calls[node]
+        site, index = self.lane[call.site], call.options.get("call", 0)
+        filters, mean, var = site_statistics(self.lane.arguments(call))
         target: Statistics | None
-        if path in self.biases:
-            target = _own_output(site, self.biases[path], mean, var, first=call == 0)
+        if call.path in self.biases:
+            target = _own_output(site, self.biases[call.path], mean, var, first=index == 0)
+        elif self.given is not None:
+            target = self.given.get((call.path, index))
         else:
-            target = self._target((path, call), node, weight, options["channel"])
+            plain = None if filters is None else Scale(filters, torch.ones_like(mean), torch.zeros_like(mean))
+            target = self._measure(node, plain)
         if target is None:
             return
-        shift, scale = (t[call] if t.dim() == 2 else t for t in (site.shift, site.scale))
+        shift, scale = (t[index] if t.dim() == 2 else t for t in (site.shift, site.scale))
         shift.copy_(target[0].to(mean.dtype) - mean)
         scale.copy_(target[1].to(var.dtype) / torch.where(var > 0, var, 1.0))
 
-    def _target(self, key: tuple[str, int], node: fx.Node, weight: Tensor | None, channel: int) -> Statistics | None:
-        """The statistics that a site should standardise by: given ones, or those of the raw layer's output."""
-        if self.given is not None:
-            return self.given.get(key)
-        first = next(user for user in node.users if user.args[1] == 0)
-        (consumer,) = first.users  # the layer, or the affine
-        source: Any = consumer.args[0]
-        layer: Any = consumer.target
+    def _measure(self, node: fx.Node, plain: Scale | None) -> Statistics:
+        """Mean and variance, per channel, of what the site standardises: its layer's output without a bias, or its input."""
+        channel = self.calls[node].options["channel"]
         count, total, square = 0, torch.zeros(()), torch.zeros(())
         for values in self.data:
-            z: Tensor = values[source] if source in values else self.values[source]
-            if weight is not None:
-                known = {**self.values, **values}
-                z = layer(z, weight.to(z.dtype), None, *fx.node.map_arg(tuple(consumer.args[3:]), known.__getitem__))
+            fetch = lambda a, known=values: self.lane[a] if a in self.lane.nodes else known[a]
+            found: Any = fx.node.map_arg((node.args[0], node.args[2:]), fetch)
+            z, rest = found
+            if plain is not None:
+                z = node.target(z, plain, *rest)  # type: ignore[operator]  # one of the layers
             z = z if z.device.type == "mps" else z.double()
             others = [d for d in range(z.dim()) if d != channel % z.dim()]
             total, square = total + z.sum(others), square + z.square().sum(others)

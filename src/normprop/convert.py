@@ -8,6 +8,7 @@ from typing import Any, Literal
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from normprop.batch import batched
 from normprop.calibrate import Statistics, preserve_
 from normprop.converted import ConvertedModule
 from normprop.duplicate import independent_copy, tracing_copy
@@ -90,11 +91,14 @@ def convert(
         graphs[True] = graphs[False]
     if method == "paper":
         start_as_printed_(root, walks[False], plans[False])
-    converted = ConvertedModule.assemble(root, graphs, type(model).__name__, {"inputs": walks[False].inputs()})
     if keep:
         bare = {plan.path: plan.layer.module.bias for plan in plans[False] if plan.layer is not None and plan.merged is None}
-        preserve_(converted, statistics, bare)
-    return converted
+        preserve_(root, graphs.values(), statistics, bare)
+    together = {graph: batched(graph, root) for graph in dict.fromkeys(graphs.values())}
+    meta = {"inputs": walks[False].inputs(), "calibrates": method == "exact"}
+    return ConvertedModule.assemble(
+        root, {mode: together[graph] for mode, graph in graphs.items()}, type(model).__name__, meta
+    )
 
 
 def _check_options(model: nn.Module, method: str, center: Any, preserve: Any, normalize: str) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import operator
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,8 +11,12 @@ from torch import Tensor, fx, nn
 
 from normprop.converted import ConvertedModule
 from normprop.errors import NormPropError
-from normprop.lane import lane_nodes
-from normprop.sites import apply_affine
+from normprop.lane import LaneValues, site_calls
+from normprop.layers import affine, convolution, linear, per_channel, scaled_weight, transposed_convolution
+from normprop.scales import Scale
+
+_CONVOLUTIONS: Mapping[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+_TRANSPOSED: Mapping[int, Any] = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
 
 
 def fold(model: nn.Module, *, check: bool = True) -> nn.Module:
@@ -84,8 +87,8 @@ class _Folding:
     def __init__(self, model: ConvertedModule, graph: fx.Graph) -> None:
         self.model = model
         self.source = graph
-        self.lane = lane_nodes(graph)
-        self.values = self._evaluate()
+        self.lane = LaneValues(model, graph)
+        self.calls = site_calls(graph)
         self.root = nn.Module()
         self.root.training = model.training
         self.graph = fx.Graph()
@@ -94,27 +97,16 @@ class _Folding:
         self.taken = {str(n.target) for n in graph.nodes if n.op == "call_module"}
 
     @torch.no_grad()
-    def _evaluate(self) -> dict[fx.Node, Any]:
-        """The value of every node of the moment lane."""
-        interpreter = fx.Interpreter(self.model, graph=self.source)
-        values: dict[fx.Node, Any] = {}
-        for node in self.source.nodes:
-            if node in self.lane:
-                args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), values.__getitem__)
-                values[node] = getattr(interpreter, node.op)(node.target, args, kwargs)
-        return values
-
     def run(self) -> fx.GraphModule:
         """The plain network."""
         for node in self.source.nodes:
-            if node in self.lane:
+            if node in self.lane.nodes:
                 continue
-            layer = self._layer(node)
-            if layer is not None:
-                path = self._free_path(layer[0])
-                self._attach(path, layer[1])
+            if node in self.calls and self.calls[node].weight is not None:
+                path = self._free_path(self.calls[node].layer_path)
+                self._attach(path, _layer(node, self.lane[node.args[1]]))
                 self.new[node] = self.graph.call_module(path, (self._argument(node.args[0]),))
-            elif node.target is apply_affine:
+            elif node.target is affine:
                 self.new[node] = self._affine(node)
             else:
                 if node.op == "call_module":
@@ -125,9 +117,9 @@ class _Folding:
 
     def _argument(self, node: Any) -> Any:
         """The new node of an old one; a lane value that the data lane reads becomes a parameter."""
-        if node not in self.lane:
+        if node not in self.lane.nodes:
             return self.new[node]
-        value = self.values[node]
+        value = self.lane[node]
         if node not in self.new:
             if not isinstance(value, Tensor):
                 return value
@@ -136,33 +128,16 @@ class _Folding:
             self.new[node] = self.graph.get_attr(path)
         return self.new[node]
 
-    def _layer(self, node: fx.Node) -> tuple[str, nn.Module] | None:
-        """The plain layer for a functional call whose weight and bias the lane computed."""
-        name = getattr(node.target, "__name__", "")
-        if node.op != "call_function" or name not in _LAYERS or len(node.args) < 3:
-            return None
-        weight_node: Any = node.args[1]
-        bias_node: Any = node.args[2]
-        if (
-            weight_node not in self.lane
-            or not isinstance(weight_node, fx.Node)
-            or weight_node.target is not operator.getitem
-        ):
-            return None
-        pair: Any = weight_node.args[0]
-        path = str(pair.args[0].target).rpartition(".")[0]
-        weight, bias = self.values[weight_node], self.values[bias_node]
-        return path, _LAYERS[name](weight, bias, node.args[3:])
-
     def _affine(self, node: fx.Node) -> fx.Node:
-        x, factor, offset = node.args
-        new = [self._parameter_node(n, f"{node.name}_{kind}") for n, kind in ((factor, "weight"), (offset, "bias"))]
+        arguments: Any = node.args
+        x, scale_node, channel = arguments
+        dtype = next(self.model.parameters()).dtype
+        new = []
+        for value, kind in zip(per_channel(self.lane[scale_node], channel), ("weight", "bias"), strict=True):
+            path = self._free_path(f"folded.{node.name}_{kind}")
+            self._attach(path, _parameter(value.to(dtype)))
+            new.append(self.graph.get_attr(path))
         return self.graph.call_function(torch.addcmul, (new[1], self._argument(x), new[0]))
-
-    def _parameter_node(self, node: Any, name: str) -> fx.Node:
-        path = self._free_path(f"folded.{name}")
-        self._attach(path, _parameter(self.values[node].to(next(self.model.parameters()).dtype)))
-        return self.graph.get_attr(path)
 
     def _free_path(self, path: str) -> str:
         """The path itself, or with a number if a layer called twice folds into two."""
@@ -187,42 +162,27 @@ def _parameter(value: Tensor) -> nn.Parameter:
     return nn.Parameter(value.detach().clone(), requires_grad=value.is_floating_point())
 
 
-def _linear(weight: Tensor, bias: Tensor, _: Any) -> nn.Module:
-    return _filled(nn.Linear(weight.shape[1], weight.shape[0], device="meta"), weight, bias)
-
-
-def _convolution(kind: Any) -> Any:
-    def build(weight: Tensor, bias: Tensor, rest: Any) -> nn.Module:
+def _layer(node: fx.Node, scale: Scale) -> nn.Module:
+    """The plain layer for a layer that a site scales."""
+    operation = node.target
+    rest: Any = node.args[2:]
+    weight = scaled_weight(scale, transposed_groups=rest[3] if operation is transposed_convolution else 0)
+    if operation is linear:
+        return _filled(nn.Linear(weight.shape[1], weight.shape[0], device="meta"), weight, scale.offset)
+    dims, kernel = weight.dim() - 2, tuple(weight.shape[2:])
+    if operation is convolution:
         stride, padding, dilation, groups = rest
-        kernel = tuple(weight.shape[2:])
-        channels = (weight.shape[1] * groups, weight.shape[0])
-        return _filled(kind(*channels, kernel, stride, padding, dilation, groups, device="meta"), weight, bias)
-
-    return build
-
-
-def _transposed(kind: Any) -> Any:
-    def build(weight: Tensor, bias: Tensor, rest: Any) -> nn.Module:
-        stride, padding, output_padding, groups, dilation = rest
-        kernel = tuple(weight.shape[2:])
-        channels = (weight.shape[0], weight.shape[1] * groups)
-        layer = kind(*channels, kernel, stride, padding, output_padding, groups, True, dilation, device="meta")
-        return _filled(layer, weight, bias)
-
-    return build
+        shape = (weight.shape[1] * groups, weight.shape[0], kernel)
+        return _filled(_CONVOLUTIONS[dims](*shape, stride, padding, dilation, groups, device="meta"), weight, scale.offset)
+    stride, padding, output_padding, groups, dilation = rest
+    shape = (int(weight.shape[0]), weight.shape[1] * groups, kernel)
+    options = (stride, padding, output_padding, groups, True, dilation)
+    return _filled(_TRANSPOSED[dims](*shape, *options, device="meta"), weight, scale.offset)
 
 
 def _filled(layer: nn.Module, weight: Tensor, bias: Tensor) -> nn.Module:
     layer.weight, layer.bias = _parameter(weight), _parameter(bias)
     return layer
-
-
-_LAYERS: Mapping[str, Any] = {
-    "linear": _linear,
-    "conv1d": _convolution(nn.Conv1d), "conv2d": _convolution(nn.Conv2d), "conv3d": _convolution(nn.Conv3d),
-    "conv_transpose1d": _transposed(nn.ConvTranspose1d), "conv_transpose2d": _transposed(nn.ConvTranspose2d),
-    "conv_transpose3d": _transposed(nn.ConvTranspose3d),
-}  # fmt: skip
 
 
 def _compare(model: ConvertedModule, folded: nn.Module) -> None:

@@ -10,12 +10,11 @@ from typing import Any, Literal
 import torch.nn.functional as F
 from torch import fx, nn
 
+from normprop import layers
 from normprop.rules import normalization
 from normprop.rules.linear import convolution, linear, transposed_convolution
 from normprop.walk import Walk
 
-_CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
-_TRANSPOSED = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
 _LAYERS: dict[type[nn.Module], tuple[int, bool]] = {
     nn.Linear: (0, False),
     nn.Conv1d: (1, False), nn.Conv2d: (2, False), nn.Conv3d: (3, False),
@@ -72,16 +71,16 @@ class LinearLayer:
             return x
         return graph.call_function(F.pad, (x, tuple(m._reversed_padding_repeated_twice)), {"mode": m.padding_mode})
 
-    def write(self, graph: fx.Graph, x: fx.Node, weight: fx.Node, bias: fx.Node) -> fx.Node:
-        """The layer as a functional call on a padded input with another weight and bias."""
+    def write(self, graph: fx.Graph, x: fx.Node, scale: fx.Node) -> fx.Node:
+        """The layer as a functional call on a padded input, scaled by its site."""
         m = self.module
         if self.dims == 0:
-            return graph.call_function(F.linear, (x, weight, bias))
+            return graph.call_function(layers.linear, (x, scale))
         if self.transposed:
-            args = (x, weight, bias, m.stride, m.padding, m.output_padding, m.groups, m.dilation)
-            return graph.call_function(_TRANSPOSED[self.dims], args)
+            args = (x, scale, m.stride, m.padding, m.output_padding, m.groups, m.dilation)
+            return graph.call_function(layers.transposed_convolution, args)
         padding = m.padding if m.padding_mode == "zeros" else 0
-        return graph.call_function(_CONVOLUTIONS[self.dims], (x, weight, bias, m.stride, padding, m.dilation, m.groups))
+        return graph.call_function(layers.convolution, (x, scale, m.stride, padding, m.dilation, m.groups))
 
 
 @dataclass(frozen=True)
@@ -119,20 +118,20 @@ def plan_sites(walk: Walk, normalize: Literal["batchnorm", "all"], center: bool)
         center: centre the filters wherever that leaves something of them.
     """
     nodes = list(walk.graph_module.graph.nodes)
-    layers = {node: layer for node in nodes if (layer := _linear_layer(walk, node)) is not None}
-    bare = _inner(nodes, layers) if normalize == "all" else set()
+    linear = {node: layer for node in nodes if (layer := _linear_layer(walk, node)) is not None}
+    bare = _inner(nodes, linear) if normalize == "all" else set()
     plans: list[SitePlan] = []
     calls: Counter[str] = Counter()
     for node in nodes:
         if is_batch_norm(walk, node):
             before = _argument(node)
-            layer = layers.get(before) if len(before.users) == 1 else None
+            layer = linear.get(before) if len(before.users) == 1 else None
             if layer is not None and layer.channel % walk.values[before].dim() != 1:
                 layer = None  # tokens: BatchNorm's channels are not the layer's
             path, channel, merged = str(node.target), 1, before if layer is not None else None
             source = before if layer is None else _argument(before)
         elif node in bare and not any(is_batch_norm(walk, user) for user in node.users):
-            layer, merged, source = layers[node], None, _argument(node)
+            layer, merged, source = linear[node], None, _argument(node)
             path, channel = f"{layer.path}_norm", layer.channel % walk.values[node].dim()
         else:
             continue

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,13 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from normprop import paper, sites
+from normprop import layers, sites
 from normprop.channel_moments import Moments
 from normprop.converted import ConvertedModule
 from normprop.errors import UnsupportedOpError
 from normprop.example import EXAMPLE_BATCH
-from normprop.lane import lane_nodes
+from normprop.lane import SiteCall, lane_nodes, site_calls
+from normprop.rules import linear
 from normprop.rules.table import TABLE, Key, Rule
+from normprop.scales import Scale
 from normprop.trace import Leaf
 from normprop.walk import Kind, Walk, prepare
 
@@ -40,7 +40,7 @@ def walk_of(
     if not isinstance(model, ConvertedModule):
         return prepare(model, rules=rules, leaf_modules=leaf_modules, shape=shape)
     graph = model.graphs()[model.training]
-    lane = lane_nodes(graph)
+    lane, calls = lane_nodes(graph), site_calls(graph)
     values = _run(model, shape)
     kinds = {node: _kind(node, values.get(node), lane) for node in graph.nodes}
     table = TABLE.with_overrides(rules)
@@ -51,10 +51,10 @@ def walk_of(
         if node.op == "call_module":
             rule = table.for_module(model.get_submodule(str(node.target)))
         else:
-            rule = Rule(_affine) if node.target is sites.apply_affine else table.for_function(node.target)
+            rule = Rule(_LAYERS[node.target]) if node.target in _LAYERS else table.for_function(node.target)
         if rule is None:
             raise UnsupportedOpError(f"{node.target} in the converted network has no moment rule.\nPass it in rules={{…}}.")
-        found[node] = _claiming(node, rule, values) if _pair(node) is not None else rule
+        found[node] = _claiming(node, rule, calls[node], values) if node in calls else rule
     return Walk(model, values, kinds, found)
 
 
@@ -76,27 +76,12 @@ def _kind(node: fx.Node, value: Any, lane: set[fx.Node]) -> Kind:
     return Kind.DATA if holds or node.op == "output" else Kind.STATIC
 
 
-def _pair(node: fx.Node) -> Any:
-    """The lane node that computed a site's weight and bias for this data node, if any did."""
-    position = 1 if node.target is sites.apply_affine or node.op == "call_function" else None
-    item: Any = node.args[position] if position is not None and len(node.args) > position else None
-    if not isinstance(item, fx.Node) or item.target is not operator.getitem:
-        return None
-    pair: Any = item.args[0]
-    known = (sites.effective_weight, sites.effective_affine, paper.unit_weight, paper.gain_and_bias)
-    return pair if isinstance(pair, fx.Node) and pair.target in known else None
-
-
 @torch.no_grad()
-def _claiming(node: fx.Node, rule: Rule, values: Mapping[fx.Node, Any]) -> Rule:
+def _claiming(node: fx.Node, rule: Rule, call: SiteCall, values: Mapping[fx.Node, Any]) -> Rule:
     """The rule of a layer that a site answers for: N(β, γ²), whatever independence would predict."""
-    pair = _pair(node)
-    site_node = next(a for a in pair.args if isinstance(a, fx.Node) and isinstance(values[a], sites.Site))
     rank = values[node].dim()
-    channel = int(pair.kwargs.get("channel", -1 if node.target is torch.nn.functional.linear else 1))
-    claimed = sites.site_moments(values[site_node], rank, channel % rank)
-
-    return Rule(Claim(functools.partial(rule.function, *rule.leading), claimed), rule.standing, rule.reason, rule.shaped)
+    (claimed,) = sites.site_moments((values[call.site], rank, call.options["channel"] % rank))
+    return Rule(Claim(rule.function, claimed), rule.standing, rule.reason)
 
 
 @dataclass(frozen=True)
@@ -116,6 +101,28 @@ class Claim:
         return self.claimed
 
 
-def _affine(x: Moments, factor: Tensor, offset: Tensor) -> Moments:
+def _linear(x: Moments, scale: Scale) -> Moments:
+    return linear.functional_linear(x, layers.scaled_weight(scale), scale.offset)
+
+
+def _convolution(x: Moments, scale: Scale, *options: Any) -> Moments:
+    return linear.functional_convolution(x, layers.scaled_weight(scale), scale.offset, groups=options[-1])
+
+
+def _transposed(x: Moments, scale: Scale, *options: Any) -> Moments:
+    weight = layers.scaled_weight(scale, transposed_groups=options[3])
+    return linear.functional_transposed_convolution(x, weight, scale.offset, *options)
+
+
+def _affine(x: Moments, scale: Scale, channel: int) -> Moments:
     """``x · factor + offset``."""
+    factor, offset = layers.per_channel(scale, channel)
     return x.scaled(factor).shifted(offset)
+
+
+_LAYERS: Mapping[Any, Callable[..., Moments]] = {
+    layers.linear: _linear,
+    layers.convolution: _convolution,
+    layers.transposed_convolution: _transposed,
+    layers.affine: _affine,
+}

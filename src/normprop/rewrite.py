@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import fx
 
-from normprop import sites
+from normprop import layers, sites
 from normprop.plan import SitePlan
 from normprop.walk import Kind, Walk
 
@@ -40,16 +40,19 @@ class Rewriter:
                 continue
             if node in self.plans:
                 self._write_site(self.plans[node])
-                continue
-            self.data[node] = self.graph.node_copy(node, self.data.__getitem__)
-            if node.op == "placeholder" and self.walk.kinds[node] is Kind.DATA:
-                given = next(self.inputs)
-                if node in self.needed:
-                    self.lane[node] = self._write_input(node, given)
-            elif node in self.needed:
-                self.lane[node] = self._write_rule(node)
-        self.graph.lint()
+            else:
+                self.data[node] = self.graph.node_copy(node, self.data.__getitem__)
+                self._follow(node)
         return self.graph
+
+    def _follow(self, node: fx.Node) -> None:
+        """Write the lane's side of a node that is no site."""
+        if node.op == "placeholder" and self.walk.kinds[node] is Kind.DATA:
+            given = next(self.inputs)
+            if node in self.needed:
+                self.lane[node] = self._write_input(node, given)
+        elif node in self.needed:
+            self.lane[node] = self._write_rule(node)
 
     def _needed(self) -> set[fx.Node]:
         """Nodes whose moments some site asks for."""
@@ -82,34 +85,38 @@ class Rewriter:
         return self._call(function, *args, **kwargs)
 
     def _write_site(self, plan: SitePlan) -> None:
-        site = self.graph.get_attr(plan.path)
-        x, moments = self.data[plan.source], self.lane[plan.source]
-        call = {"call": plan.call} if plan.call else {}
-        if plan.layer is not None:
-            x = plan.layer.pad(self.graph, x)
-            weight = self.graph.get_attr(f"{plan.layer.path}.weight")
-            pair = self._call(sites.effective_weight, weight, site, moments, **_options(plan), **call)
-            effective, bias = (self._call(operator.getitem, pair, i) for i in (0, 1))
-            self.data[plan.node] = plan.layer.write(self.graph, x, effective, bias)
-        else:
-            pair = self._call(sites.effective_affine, site, moments, channel=plan.channel, **call)
-            factor, offset = (self._call(operator.getitem, pair, i) for i in (0, 1))
-            self.data[plan.node] = self._call(sites.apply_affine, x, factor, offset)
-        self.data[plan.node].meta["scope"] = plan.path
+        self.data[plan.node] = self._scaled(plan, self.lane[plan.source])
         if plan.node in self.needed:
             rank = self.walk.values[plan.node].dim()
-            self.lane[plan.node] = self._call(sites.site_moments, site, rank, plan.channel)
+            site = self.graph.get_attr(plan.path)
+            moments = self._call(sites.site_moments, (site, rank, plan.channel))
+            self.lane[plan.node] = self._call(operator.getitem, moments, 0)
+
+    def _scaled(self, plan: SitePlan, moments: fx.Node | None) -> fx.Node:
+        """The site's layer on its input, or the affine in the site's place; `moments` None for standardised input."""
+        site, x, layer = self.graph.get_attr(plan.path), self.data[plan.source], plan.layer
+        weight = None
+        if layer is not None:
+            x = layer.pad(self.graph, x)
+            weight = self.graph.get_attr(f"{layer.path}.weight")
+        scales = self._call(sites.site_scales, (weight, site, moments, _options(plan)))
+        scale = self._call(operator.getitem, scales, 0)
+        from_end = plan.channel - self.walk.values[plan.node].dim()
+        scaled = self._call(layers.affine, x, scale, from_end) if layer is None else layer.write(self.graph, x, scale)
+        scaled.meta["scope"] = plan.path
+        return scaled
 
 
 def _options(plan: SitePlan) -> dict[str, Any]:
-    """What of a layer the arithmetic of its site depends on, defaults left out."""
+    """What the arithmetic of a site depends on, defaults left out."""
     layer = plan.layer
-    assert layer is not None
-    options: dict[str, Any] = {"channel": layer.channel}
-    if layer.groups > 1:
+    options: dict[str, Any] = {"channel": plan.channel if layer is None else layer.channel}
+    if layer is not None and layer.groups > 1:
         options["groups"] = layer.groups
-    if layer.transposed:
+    if layer is not None and layer.transposed:
         options["transposed_stride"] = layer.transposed_stride
     if plan.center:
         options["center"] = True
+    if plan.call:
+        options["call"] = plan.call
     return options

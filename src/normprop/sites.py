@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from normprop.channel_moments import Moments
-from normprop.effective import EffectiveWeight
-from normprop.rules.linear import full_precision, weight_moments, wide
+from normprop.filter_rows import Form, Operands
+from normprop.rules.linear import full_precision, wide
+from normprop.scales import Scale, plain_statistics, scales
 
 
 class Site(nn.Module):
@@ -50,126 +54,84 @@ def given_moments(mean: Tensor, var: Tensor) -> Moments:
     return Moments(mean, var)
 
 
-def site_moments(site: Site, rank: int, channel: int) -> Moments:
-    """What leaves a site: ``u = γ û + β ~ N(β, γ²)`` (METHOD §3).
+def site_moments(*calls: tuple[Site, int, int]) -> list[Moments]:
+    """What leaves several sites: ``u = γ û + β ~ N(β, γ²)`` (METHOD §3).
 
     Args:
-        site: the site.
-        rank: rank of the tensor described.
-        channel: its channel dimension.
+        calls: one entry a site: the site, the rank of the tensor that it gives, and the channel dimension of that.
     """
-    shape = [1] * rank
-    shape[channel] = -1
-    like = wide(site.shift[0] if site.shift.dim() == 2 else site.shift)
-    mean = torch.zeros_like(like) if site.bias is None else wide(site.bias)
-    var = torch.ones_like(like) if site.weight is None else wide(site.weight).square()
-    return Moments(mean.reshape(shape), var.reshape(shape))
+    if len(calls) > 1 and all(call[1:] == calls[0][1:] for call in calls):
+        beta, gamma = (torch.cat(list(ts)) for ts in zip(*(_affine(site) for site, *_ in calls), strict=True))
+        whole = Moments(beta, gamma.square()).aligned(*calls[0][1:])
+        sizes = [site.shift.shape[-1] for site, *_ in calls]
+        parts = zip(whole.mean.split(sizes, calls[0][2]), whole.var.split(sizes, calls[0][2]), strict=True)
+        return [Moments(mean, var) for mean, var in parts]
+    pairs = (_affine(site) for site, *_ in calls)
+    return [Moments(b, g.square()).aligned(*call[1:]) for call, (b, g) in zip(calls, pairs, strict=True)]
 
 
-def centred(weight: Tensor, groups: int, transposed: bool) -> Tensor:
-    """Each filter minus its mean (over all its inputs and taps)."""
-    if not transposed:
-        return weight - weight.mean(dim=tuple(range(1, weight.dim())), keepdim=True)
-    filters: Tensor = weight.unflatten(0, (groups, -1))
-    return (filters - filters.mean(dim=(1, *range(3, filters.dim())), keepdim=True)).flatten(0, 1)
+def _affine(site: Site) -> tuple[Tensor, Tensor]:
+    """β and γ."""
+    gamma, beta, *_ = _constants(site, 0)
+    return beta, gamma
 
 
-def statistics(
-    weight: Tensor, x: Moments, *, channel: int, groups: int = 1, transposed_stride: int = 0
-) -> tuple[Tensor, Tensor]:
-    """``E_o = Σ W m`` and ``V_o = Σ W² v``, vectors over the output channels of a linear map (METHOD §3).
-
-    Args:
-        weight: as the layer stores it.
-        x: moments of the layer's input.
-        channel: the input's channel dimension.
-        groups: of a grouped convolution.
-        transposed_stride: product of the strides of a transposed convolution, else 0.
-    """
-    inputs = weight.shape[0] if transposed_stride else weight.shape[1] * groups
-    channels = x.channels(channel).expanded((inputs,))
-    return weight_moments(weight, channels.mean, channels.var, groups=groups, transposed_stride=transposed_stride)
+SiteArguments = tuple[Tensor | None, Site, Moments | None, Mapping[str, Any]]
 
 
-def effective_weight(
-    weight: Tensor,
-    site: Site,
-    x: Moments,
-    *,
-    channel: int,
-    groups: int = 1,
-    transposed_stride: int = 0,
-    center: bool = False,
-    call: int = 0,
-) -> tuple[Tensor, Tensor]:
-    """Weight and bias with which the plain layer computes the normalised one.
+def site_scales(*calls: SiteArguments) -> list[Scale]:
+    """What several sites make of the layers before them.
 
-    ``W_eff = W γ/√(kV)`` and ``b_eff = β − (E + d) γ/√(kV)`` (METHOD §3). A bias that the layer had is taken away by the
-    normalisation and does not appear.
+    ``f = γ/√(kV)`` and ``b = β − (E + d) f`` (METHOD §3). A bias that a layer had is taken away by the normalisation and
+    does not appear.
 
     Args:
-        weight: the layer's weight, ``(O, I/groups, …)``, or ``(I, O/groups, …)`` if transposed.
-        site: the normalisation after the layer.
-        x: moments of the layer's input.
-        channel: channel dimension of the input.
-        groups: of a grouped convolution.
-        transposed_stride: product of the strides of a transposed convolution, else 0.
-        center: subtract each filter's mean first.
-        call: which of the site's calls this is.
+        calls: one entry a site: the weight of the layer before it (None if there is none), the site, the moments of the
+            layer's input, or of what the site normalises (None for a standardised input), and options: ``channel``, its
+            channel dimension, ``groups`` and ``center`` as in `Form`, ``transposed_stride``, the product of the strides of a
+            transposed convolution, and ``call``, which of the site's calls this is.
 
     Returns:
-        Effective weight in the weight's own shape and dtype, effective bias ``(O,)``.
+        A `Scale` a site.
     """
-    filters = wide(weight)
-    inputs = filters.shape[0] if transposed_stride else filters.shape[1] * groups
-    channels = x.channels(channel).expanded((inputs,))
-    taps = filters[0, 0].numel()
-    rows = filters.unflatten(0, (groups, -1))
-    rows = rows.transpose(1, 2).flatten(2) if transposed_stride else rows.flatten(2)
-    # An output position of a transposed convolution sees one tap in so many.
-    share = 1.0 / transposed_stride if transposed_stride else 1.0
-    mean, var = (per_tap(t.to(rows.dtype) * share, groups, taps) for t in (channels.mean, channels.var))
-    shift, scale, gamma, beta = (t.to(rows.dtype).reshape(groups, -1) for t in constants(site, call))
-    with full_precision(weight):
-        effective, bias, _, _ = EffectiveWeight.apply(rows, mean, var, gamma, beta, shift, scale, center)
-    if transposed_stride:
-        effective = effective.unflatten(2, (-1, taps)).transpose(1, 2)
-    return effective.reshape(weight.shape).to(weight.dtype), bias.reshape(-1).to(weight.dtype)
+    forms, operands = zip(*(_operands(call) for call in calls), strict=True)
+    with full_precision(operands[0].shift):
+        return scales(forms, operands)
 
 
-def per_tap(channels: Tensor, groups: int, taps: int) -> Tensor:
-    """A value per input channel, ``(I,)``, as one per weight of a filter: ``(groups, I/groups · taps)``."""
-    grouped = channels.reshape(groups, -1)
-    return grouped if taps == 1 else grouped.unsqueeze(-1).expand(-1, -1, taps).flatten(1)
+def site_statistics(call: SiteArguments) -> tuple[Tensor | None, Tensor, Tensor]:
+    """Filters, E and V of one site, which `site_scales` would use."""
+    form, operands = _operands(call)
+    with full_precision(operands.shift):
+        return plain_statistics(form, operands)
 
 
-def constants(site: Site, call: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """d, k, γ and β of one call of a site, ``(C,)`` each."""
-    shift, scale = (t[call] if t.dim() == 2 else t for t in (site.shift, site.scale))
-    gamma = torch.ones_like(shift) if site.weight is None else site.weight
-    beta = torch.zeros_like(shift) if site.bias is None else site.bias
-    return shift, scale, gamma, beta
+def _operands(call: SiteArguments) -> tuple[Form, Operands]:
+    weight, site, x, options = call
+    stride = options.get("transposed_stride", 0)
+    form = Form(options.get("groups", 1), stride > 0, 1.0 / max(stride, 1), options.get("center", False))
+    weight = None if weight is None else wide(weight)
+    vectors = _vectors(site, weight, x, options.get("channel", 1), form)
+    return form, Operands(weight, *vectors, *_constants(site, options.get("call", 0)))
 
 
-def effective_affine(site: Site, x: Moments, *, channel: int, call: int = 0) -> tuple[Tensor, Tensor]:
-    """Factor and offset, of the rank of the tensor, for a site that does not follow a linear layer.
-
-    Args:
-        site: the normalisation.
-        x: moments of what it normalises.
-        channel: its channel dimension.
-        call: which of the site's calls this is.
-    """
-    channels = x.channels(channel).expanded((site.shift.shape[-1],))
-    shift, scale, gamma, beta = (wide(t) for t in constants(site, call))
-    var = torch.where(channels.var > 0, channels.var, 1.0)
-    factor = gamma * (scale * var).rsqrt()
-    offset = beta - (channels.mean + shift) * factor
-    shape = [1] * x.mean.dim()
-    shape[channel] = -1
-    return factor.reshape(shape), offset.reshape(shape)
+def _vectors(
+    site: Site, weight: Tensor | None, x: Moments | None, channel: int, form: Form
+) -> tuple[Tensor | None, Tensor | None]:
+    """Mean and variance a channel."""
+    if x is None:
+        return None, None
+    count = site.shift.shape[-1]
+    if weight is not None:
+        count = weight.shape[0] if form.transposed else weight.shape[1] * form.groups
+    if not x.mean.numel() == x.var.numel() == x.mean.shape[channel] == count:
+        x = x.channels(channel).expanded((count,))
+    return wide(x.mean), wide(x.var)
 
 
-def apply_affine(x: Tensor, factor: Tensor, offset: Tensor) -> Tensor:
-    """``x · factor + offset`` in x's own dtype (autocast may have made it narrower than the parameters)."""
-    return torch.addcmul(offset.to(x.dtype), x, factor.to(x.dtype))
+def _constants(site: Site, call: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """γ, β, d and k of one call of a site, ``(C,)`` each."""
+    shift, scale = (wide(t[call] if t.dim() == 2 else t) for t in (site.shift, site.scale))
+    gamma = torch.ones_like(shift) if site.weight is None else wide(site.weight)
+    beta = torch.zeros_like(shift) if site.bias is None else wide(site.bias)
+    return gamma, beta, shift, scale

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from normprop.activation_moments import ActivationMoments, activation_moments, canonical, moments
 from normprop.channel_moments import Moments
-from normprop.rectifier_lane import LeakyRectifierMoments
+from normprop.rectifier_lane import rectified_moments
 from normprop.rules.table import TABLE, Rule, rule
 
 # One line an operation: its name for `activation_moments`, its parameters in order, and where a graph meets it.
@@ -99,7 +99,7 @@ def _rectifier_slope(name: str, parameters: Mapping[str, Any]) -> float | None:
 
 def _rectified(x: Moments, slope: float) -> Moments:
     mean, var = torch.broadcast_tensors(x.mean, x.var)
-    return Moments(*LeakyRectifierMoments.apply(mean, var, slope))
+    return Moments(*rectified_moments(mean, var, slope))
 
 
 def module_activation_moments(module: nn.Module, x: Moments) -> ActivationMoments:

@@ -1,0 +1,110 @@
+"""Weights of linear layers as rows of filters, and values per input channel as values per weight."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Form:
+    """What of a layer the arithmetic of its site depends on, besides tensors.
+
+    Attributes:
+        groups: of a grouped convolution.
+        transposed: a transposed convolution, whose filters lie along dimension 1.
+        share: the part of a filter's taps that an output position sees: 1/∏strides of a transposed convolution.
+        center: subtract each filter's mean.
+    """
+
+    groups: int = 1
+    transposed: bool = False
+    share: float = 1.0
+    center: bool = False
+
+
+class Operands(NamedTuple):
+    """The tensors of one site.
+
+    Attributes:
+        weight: of the layer before the site, ``(O, I/groups, …)``, or ``(I, O/groups, …)`` if transposed; None for a site
+            without a layer.
+        mean: of the layer's input, or of what a site without a layer normalises: one value a channel in any shape; None
+            for 0.
+        var: its variance, of the same shape; None for 1.
+        gamma: γ, ``(O,)``.
+        beta: β, ``(O,)``.
+        shift: d, ``(O,)``, constant.
+        scale: k, ``(O,)``, constant.
+    """
+
+    weight: Tensor | None
+    mean: Tensor | None
+    var: Tensor | None
+    gamma: Tensor
+    beta: Tensor
+    shift: Tensor
+    scale: Tensor
+
+
+def to_rows(weight: Tensor, form: Form, *, like: Tensor | None = None) -> Tensor:
+    """A weight as ``(groups, filters, fan-in)``, a view where strides allow; taps go first if they do in memory.
+
+    Args:
+        weight: the weight, or its gradient.
+        form: of the layer.
+        like: whose order in memory decides; the weight's own by default.
+    """
+    if form.transposed:
+        split: Tensor = weight.unflatten(0, (form.groups, -1))
+        return split.transpose(1, 2).flatten(2)
+    if _taps_first(weight if like is None else like):
+        weight = weight.movedim(1, -1)
+    return weight.reshape(form.groups, weight.shape[0] // form.groups, -1)
+
+
+def from_rows(rows: Tensor, like: Tensor, form: Form) -> Tensor:
+    """The inverse of `to_rows` for a weight of the shape and memory format of `like`."""
+    if form.transposed:
+        split: Tensor = rows.unflatten(2, (-1, *like.shape[2:]))
+        return split.transpose(1, 2).reshape(like.shape)
+    if _taps_first(like):
+        return rows.reshape(like.movedim(1, -1).shape).movedim(-1, 1)
+    return rows.reshape(like.shape)
+
+
+def vectors(form: Form, sites: Sequence[Operands], rows: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """m and v of layers of one form and shape, one value a weight of a filter: ``(layers · groups, fan-in)``, or None."""
+    assert sites[0].weight is not None
+    taps_first = not form.transposed and _taps_first(sites[0].weight)
+    mean = _per_tap([s.mean for s in sites if s.mean is not None], form, rows, taps_first)
+    var = _per_tap([s.var for s in sites if s.var is not None], form, rows, taps_first)
+    return mean, var
+
+
+def per_channel(values: Tensor, form: Form, weight: Tensor, likes: Sequence[Tensor]) -> list[Tensor]:
+    """The transpose of `vectors`: for each layer the sum over every input channel's taps, in the shape of its moments."""
+    inputs = likes[0].numel() // form.groups
+    if values.shape[-1] != inputs:
+        taps_first = not form.transposed and _taps_first(weight)
+        values = values.unflatten(-1, (-1, inputs)).sum(-2) if taps_first else values.unflatten(-1, (inputs, -1)).sum(-1)
+    return [t.reshape(like.shape).to(like.dtype) for t, like in zip(values.split(form.groups), likes, strict=True)]
+
+
+def _per_tap(values: Sequence[Tensor], form: Form, rows: Tensor, taps_first: bool) -> Tensor | None:
+    if not values:
+        return None
+    grouped = [t.reshape(form.groups, -1).to(rows.dtype) for t in values]
+    whole = grouped[0] if len(grouped) == 1 else torch.cat(grouped)
+    taps = rows.shape[-1] // whole.shape[-1]
+    if taps == 1:
+        return whole
+    return whole.repeat(1, taps) if taps_first else whole.repeat_interleave(taps, 1)
+
+
+def _taps_first(weight: Tensor) -> bool:
+    return weight.dim() > 2 and not weight.is_contiguous() and weight.movedim(1, -1).is_contiguous()

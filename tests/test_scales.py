@@ -1,0 +1,209 @@
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from normprop import filter_sums, scales
+from normprop.filter_rows import Form, Operands, from_rows, to_rows
+from normprop.scales import Scale
+
+DOUBLE = torch.float64
+FORMS = [
+    Form(groups, transposed, 0.25 if transposed else 1.0, center)
+    for groups, transposed, center in itertools.product((1, 2), (False, True), (False, True))
+]
+
+
+def slow(form: Form, given: Operands) -> tuple[Tensor | None, Tensor, Tensor]:
+    """METHOD §3 a filter at a time, in the plainest operations: effective filters (or None), factor and offset."""
+    factors, offsets, filters = [], [], []
+    count = len(given.gamma)
+    for o in range(count):
+        if given.weight is None:
+            assert given.mean is not None
+            assert given.var is not None
+            first, second = given.mean.reshape(-1)[o], given.var.reshape(-1)[o]
+        else:
+            group, inside = divmod(o, count // form.groups)
+            size = given.weight.shape[0] // form.groups
+            w = given.weight[group * size : (group + 1) * size, inside] if form.transposed else given.weight[o]
+            w = w - w.mean() if form.center else w
+            inputs = slice(group * len(w), (group + 1) * len(w))
+            shape = (-1, *[1] * (w.dim() - 1))
+            mean = torch.zeros(len(w), dtype=DOUBLE) if given.mean is None else given.mean.reshape(-1)[inputs]
+            var = torch.ones(len(w), dtype=DOUBLE) if given.var is None else given.var.reshape(-1)[inputs]
+            first = form.share * (w * mean.reshape(shape)).sum()
+            second = form.share * (w.square() * var.reshape(shape)).sum()
+            filters.append(w)
+        factor = given.gamma[o] / torch.sqrt(given.scale[o] * second)
+        factors.append(factor)
+        offsets.append(given.beta[o] - (first + given.shift[o]) * factor)
+        if filters:
+            filters[-1] = filters[-1] * factor
+    if given.weight is None:
+        return None, torch.stack(factors), torch.stack(offsets)
+    effective = torch.stack(filters)
+    if form.transposed:
+        effective = effective.unflatten(0, (form.groups, -1)).transpose(1, 2).flatten(0, 1)
+    return effective, torch.stack(factors), torch.stack(offsets)
+
+
+def layer(
+    form: Form, *, taps: tuple[int, ...] = (3, 2), moments: str = "mean var", out: int = 6, inside: int = 4
+) -> Operands:
+    shape = (inside, out // form.groups) if form.transposed else (out, inside // form.groups)
+    leaf = lambda t: t.requires_grad_()
+    return Operands(
+        leaf(torch.randn(*shape, *taps, dtype=DOUBLE) + 0.2),
+        leaf(torch.randn(1, inside, 1, 1, dtype=DOUBLE)) if "mean" in moments else None,
+        leaf(torch.rand(inside, dtype=DOUBLE) + 0.1) if "var" in moments else None,
+        *(leaf(torch.randn(out, dtype=DOUBLE)) for _ in range(2)),
+        torch.randn(out, dtype=DOUBLE),
+        torch.rand(out, dtype=DOUBLE) + 0.5,
+    )
+
+
+def no_layer(channels: int = 5) -> Operands:
+    mean, var, gamma, beta = (torch.rand(channels, dtype=DOUBLE).add_(0.1).requires_grad_() for _ in range(4))
+    return Operands(
+        None, mean, var, gamma, beta, torch.randn(channels, dtype=DOUBLE), torch.rand(channels, dtype=DOUBLE) + 0.5
+    )
+
+
+def effective(form: Form, scale: Scale) -> tuple[Tensor | None, Tensor]:
+    """Effective filters, or the factor of a site without a layer, and the offset."""
+    if scale.filters is None or scale.factor is None:
+        return scale.factor if scale.filters is None else scale.filters, scale.offset
+    rows = to_rows(scale.filters, form)
+    average = 0.0 if scale.average is None else scale.average.reshape(*rows.shape[:2], 1)
+    return from_rows((rows - average) * scale.factor.reshape(*rows.shape[:2], 1), scale.filters, form), scale.offset
+
+
+def check(forms: Sequence[Form], given: Sequence[Operands]) -> None:
+    found = [t for form, scale in zip(forms, scales.scales(forms, given), strict=True) for t in effective(form, scale)]
+    expected = []
+    for form, one in zip(forms, given, strict=True):
+        filters, factor, offset = slow(form, one)
+        expected += [factor if filters is None else filters, offset]
+    leaves = [t for one in given for t in one if t is not None and t.requires_grad]
+    weights = [torch.randn_like(t) for t in expected]
+    gradients = [torch.autograd.grad(out, leaves, [w.clone() for w in weights]) for out in (found, expected)]
+    for a, b in zip((*found, *gradients[0]), (*expected, *gradients[1]), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+@pytest.fixture(params=["small", "large"])
+def size(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Whether the layers of a test count as small or as large ones, handled in several blocks."""
+    torch.manual_seed(0)
+    if request.param == "large":
+        monkeypatch.setattr(scales, "_SMALL", 0)
+        monkeypatch.setattr(filter_sums, "_BLOCK", 40)
+    return str(request.param)
+
+
+@pytest.mark.parametrize("moments", ["mean var", "var", ""])
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_fast_is_slow_in_value_and_gradient(form: Form, moments: str, size: str) -> None:
+    given = [layer(form, moments=moments), layer(form, moments=moments), layer(form, moments=moments, out=8), no_layer()]
+    check([form] * 3 + [Form()], given)
+
+
+@pytest.mark.parametrize("center", [False, True])
+def test_linear_layers_and_mixtures(center: bool, size: str) -> None:
+    form, plain = Form(center=center), Form()
+    given = [layer(form, taps=()), no_layer(), layer(plain, taps=(3,)), layer(form, taps=()), layer(plain, moments="")]
+    check([form, plain, plain, form, plain], given)
+
+
+@pytest.mark.parametrize("center", [False, True])
+def test_channels_last_weights(center: bool, size: str) -> None:
+    form = Form(center=center)
+    given = []
+    for one in (layer(form), layer(form)):
+        assert one.weight is not None
+        weight = one.weight.detach().contiguous(memory_format=torch.channels_last).requires_grad_()
+        given.append(one._replace(weight=weight))
+    check([form, form], given)
+    scale = scales.scales([form], given[:1])[0]
+    assert scale.filters is not None
+    assert scale.filters.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("form", [Form(), Form(center=True), Form(2), Form(2, True, 0.5)], ids=str)
+def test_first_and_second_derivatives(form: Form, size: str) -> None:
+    given = [layer(form, taps=(2,), out=4), no_layer(2)]
+    names = [[k for k in Operands._fields if (t := getattr(one, k)) is not None and t.requires_grad] for one in given]
+    leaves = [getattr(one, k) for one, few in zip(given, names, strict=True) for k in few]
+
+    def function(*tensors: Tensor) -> tuple[Tensor, ...]:
+        rest = iter(tensors)
+        sites = [one._replace(**{k: next(rest) for k in few}) for one, few in zip(given, names, strict=True)]
+        forms = [form, Form()]
+        return tuple(
+            t for f, s in zip(forms, scales.scales(forms, sites), strict=True) for t in effective(f, s) if t is not None
+        )
+
+    assert torch.autograd.gradcheck(function, leaves)
+    assert torch.autograd.gradgradcheck(function, leaves)
+
+
+def test_transforms_give_what_eager_mode_gives(size: str) -> None:
+    form = Form(center=True)
+    given = layer(form)
+    assert given.weight is not None
+
+    def total(weight: Tensor) -> Tensor:
+        filters, offset = effective(form, scales.scales([form], [given._replace(weight=weight)])[0])
+        assert filters is not None
+        return filters.square().sum() + offset.square().sum()
+
+    weights = torch.randn(3, *given.weight.shape, dtype=DOUBLE)
+    together = torch.func.vmap(torch.func.grad(total))(weights)
+    for one, weight in zip(together, weights, strict=True):
+        leaf = weight.clone().requires_grad_()
+        torch.testing.assert_close(one, torch.autograd.grad(total(leaf), leaf)[0])
+
+
+@pytest.mark.parametrize("constant", [0.0, 0.7])
+def test_a_filter_without_variance_has_finite_gradients(constant: float, size: str) -> None:
+    form = Form(center=True)
+    given = layer(form)
+    assert given.weight is not None
+    with torch.no_grad():
+        given.weight[0] = constant
+    filters, offset = effective(form, scales.scales([form], [given])[0])
+    assert filters is not None
+    leaves = [t for t in given if t is not None and t.requires_grad]
+    gradients = torch.autograd.grad(filters.square().sum() + offset.square().sum(), leaves)
+    assert all(bool(torch.isfinite(g).all()) for g in gradients)
+
+
+def test_unused_outputs_and_frozen_weights(size: str) -> None:
+    form = Form(center=True)
+    frozen = layer(form)
+    assert frozen.weight is not None
+    given = [frozen._replace(weight=frozen.weight.detach()), layer(form)]
+    first, second = scales.scales([form, form], given)
+    assert given[0].gamma.grad is None
+    first.offset.sum().backward()
+    assert given[0].gamma.grad is not None
+    assert second.offset.requires_grad
+
+
+def test_a_backward_pass_writes_to_no_gradient_that_somebody_holds(size: str) -> None:
+    weight = torch.randn(6, 4, 3, 3, dtype=DOUBLE, requires_grad=True)
+    given = layer(Form(), taps=(3, 3))._replace(weight=weight)
+    scale = scales.scales([Form()], [given])[0]
+    x = torch.randn(2, 4, 5, 5, dtype=DOUBLE)
+    assert scale.filters is not None
+    y = torch.nn.functional.conv2d(x, scale.filters).square().sum() + scale.offset.sum()
+    first = torch.autograd.grad(y, weight, retain_graph=True)[0]
+    copy = first.clone()
+    again = torch.autograd.grad(y, weight)[0]
+    torch.testing.assert_close(first, copy, rtol=0, atol=0)
+    torch.testing.assert_close(first, again)
