@@ -20,11 +20,13 @@ def build_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
     normalized = {
         id(m.weight) for m in model.modules() if isinstance(m, _LINEAR) and (m.bias is None or not m.bias.requires_grad)
     }
-    weights = [p for p in trainable if p.dim() > 1]
+    # Some layers shape their gains as filters of one number.
+    weights = [p for p in trainable if p.dim() > 1 and p[0].numel() > 1]
+    others = [p for p in trainable if p.dim() <= 1 or p[0].numel() == 1]
     groups = [
         {"params": [p for p in weights if id(p) in normalized], "weight_decay": recipe.weight_decay, "unit_norm": True},
         {"params": [p for p in weights if id(p) not in normalized], "weight_decay": recipe.weight_decay},
-        {"params": [p for p in trainable if p.dim() <= 1], "weight_decay": 0.0},
+        {"params": others, "weight_decay": 0.0},
     ]
     optimizer = torch.optim.SGD(groups, lr=recipe.lr, momentum=recipe.momentum)
     if recipe.clip:
