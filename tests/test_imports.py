@@ -18,11 +18,11 @@ LAYERS = [
     "gaussian breakpoints piecewise quadrature elementary rectifiers smooth activations activation_moments",
     "channel_moments data",
     "rules",
-    "trace sized example integrations walk lane sites duplicate converted report",
+    "trace sized example integrations kind fusion walk lane sites duplicate converted report",
     "plan rewrite paper rewalk",
     "calibrate convert fold propagate",
     "inspect probe coverage",
-    "experiments plot",
+    "experiments benchmark plot",
     "cli",
 ]
 LEVEL = {name: level for level, line in enumerate(LAYERS) for name in line.split()}

@@ -14,12 +14,11 @@ from torch import Tensor, fx, nn
 from normprop import paper, sites
 from normprop.channel_moments import Moments
 from normprop.converted import ConvertedModule
-from normprop.errors import UnsupportedOpError
 from normprop.example import EXAMPLE_BATCH
 from normprop.lane import lane_nodes
 from normprop.rules.table import TABLE, Key, Rule
 from normprop.trace import Leaf
-from normprop.walk import Kind, Walk, prepare
+from normprop.walk import Kind, Walk, completed, prepare, rule_of, standing_for
 
 
 def walk_of(
@@ -39,29 +38,38 @@ def walk_of(
     """
     if not isinstance(model, ConvertedModule):
         return prepare(model, rules=rules, leaf_modules=leaf_modules, shape=shape)
-    graph = model.graphs()[model.training]
+    graph_module = _copy(model)
+    graph = graph_module.graph
     lane = lane_nodes(graph)
-    values = _run(model, shape)
+    values = _run(graph_module, model.example_inputs(EXAMPLE_BATCH), shape)
     kinds = {node: _kind(node, values.get(node), lane) for node in graph.nodes}
     table = TABLE.with_overrides(rules)
     found: dict[fx.Node, Rule] = {}
+    missing: dict[fx.Node, str] = {}
     for node in graph.nodes:
         if kinds[node] is not Kind.DATA or node.op in ("placeholder", "output"):
             continue
-        if node.op == "call_module":
-            rule = table.for_module(model.get_submodule(str(node.target)))
+        rule = Rule(_affine) if node.target is sites.apply_affine else rule_of(graph_module, node, table)
+        standing, reason = ("unsupported", "no moment rule") if rule is None else standing_for(node, rule, kinds)
+        if rule is None or standing == "unsupported":
+            missing[node] = reason
         else:
-            rule = Rule(_affine) if node.target is sites.apply_affine else table.for_function(node.target)
-        if rule is None:
-            raise UnsupportedOpError(f"{node.target} in the converted network has no moment rule.\nPass it in rules={{…}}.")
-        found[node] = _claiming(node, rule, values) if _pair(node) is not None else rule
-    return Walk(model, values, kinds, found)
+            found[node] = _claiming(node, rule, values) if _pair(node) is not None else rule
+    return completed(graph_module, values, kinds, found, missing)
+
+
+def _copy(model: ConvertedModule) -> fx.GraphModule:
+    """The model with a graph of its own, to which a walk may add."""
+    graph = fx.Graph()
+    output = graph.graph_copy(model.graphs()[model.training], {})
+    graph.output(output)
+    return fx.GraphModule(model, graph)
 
 
 @torch.no_grad()
-def _run(model: ConvertedModule, shape: tuple[int, ...] | None) -> dict[fx.Node, Any]:
+def _run(model: fx.GraphModule, inputs: list[Tensor], shape: tuple[int, ...] | None) -> dict[fx.Node, Any]:
     """Every node's value in a run on zeros."""
-    inputs = [torch.zeros_like(x) for x in model.example_inputs(EXAMPLE_BATCH)]
+    inputs = [torch.zeros_like(x) for x in inputs]
     if shape is not None:
         inputs[0] = inputs[0].new_zeros(EXAMPLE_BATCH, *shape)
     run = fx.Interpreter(model, garbage_collect_values=False)
