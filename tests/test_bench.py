@@ -31,6 +31,9 @@ def test_table_file_and_figure(tmp_path, capsys):
     assert report.rivals == ("plain", "batch", "group")
     assert [batch.batch_size for batch in report.batches] == [1, 2]
     assert report.workload.threads == 1
+    again = tmp_path / "again.json"
+    assert main([*report.command.split()[1:], "--out", str(again)]) == 0
+    assert CostReport.load(again).command == report.command, "the command that is kept measures the same"
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 

@@ -29,7 +29,6 @@ def measure_cost(
     against: Sequence[str] = ("plain", "batch"),
     seconds: float = 20.0,
     memory: bool = True,
-    command: str = "",
     tell: Teller = lambda _: None,
     least: int = LEAST_ROUNDS,
 ) -> CostReport:
@@ -41,7 +40,6 @@ def measure_cost(
         against: Names of contenders; the first is what conversion and compilation are measured by.
         seconds: For each of training, inference and conversion at each batch size, warm-up aside.
         memory: Whether to measure peak memory, each in a process of its own.
-        command: To record.
         tell: Is told what is being done.
         least: Rounds of each measurement, however long they take.
 
@@ -65,10 +63,10 @@ def measure_cost(
     if base is None:
         raise NormPropError(f"{names[0]} trains at none of these batch sizes.\nName another contender first.")
     return CostReport(
-        command=command,
         machine=machine,
         workload=workload,
         rivals=tuple(names),
+        seconds=seconds,
         weight_bytes=sum(p.numel() * p.element_size() for p in workload.contender("plain").parameters()),
         batches=tuple(batches),
         construction=run.construction(names[0], base),

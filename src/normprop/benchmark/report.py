@@ -47,28 +47,52 @@ class CostReport:
     """What `measure_cost` found.
 
     Attributes:
-        command: That measured it.
         machine: That it ran on.
         workload: The setting of all contenders.
         rivals: What NormProp was compared with.
+        seconds: That each measurement was given.
         weight_bytes: One copy of the plain network's parameters.
         batches: By batch size.
         construction: Conversion, folding, and a training step of the first rival at `construction_batch`.
         construction_batch: The smallest batch size that this rival trains at.
     """
 
-    command: str
     machine: Machine
     workload: Workload
     rivals: tuple[str, ...]
+    seconds: float
     weight_bytes: int
     batches: tuple[BatchCost, ...]
     construction: Rounds
     construction_batch: int
 
+    @property
+    def command(self) -> str:
+        """What measures the same again."""
+        work = self.workload
+        sizes = " ".join(str(batch.batch_size) for batch in self.batches)
+        options = {
+            "--shape": "x".join(map(str, work.shape)),
+            "--classes": work.classes,
+            "--width": f"{work.width:g}" if work.width != 1 else "",
+            "--accumulate": work.accumulate if work.accumulate > 1 else "",
+            "--threads": work.threads,
+            "--device": work.device,
+            "--seconds": f"{self.seconds:g}",
+        }
+        flags = {
+            "--compile": work.compiled,
+            "--channels-last": work.channels_last,
+            "--skip-memory": not any(batch.memory for batch in self.batches),
+        }
+        parts = [f"normprop bench {work.model} --batch-size {sizes} --against {' '.join(self.rivals)}"]
+        parts += [f"{name} {value}" for name, value in options.items() if value != ""]
+        return " ".join([*parts, *(name for name, given in flags.items() if given)])
+
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, strings and lists: all samples, and the quartiles of what they say."""
-        return {"format": _FORMAT, **asdict(self), "quartiles": [self._quartiles(batch) for batch in self.batches]}
+        derived = {"command": self.command, "quartiles": [self._quartiles(batch) for batch in self.batches]}
+        return {"format": _FORMAT, **asdict(self), **derived}
 
     def to_json(self) -> str:
         """As `to_dict`."""
@@ -99,10 +123,10 @@ class CostReport:
             raise ValueError(f"its format is not {_FORMAT!r}")
         workload = Workload(**{**data["workload"], "shape": tuple(data["workload"]["shape"])})
         return cls(
-            command=data["command"],
             machine=Machine(**data["machine"]),
             workload=workload,
             rivals=tuple(data["rivals"]),
+            seconds=data["seconds"],
             weight_bytes=data["weight_bytes"],
             batches=tuple(_batch(b) for b in data["batches"]),
             construction=Rounds(**data["construction"]),

@@ -84,8 +84,8 @@ def measure(
             gc.collect()
             for name in _rotated(list(steps), len(rounds)):
                 wall, cpu = _turn(steps[name], repeats[name], wait)
-                rounds.wall[name].append(wall)
-                rounds.cpu[name].append(cpu)
+                rounds.wall[name].append(round(wall, 9))  # no clock is finer
+                rounds.cpu[name].append(round(cpu, 9))
     return rounds
 
 

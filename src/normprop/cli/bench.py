@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -100,7 +99,6 @@ def bench(
             against=[name for names in against for name in names.split(",") if name],
             seconds=seconds,
             memory=not skip_memory,
-            command=shlex.join(["normprop", *sys.argv[1:]]),
             tell=lambda text: print(text, file=sys.stderr),
         )
     _print(report, json=json, markdown=markdown)
