@@ -112,7 +112,10 @@ def test_nin_is_the_papers_at_full_width():
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("name", "layers"), [("resnet20", 20), ("resnet8", 8), ("plain12", 12), ("plain5", 5)])
+@pytest.mark.parametrize(
+    ("name", "layers"),
+    [("resnet20", 20), ("resnet8", 8), ("resnet110", 110), ("plain12", 12), ("plain5", 5), ("plain50", 50)],
+)
 def test_depth_counts_weighted_layers_on_the_longest_path(name, layers):
     modules = [m for key, m in network(name).named_modules() if isinstance(m, (nn.Conv2d, nn.Linear)) and "skip" not in key]
     assert len(modules) == layers

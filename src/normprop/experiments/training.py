@@ -124,7 +124,7 @@ def _some(images: Images, seed: int) -> Tensor:
 
 
 @torch.no_grad()
-def accuracy(model: nn.Module, x: Tensor, y: Tensor, group: Processes, *, batch_size: int = 500) -> float:
+def accuracy(model: nn.Module, x: Tensor, y: Tensor, group: Processes, *, batch_size: int = 128) -> float:
     """Share of the samples `x` that the model, in evaluation mode, gives their classes `y`."""
     model.eval()
     right = 0.0
