@@ -130,9 +130,9 @@ def test_steps_take_turns_and_each_begins_some_round():
         while time.perf_counter() < end:
             pass
 
-    rounds = measure({"a": lambda: step("a", 0.06), "b": lambda: step("b", 0.06)}, seconds=0, least=4)
+    rounds = measure({"a": lambda: step("a", 0.21), "b": lambda: step("b", 0.03)}, seconds=0, least=4)
     warm_up = 3
-    assert "".join(order) == "a" * warm_up + "b" * warm_up + "ab" + "ba" + "ab" + "ba"
+    assert "".join(order) == "a" * warm_up + "b" * warm_up + "abb" + "bba" + "abb" + "bba", "short ones once uncounted"
     assert {len(times) for clock in (rounds.wall, rounds.cpu) for times in clock.values()} == {4}
 
 

@@ -39,7 +39,7 @@ def measure_cost(
         batch_sizes: To measure at.
         against: Names of contenders; the first is what conversion and compilation are measured by.
         seconds: For each of training, inference and conversion at each batch size, warm-up aside.
-        memory: Whether to measure peak memory, each in a process of its own.
+        memory: Whether to measure peak memory, each in a process of its own; on other devices than CPU and CUDA it isn't.
         tell: Is told what is being done.
         least: Rounds of each measurement, however long they take.
 
@@ -58,7 +58,8 @@ def measure_cost(
     if workload.compiled:
         _load_compiler()
     run = _Benchmark(workload, (SUBJECT, *names), seconds, least, tell)
-    batches = [run.batch(size, memory=memory) for size in sizes]
+    counted = torch.device(workload.device).type in ("cpu", "cuda")
+    batches = [run.batch(size, memory=memory and counted) for size in sizes]
     base = next((b.batch_size for b in batches if names[0] not in b.failures), None)
     if base is None:
         raise NormPropError(f"{names[0]} trains at none of these batch sizes.\nName another contender first.")

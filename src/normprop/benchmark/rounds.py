@@ -19,7 +19,8 @@ Clock = Literal["wall", "cpu"]
 
 LEAST_ROUNDS = 5
 _WARM_UP = 2
-# Short steps are repeated within a turn: the clocks are coarse, and the first step finds the caches full of others' data.
+# The first step of a turn finds the caches full of others' data, which is nothing beside a step of this length.
+_COUNTED_FROM_THE_FIRST = 0.2
 _TURN_SECONDS = 0.02
 _LONGEST_TURN = 100
 
@@ -62,8 +63,8 @@ def measure(
 ) -> Rounds:
     """Time every step in every round, each round beginning with another one.
 
-    Each step is warmed up first. A turn lasts 20 ms at least: a shorter step is repeated, once more than is counted.
-    Python collects garbage between rounds only.
+    Each step is warmed up first. A turn lasts 20 ms at least: a shorter step is repeated. Where steps are shorter than
+    0.2 s, a turn begins with one that isn't counted. Python collects garbage between rounds only.
 
     Args:
         steps: By name; one call is one step.
@@ -76,14 +77,14 @@ def measure(
         3
     """
     wait = _waiting(torch.device(device))
-    repeats = {name: _repeats(step, wait) for name, step in steps.items()}
+    turns = {name: _turn_of(step, wait) for name, step in steps.items()}
     rounds = Rounds({name: [] for name in steps}, {name: [] for name in steps})
     with _garbage_kept():
         end = time.perf_counter() + seconds
         while len(rounds) < least or time.perf_counter() < end:
             gc.collect()
             for name in _rotated(list(steps), len(rounds)):
-                wall, cpu = _turn(steps[name], repeats[name], wait)
+                wall, cpu = turns[name].run()
                 rounds.wall[name].append(round(wall, 9))  # no clock is finer
                 rounds.cpu[name].append(round(cpu, 9))
     return rounds
@@ -108,23 +109,32 @@ def _rotated(names: Sequence[str], by: int) -> list[str]:
     return [*names[by:], *names[:by]]
 
 
-def _turn(step: Step, repeats: int, wait: Callable[[], None]) -> tuple[float, float]:
-    """Seconds on the wall and of processors, of one of `repeats` steps in a row."""
-    if repeats > 1:
-        step()
-    wait()
-    wall, cpu = time.perf_counter(), time.process_time()
-    for _ in range(repeats):
-        step()
-    wait()
-    return (time.perf_counter() - wall) / repeats, (time.process_time() - cpu) / repeats
+@dataclass(frozen=True)
+class _Turn:
+    """Steps in a row: those that aren't counted, then those that are."""
+
+    step: Step
+    uncounted: int
+    counted: int
+    wait: Callable[[], None]
+
+    def run(self) -> tuple[float, float]:
+        """Seconds on the wall and of processors, of one step."""
+        for _ in range(self.uncounted):
+            self.step()
+        self.wait()
+        wall, cpu = time.perf_counter(), time.process_time()
+        for _ in range(self.counted):
+            self.step()
+        self.wait()
+        return (time.perf_counter() - wall) / self.counted, (time.process_time() - cpu) / self.counted
 
 
-def _repeats(step: Step, wait: Callable[[], None]) -> int:
-    for _ in range(_WARM_UP):
-        step()
-    once, _ = _turn(step, 1, wait)
-    return min(_LONGEST_TURN, max(1, math.ceil(_TURN_SECONDS / max(once, 1e-9))))
+def _turn_of(step: Step, wait: Callable[[], None]) -> _Turn:
+    """A turn of the right length, after a warm-up."""
+    once, _ = _Turn(step, _WARM_UP, 1, wait).run()
+    counted = min(_LONGEST_TURN, max(1, math.ceil(_TURN_SECONDS / max(once, 1e-9))))
+    return _Turn(step, int(once < _COUNTED_FROM_THE_FIRST), counted, wait)
 
 
 def _waiting(device: torch.device) -> Callable[[], None]:
