@@ -13,7 +13,7 @@ from normprop.converted import ConvertedModule
 from normprop.duplicate import independent_copy, tracing_copy
 from normprop.errors import NormPropError
 from normprop.paper import PaperRewriter, start_as_printed_
-from normprop.plan import SitePlan, plan_sites
+from normprop.plan import SitePlan, nodes_behind, plan_sites
 from normprop.rewrite import Rewriter
 from normprop.rules.table import Key, Rule
 from normprop.sites import Site
@@ -58,7 +58,7 @@ def convert(
         adds ``shift`` (d) and ``scale`` (k), constant parameters.
 
     Raises:
-        UnsupportedOpError: operations without a moment rule, all of them named.
+        UnsupportedOpError: operations without a moment rule in front of some site, all of them named.
         TracingError: control flow on values.
         NormPropError: nothing to convert, converted already, or contradicting options.
 
@@ -79,6 +79,8 @@ def convert(
     plans = {mode: plan_sites(walk, normalize, centring) for mode, walk in walks.items()}
     if not plans[False]:
         raise NormPropError("the network has no BatchNorm to convert.\nnormalize='all' gives every layer a site.")
+    for mode, walk in walks.items():
+        walk.require(nodes_behind(walk, plans[mode]))
     statistics = _install_sites(root, [*plans[False], *plans[True]])
     _install_constants(root, walks)
     for mode, walk in walks.items():

@@ -28,16 +28,29 @@ def walk_of(
     leaf_modules: Sequence[Leaf] = (),
     shape: tuple[int, ...] | None = None,
 ) -> Walk:
-    """The walk of any model: traced anew, or of its own graph if `convert` made it.
+    """The walk of any model, complete: traced anew, or of its own graph if `convert` made it.
 
     Args:
         model: the network.
         rules: overrides for this call.
         leaf_modules: modules to keep whole when tracing.
         shape: shape of one sample, if known.
+
+    Raises:
+        TracingError: control flow on values, or no fitting input shape.
+        UnsupportedOpError: operations without a rule, all of them named.
     """
-    if not isinstance(model, ConvertedModule):
-        return prepare(model, rules=rules, leaf_modules=leaf_modules, shape=shape)
+    if isinstance(model, ConvertedModule):
+        walk = _rewalk(model, rules, shape)
+    else:
+        walk = prepare(model, rules=rules, leaf_modules=leaf_modules, shape=shape)
+    walk.require()
+    return walk
+
+
+def _rewalk(
+    model: ConvertedModule, rules: Mapping[Key, Rule | Callable[..., Any]] | None, shape: tuple[int, ...] | None
+) -> Walk:
     graph_module = _copy(model)
     graph = graph_module.graph
     lane = lane_nodes(graph)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,6 +31,7 @@ class Walk:
         kinds: node → `Kind`.
         rules: rule of every DATA node that is neither an input nor the output.
         fused: nodes that are taken as one function of an earlier node, whatever operations lie between.
+        missing: DATA nodes without a rule, and why.
     """
 
     graph_module: fx.GraphModule
@@ -38,6 +39,7 @@ class Walk:
     kinds: Mapping[fx.Node, Kind]
     rules: Mapping[fx.Node, Rule]
     fused: Mapping[fx.Node, Fused] = field(default_factory=dict)
+    missing: Mapping[fx.Node, str] = field(default_factory=dict)
 
     def inputs(self) -> list[tuple[Shape, torch.dtype]]:
         """Sample shape and dtype of each input."""
@@ -100,6 +102,16 @@ class Walk:
         """Standing of a node's rule for its arguments, and the reason."""
         return standing_for(node, self.rules[node], self.kinds)
 
+    def require(self, nodes: Collection[fx.Node] | None = None) -> None:
+        """Make sure that nodes have rules, all of them by default.
+
+        Raises:
+            UnsupportedOpError: some have none; all of these are named with their place and source line.
+        """
+        left = [(node, reason) for node, reason in self.missing.items() if nodes is None or node in nodes]
+        if left:
+            raise _unsupported(self, left)
+
     def place(self, node: fx.Node) -> str:
         """Module path of a node: its own if it calls a module, else that of the module whose forward it stands in."""
         return str(node.target) if node.op in ("call_module", "get_attr") else str(node.meta.get("scope", ""))
@@ -138,9 +150,11 @@ def prepare(
         leaf_modules: modules to keep whole.
         shape: shape of one sample of the first input, or a sequence with one an input, if known.
 
+    Returns:
+        The walk; what has no rule is in its ``missing``, and `Walk.require` refuses it.
+
     Raises:
         TracingError: control flow on values, or no fitting input shape.
-        UnsupportedOpError: operations without a rule; all are named with their place and source line.
     """
     _check(model)
     integration = integrations.load_for(model)
@@ -196,17 +210,11 @@ def completed(
         kinds: node → kind; as `values`.
         rules: node → rule, where the table has one; gets those of composed functions.
         missing: node → reason, where it has none.
-
-    Raises:
-        UnsupportedOpError: operations without a rule which are no part of a composed function either.
     """
     fused = Fusion(graph_module, values, kinds, rules).run()
     rules |= {node: function.rule() for node, function in fused.items()}
-    walk = Walk(graph_module, values, kinds, rules, fused)
-    left = [(node, reason) for node, reason in missing.items() if node not in fused]
-    if left:
-        raise _unsupported(walk, left)
-    return walk
+    left = {node: reason for node, reason in missing.items() if node not in fused}
+    return Walk(graph_module, values, kinds, rules, fused, left)
 
 
 def _inputs_or(error: TracingError, model: nn.Module, shape: Shapes | None, hint: Shape | None) -> tuple[Tensor, ...]:
