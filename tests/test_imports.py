@@ -109,6 +109,26 @@ def test_the_core_imports_torch_and_the_standard_library() -> None:
             assert not foreign, f"{module} imports {foreign}"
 
 
+def fresh(code: str) -> str:
+    """What a new process prints."""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    return run.stdout
+
+
+def test_the_compiler_is_not_imported() -> None:
+    """It takes longer than torch itself."""
+    slow = "torch._dynamo torch._inductor sympy tyro rich matplotlib torchvision".split()
+    assert fresh(f"import sys, normprop, normprop.cli; print([m for m in {slow!r} if m in sys.modules])") == "[]\n"
+
+
+def test_the_overview_is_printed_without_any_command() -> None:
+    code = "import sys; from normprop.cli import main; main(['--help']); print([m for m in sys.modules if 'prop.cli.' in m])"
+    printed = fresh(code)
+    assert "usage: normprop COMMAND" in printed
+    assert printed.endswith("[]\n")
+
+
 def test_it_works_with_torch_alone() -> None:
     blocked = "numpy rich tyro matplotlib PIL sklearn scipy torchvision timm opacus onnx onnxscript onnxruntime".split()
     code = f"""
