@@ -7,6 +7,7 @@ import torch
 
 from normprop.benchmark.report import CostReport
 from normprop.cli import main
+from normprop.errors import NormPropError
 
 TINY = ("bench", "resnet8", "--width", "0.25", "--shape", "3x8x8", "--seconds", "0", "--threads", "1", "--skip-memory")
 
@@ -18,7 +19,7 @@ def threads_as_before():
     torch.set_num_threads(threads)
 
 
-def test_table_file_and_figure(tmp_path, capsys):
+def test_table_file_and_figure(tmp_path, capsys, monkeypatch):
     out, plot = tmp_path / "cost.json", tmp_path / "cost.png"
     options = ("--batch-size", "1", "2", "--against", "plain,batch", "group", "--out", str(out), "--plot", str(plot))
     assert main([*TINY, *options]) == 0
@@ -31,10 +32,22 @@ def test_table_file_and_figure(tmp_path, capsys):
     assert report.rivals == ("plain", "batch", "group")
     assert [batch.batch_size for batch in report.batches] == [1, 2]
     assert report.workload.threads == 1
-    again = tmp_path / "again.json"
-    assert main([*report.command.split()[1:], "--out", str(again)]) == 0
-    assert CostReport.load(again).command == report.command, "the command that is kept measures the same"
     assert plot.read_bytes().startswith(b"\x89PNG")
+    asked = {}
+
+    def asked_for(workload, **options):
+        asked.update(options, workload=workload)
+        raise NormPropError("not measured again")
+
+    monkeypatch.setattr("normprop.cli.bench.measure_cost", asked_for)
+    assert main(report.command.split()[1:]) == 2
+    assert asked["workload"] == report.workload, "the command that is kept measures the same"
+    assert (asked["batch_sizes"], asked["against"], asked["seconds"], asked["memory"]) == (
+        (1, 2),
+        [*report.rivals],
+        0,
+        False,
+    )
 
 
 @pytest.mark.parametrize("form", ["--json", "--markdown"])
