@@ -6,6 +6,7 @@ import hashlib
 import json
 import multiprocessing
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -114,6 +115,7 @@ def _message(receiver: Connection, code: int) -> str:
 
 def _worker(recipes: Sequence[Recipe], folder: Path, device: str, sender: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent stops its workers
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # unwinds, where the default would just end
     torch.set_num_threads(1)
     try:
         work(recipes, folder, images=load(recipes[0].data, image_size=recipes[0].image_size), device=device)
