@@ -55,6 +55,11 @@ def measure_cost(
         )
     torch.set_num_threads(workload.threads)
     machine = Machine.this(workload.device)
+    if machine.is_too_busy(workload.threads):
+        tell(
+            f"The machine is busy (load {machine.load} on {machine.cores} cores) and threads will wait for one another. "
+            "Come back when it is idle, or use --threads 1 and read CPU time."
+        )
     if workload.compiled:
         _load_compiler()
     run = _Benchmark(workload, (SUBJECT, *names), seconds, least, tell)

@@ -54,6 +54,17 @@ class Machine:
             load=round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
         )
 
+    def is_too_busy(self, threads: int) -> bool:
+        """Whether other programs leave fewer cores than so many threads need, which then wait for one another.
+
+        Example:
+            >>> from dataclasses import replace
+            >>> busy = replace(Machine.this(), cores=4, load=2.5)
+            >>> busy.is_too_busy(1), busy.is_too_busy(2)
+            (False, True)
+        """
+        return self.load is not None and self.load + threads > self.cores
+
 
 def _processor() -> str:
     named = re.search(r"^model name\s*:\s*(.+)$", _CPUS.read_text(), re.MULTILINE) if _CPUS.exists() else None
