@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from operator import attrgetter
 from typing import Any, Literal
 
 from torch import Tensor, fx, nn
@@ -92,7 +93,8 @@ def convert(
         graphs[True] = graphs[False]
     if method == "paper":
         start_as_printed_(root, walks[False], plans[False])
-    converted = ConvertedModule.assemble(root, graphs, type(model).__name__, {"inputs": walks[False].inputs()})
+    meta = {"inputs": walks[False].inputs(), "filters": _filters(root, walks, plans)}
+    converted = ConvertedModule.assemble(root, graphs, type(model).__name__, meta)
     if keep:
         bare = {plan.path: plan.layer.module.bias for plan in plans[False] if plan.layer is not None and plan.merged is None}
         preserve_(converted, statistics, bare)
@@ -220,6 +222,30 @@ def _freeze_biases(walk: Walk, plans: Sequence[SitePlan]) -> None:
     for plan in plans:
         if plan.layer is not None and plan.layer.path not in plain and plan.layer.module.bias is not None:
             plan.layer.module.bias.requires_grad_(False)
+
+
+def _filters(root: nn.Module, walks: dict[bool, Walk], plans: dict[bool, list[SitePlan]]) -> list[dict[str, Any]]:
+    """Weights that nothing but sites reads, so that dividing a filter and each d behind it by a number changes nothing.
+
+    Returns:
+        An entry a weight: its path, ``channel_dim`` and ``groups`` as `filter_view` takes them, and ``shifts``: path and
+        call of every d.
+    """
+    read: set[int] = set()
+    found: dict[int, dict[str, Any]] = {}
+    for mode, walk in walks.items():
+        sites = {plan.node if plan.merged is None else plan.merged: plan for plan in plans[mode] if plan.layer is not None}
+        for plan in sites.values():
+            assert plan.layer is not None
+            layout = {"channel_dim": int(plan.layer.transposed), "groups": plan.layer.groups}
+            entry = {"weight": f"{plan.layer.path}.weight", **layout, "shifts": set()}
+            found.setdefault(id(plan.layer.module.weight), entry)["shifts"].add((f"{plan.path}.shift", plan.call))
+        for node in walk.graph_module.graph.nodes:
+            if node.op in ("call_module", "get_attr") and node not in sites:
+                value = attrgetter(str(node.target))(walk.graph_module)
+                read |= {id(p) for p in (value.parameters() if isinstance(value, nn.Module) else [value])}
+    own = {id(p): name for name, p in root.named_parameters()}
+    return [e | {"weight": own[w], "shifts": sorted(e["shifts"])} for w, e in found.items() if w in own and w not in read]
 
 
 def _site(channels: int, calls: int, like: Tensor, weight: Any, bias: Any) -> Site:
