@@ -195,12 +195,12 @@ def _title(recipe: Recipe) -> str:
 
 def _notes(found: Sequence[Record]) -> list[str]:
     recipe = found[0].recipe
-    seeds = sorted({record.recipe.seed for record in found})
+    seeds = len({record.recipe.seed for record in found})
+    spread = "One seed." if seeds == 1 else f"Mean ± standard deviation over up to {seeds} seeds."
     software = sorted({", ".join(f"{k} {v}" for k, v in record.versions.items()) for record in found})
     return [
         f"Rate and clipping of each row are the best by mean accuracy on {recipe.validation:,} validation images; the test "
-        f"set took no part in the choice. Mean ± standard deviation over {len(seeds)} seed{'s' * (len(seeds) > 1)}. "
-        "A run that diverged counts as a guess.",
+        f"set took no part in the choice. {spread} A run that diverged counts as a guess. CPU s: processor time of a run.",
         "Rates and clippings are those at batch size 64: at b the rate is multiplied with (b/64)^¾, the clipping divided "
         "by √(b/64). The same were tried for all. A rate trains if it reaches 80 % of the best validation accuracy at its "
         "batch size; (edge): the best may lie beyond the rates tried.",

@@ -54,10 +54,9 @@ class Point:
         return sum(record.diverged for record in self.records)
 
     @property
-    def seconds(self) -> float:
-        """CPU seconds of training in an epoch, median over all that were completed; 0 if none was."""
-        found = [row.seconds for record in self.records for row in record.rows if not row.diverged]
-        return statistics.median(found) if found else 0.0
+    def cpu_seconds(self) -> float:
+        """Processor time of a whole run, median over the seeds."""
+        return statistics.median(record.cpu_seconds for record in self.records)
 
 
 @dataclass(frozen=True)
@@ -150,7 +149,7 @@ def remaining_seconds(missing: Iterable[Recipe], records: Sequence[Record]) -> f
 def columns(clips: Sequence[float]) -> tuple[str, ...]:
     """Headings of `cells`."""
     each = tuple(f"clip {clip:g}, %" if clip else "no clip, %" for clip in clips)
-    return ("batch", "normaliser", "test, %", "rate", "clip", *each, "rates that train", "diverged", "seeds", "s/epoch")
+    return ("batch", "normaliser", "test, %", "rate", "clip", *each, "rates that train", "diverged", "seeds", "CPU s")
 
 
 def cells(choice: Choice, clips: Sequence[float]) -> tuple[str, ...]:
@@ -167,7 +166,7 @@ def cells(choice: Choice, clips: Sequence[float]) -> tuple[str, ...]:
         " ".join(f"{rate:g}" for rate in choice.trains) or "none",
         f"{choice.diverged} of {choice.runs}",
         str(len(best.records)),
-        f"{best.seconds:.1f}",
+        f"{best.cpu_seconds:.0f}",
     )
 
 
@@ -207,5 +206,5 @@ def _point_dict(point: Point) -> dict[str, object]:
         "mean_test_accuracy": point.test,
         "standard_deviation": point.spread,
         "diverged": point.diverged,
-        "seconds_per_epoch": point.seconds,
+        "cpu_seconds": point.cpu_seconds,
     }
