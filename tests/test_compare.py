@@ -19,6 +19,7 @@ from normprop.experiments.recipe import Recipe, clip_at, rate_at
 from normprop.experiments.records import RUNS, Record
 from normprop.experiments.training import train
 from normprop.experiments.workers import work, work_together
+from normprop.plot.compare import plot_batch_sizes, plot_curves, plot_rates
 
 TINY = Grid(
     model="mlp", width=0.1, norms=("batch", "none"), batch_sizes=(16,), rates=(0.05, 0.2), clips=(0.0,),
@@ -286,6 +287,34 @@ def test_remaining_time_goes_by_runs_of_the_same_kind():
     missing = [record("none", seed=1).recipe, record("group").recipe]
     assert remaining_seconds(missing, done) == pytest.approx(30 + 70 / 3)
     assert remaining_seconds(missing, []) is None
+
+
+def test_figures_show_every_run_where_it_belongs():
+    runs = [
+        record(norm, rate=rate, clip=clip, size=size, seed=seed, validation=rate / size, test=rate)
+        for norm in ("batch", "none")
+        for rate in (0.1, 0.3)
+        for clip in (0.0, 0.05)
+        for size in (16, 4)
+        for seed in (0, 1)
+    ]
+    found = points(runs)
+    rates = plot_rates(found, "title").axes
+    assert [axes.get_title() for axes in rates] == [
+        f"batch size {size}, {clip}" for size in (4, 16) for clip in ("no clipping", "clipping 0.05")
+    ]
+    for axes, size in zip(rates, (4, 4, 16, 16), strict=True):
+        assert [line.get_label() for line in axes.lines] == ["batch", "none"]
+        for line in axes.lines:
+            assert line.get_xdata().tolist() == [0.1, 0.3]
+            assert line.get_ydata().tolist() == pytest.approx([10 / size, 30 / size])
+    curves = plot_curves(choices(found), "title").axes
+    assert [line.get_ydata().tolist() for line in curves[1].lines] == [pytest.approx([20, 30 / 16])] * 2
+    (sizes,) = plot_batch_sizes(choices(found), "title").axes
+    for container in sizes.containers:
+        assert container.lines[0].get_xdata().tolist() == [4, 16]
+        assert container.lines[0].get_ydata().tolist() == pytest.approx([30, 30])
+    assert [container.get_label() for container in sizes.containers] == ["batch", "none"]
 
 
 # The command.
