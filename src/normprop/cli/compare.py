@@ -112,6 +112,7 @@ class _Display:
     def __init__(self, screen: Console, out: Path, recipes: Sequence[Recipe], jobs: int) -> None:
         self.screen, self.file, self.recipes, self.jobs = screen, out / RUNS, recipes, jobs
         self.shown = {record.recipe for record in records.read(self.file)}
+        self.size = 0  # of the file when it was last read
         columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
         self.bar = Progress(*columns, console=screen, transient=True, disable=not screen.is_terminal)
         self.task: TaskID = self.bar.add_task("", total=len(recipes), completed=len(recipes) - len(self.missing()))
@@ -128,7 +129,11 @@ class _Display:
         return [recipe for recipe in self.recipes if recipe not in self.shown]
 
     def update(self) -> None:
-        """Show what has been finished since the last time."""
+        """Show what has been finished since the last time; called often, it reads the file only when that has grown."""
+        size = self.file.stat().st_size if self.file.is_file() else 0
+        if size == self.size:
+            return
+        self.size = size
         found = records.read(self.file)
         new = [record for record in found if record.recipe not in self.shown]
         if not new:
