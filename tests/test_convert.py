@@ -133,6 +133,15 @@ def test_preserve_is_automatic() -> None:
     assert "center = True" not in kept.code
 
 
+def test_filters_with_one_input_channel_are_never_centred() -> None:
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4),
+                          nn.Conv2d(4, 4, 3, groups=4), nn.BatchNorm2d(4))  # fmt: skip
+    with pytest.warns(UserWarning, match="one input channel are not centred: 0, 4"):
+        asked = normprop.convert(model, center=True)
+    assert asked.code == normprop.convert(model).code
+    assert asked.code.count("center = True") == 1
+
+
 def test_an_untrained_network_can_be_kept_too() -> None:
     model, x = chain().eval(), torch.randn(2, 3, 8, 8)
     torch.testing.assert_close(normprop.convert(model, preserve=True)(x), model(x), rtol=1e-4, atol=1e-4)

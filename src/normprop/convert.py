@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from operator import attrgetter
 from typing import Any, Literal
@@ -45,8 +46,8 @@ def convert(
         input: moments of the input, `InputStats` or `Moments` (a sequence of them for several inputs); standard normal by
             default, as for standardised data.
         method: "exact" follows γ and β through every activation; "paper" is eqs 9 and 11 with constants.
-        center: subtract each filter's mean. "auto" does where nothing is preserved, except for filters with one input
-            channel.
+        center: subtract each filter's mean, except for filters with one input channel, of which a centred one has no
+            response to a constant; True warns if there are any. "auto" does so where nothing is preserved.
         preserve: keep the function of a trained network, from its running statistics. "auto" does if they have been
             trained.
         normalize: "all" also gives a site to every convolution and linear layer that has no normaliser, the output layers
@@ -82,6 +83,8 @@ def convert(
         raise NormPropError("the network has no BatchNorm to convert.\nnormalize='all' gives every layer a site.")
     for mode, walk in walks.items():
         walk.require(nodes_behind(walk, plans[mode]))
+    if center is True:
+        _warn_of_uncentred([*plans[False], *plans[True]])
     statistics = _install_sites(root, [*plans[False], *plans[True]])
     _install_constants(root, walks)
     for mode, walk in walks.items():
@@ -126,6 +129,15 @@ def _check_combination(method: str, center: Any, keep: bool) -> None:
         )
     if method == "paper" and center is True:
         raise NormPropError("the paper does not centre its filters.\nPass method='exact' to centre them.")
+
+
+def _warn_of_uncentred(plans: Sequence[SitePlan]) -> None:
+    """Centring was asked for, and some filters would be left with no response to a constant, or none at all."""
+    paths = dict.fromkeys(plan.layer.path for plan in plans if plan.layer is not None and not plan.center)
+    if paths:
+        named = ", ".join(list(paths)[:5]) + (", …" if len(paths) > 5 else "")
+        message = f"filters with one input channel are not centred: {named}\ncenter='auto' says the same without a warning."
+        warnings.warn(message, stacklevel=3)
 
 
 def _check_statistics(root: nn.Module) -> None:
