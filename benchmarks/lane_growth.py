@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 import normprop
+from normprop.benchmark.allocator import keep_freed_memory
 from normprop.benchmark.lane import Lane, lane_step, reading_step
 from normprop.benchmark.machine import Machine
 from normprop.benchmark.quartiles import Quartiles
@@ -97,6 +98,7 @@ def main() -> None:
     options = parser.parse_args()
     if not options.report:
         torch.set_num_threads(options.threads)
+        keep_freed_memory()
         machine = asdict(Machine.this())
         rows = []
         for parameters in (p for p in PARAMETERS if p <= options.most):

@@ -1,6 +1,7 @@
 """What is compared is what the names say, in turns; what was measured survives being written."""
 
 import json
+import platform
 import statistics
 import time
 
@@ -10,6 +11,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
 import normprop
+from normprop.benchmark.allocator import keep_freed_memory
 from normprop.benchmark.contenders import CONTENDERS, rivals
 from normprop.benchmark.cost import measure_cost
 from normprop.benchmark.lane import Lane, lane_step, reading_step
@@ -213,6 +215,17 @@ def test_what_cannot_be_compared_is_named(options, message):
     workload = options.pop("workload", TINY)
     with pytest.raises(NormPropError, match=message):
         measure_cost(workload, seconds=options.pop("seconds", 0), memory=False, least=1, **options)
+
+
+def test_freed_memory_can_be_kept_where_glibc_allocates():
+    assert keep_freed_memory() == (platform.libc_ver()[0] == "glibc")
+
+
+def test_share_beyond_no_normaliser_is_of_the_same_round(report):
+    lane = tables(report)[1]
+    batch = report.batches[0].training
+    (share,) = [1 - plain / whole for plain, whole in zip(batch.wall["plain"], batch.wall["normprop"], strict=True)]
+    assert lane.rows[0][3].startswith(f"{share:.3f} [")
 
 
 def test_rivals_are_listed_once():

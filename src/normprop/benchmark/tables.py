@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from normprop.benchmark.contenders import CONTENDERS, SUBJECT
 from normprop.benchmark.quartiles import Quartiles
 from normprop.benchmark.report import CONVERT, FOLD, LANE, READING, STEP, BatchCost, CostReport, ratio
+from normprop.benchmark.rounds import Rounds
 
 _NONE = "–"
 _MEGABYTE = 1e6
@@ -84,12 +85,24 @@ def _lane(report: CostReport) -> Table:
                 str(batch.batch_size),
                 _cell(_scaled(rounds.seconds(SUBJECT), 1e3)),
                 _cell(rounds.ratio(LANE, SUBJECT)),
+                _cell(_beyond_plain(rounds)),
                 _cell(rounds.ratio(LANE, READING)),
                 f"{len(batch.training)}, {len(batch.inference)}",
             )
         )
-    columns = ("batch", "NormProp's step, ms", "lane's share of it", "lane over one reading of its weights", "rounds")
-    return Table("The moment lane alone, forward and backward; rounds of training and of inference", columns, tuple(rows))
+    columns = (
+        "batch", "NormProp's step, ms", "share of the lane alone", "share beyond no normaliser",
+        "lane over one reading of its weights", "rounds",
+    )  # fmt: skip
+    return Table("The moment lane, forward and backward; rounds of training and of inference", columns, tuple(rows))
+
+
+def _beyond_plain(rounds: Rounds) -> Quartiles | None:
+    """What part of a step the network without normaliser doesn't have."""
+    if "plain" not in rounds.wall:
+        return None
+    share = rounds.ratio("plain", SUBJECT)
+    return Quartiles(1 - share.high, 1 - share.median, 1 - share.low)
 
 
 def _construction(report: CostReport) -> Table:

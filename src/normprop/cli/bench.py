@@ -13,6 +13,7 @@ import torch
 import tyro
 from rich.markup import escape
 
+from normprop.benchmark.allocator import keep_freed_memory
 from normprop.benchmark.contenders import CONTENDERS
 from normprop.benchmark.cost import measure_cost
 from normprop.benchmark.report import BatchCost, CostReport, ratio
@@ -80,6 +81,7 @@ def bench(
             raise NormPropError(f"{path} is a folder.\nName a file in it.")
     if plot and plot.suffix.lstrip(".") not in _FIGURES:
         raise NormPropError(f"A figure can't be written as {plot}.\nName a file that ends in .{' or .'.join(_FIGURES)}.")
+    keep_freed_memory()
     foreign = model.startswith(_LIBRARIES)
     with processes(device) as group:
         workload = Workload(
