@@ -326,6 +326,39 @@ def test_what_is_no_activation_is_refused_with_its_place() -> None:
         normprop.convert(layers(Mixing()), rules={Mixing: normprop.rules.activation})
 
 
+class Sliced(nn.Module):
+    """A parameter cut to the size of the input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.beta = nn.Parameter(torch.rand(9, dtype=torch.float64) + 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(self.beta[: x.shape[1]].exp() * x)
+
+
+def test_a_computed_parameter() -> None:
+    model = layers(Sliced())
+    beta = model[2].beta[:4].detach().exp()
+    u = normprop.moments("silu", beta * model[1].bias.detach(), beta * model[1].weight.detach())  # x σ(bx) = silu(bx)/b
+    torch.testing.assert_close(behind(model).mean[0], u.mean / beta, rtol=1e-7, atol=1e-9)
+    converted = normprop.convert(model)
+    converted(torch.randn(3, 4, dtype=torch.float64)).square().sum().backward()
+    assert bool((converted.get_parameter("2.beta").grad[:4] != 0).all())
+
+
+@pytest.mark.parametrize("name", ["Swish", "Mish", "HardSwish", "HardMish", "QuickGELU", "GELUTanh", "PReLU"])
+def test_activations_of_timm(name: str) -> None:
+    activations = pytest.importorskip("timm.layers.activations")
+    module = getattr(activations, name)().double()
+    model = layers(module)
+    found = behind(model)
+    u = model[1].bias + model[1].weight * torch.randn(100_000, 4, dtype=torch.float64)
+    y = module(u.detach()).detach()
+    assert bool(((y.mean(0) - found.mean).abs() < 5 * y.std(0) / len(y) ** 0.5).all())
+    torch.testing.assert_close(y.var(0), found.var[0], rtol=0.03, atol=0.0)
+
+
 def programs(function: Function) -> list[Any]:
     return [f.program for f in prepare(layers(Written(function))).fused.values()]
 

@@ -361,6 +361,8 @@ class Fusion:
             return None
 
     def _value(self, node: fx.Node) -> Any:
-        """The present value of a node made of parameters alone."""
+        """The present value of a node made of parameters and sizes alone."""
+        if self.kinds.get(node) is Kind.STATIC:
+            return self.values[node]
         args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), self._value)
         return getattr(fx.Interpreter(self.graph_module), node.op)(node.target, args, kwargs)
