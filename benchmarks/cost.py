@@ -141,16 +141,15 @@ def bars(found: dict[str, CostReport]) -> str:
     return Table("Bars", columns, (*bar_rows(found), *memory_rows(found))).markdown()
 
 
-def section(name: str, report: CostReport) -> str:
-    command = RUNS[name]
-    return "\n\n".join([f"    normprop bench {command}", caption(report), *(t.markdown() for t in tables(report))])
+def section(report: CostReport) -> str:
+    return "\n\n".join([f"    {report.command}", caption(report), *(table.markdown() for table in tables(report))])
 
 
 def growth() -> str:
     done = subprocess.run(
         [sys.executable, "benchmarks/lane_growth.py", "--report"], cwd=ROOT, check=True, capture_output=True, text=True
     )
-    return f"    python benchmarks/lane_growth.py {GROWTH_COMMAND}\n\n{done.stdout.strip()}"
+    return done.stdout.rstrip()
 
 
 def fill(page: str, texts: dict[str, str]) -> str:
@@ -176,7 +175,7 @@ def main() -> None:
         if options.fresh or options.only or not (ROOT / path_of(name)).exists():
             run(name)
     found = reports()
-    texts = {name: section(name, report) for name, report in found.items()} | {"bars": bars(found)}
+    texts = {name: section(report) for name, report in found.items()} | {"bars": bars(found)}
     if (ROOT / GROWTH).exists():
         texts["lane_growth"] = growth()
     PAGE.write_text(fill(PAGE.read_text(), texts))

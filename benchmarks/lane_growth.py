@@ -109,8 +109,10 @@ def main() -> None:
         result = {"command": command + " --compile" * options.compile, "machine": machine, "rows": rows}
         options.out.parent.mkdir(exist_ok=True)
         options.out.write_text(json.dumps(result, indent=1) + "\n")
-    rows = json.loads(options.out.read_text())["rows"]
-    print(growth_table(rows).markdown(), law(rows), sep="\n\n")
+    result = json.loads(options.out.read_text())
+    rows, machine = result["rows"], result["machine"]
+    place = f"{machine['processor']}, {machine['system']}, torch {machine['torch']}, load {machine['load']} before."
+    print(f"    {result['command']}", place, growth_table(rows).markdown(), law(rows), sep="\n\n")
 
 
 if __name__ == "__main__":
