@@ -317,6 +317,29 @@ def test_an_activation_named_by_its_user() -> None:
     assert torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(trainable, x)["1.bias"].shape == (3, 4)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:FutureWarning")
+def test_a_function_of_torch_named_by_its_user() -> None:
+    rules = {torch.special.i0e: normprop.rules.activation, "erfc_": normprop.rules.activation}
+    model = layers(Written(lambda x: 2 * torch.special.i0e(x)))
+    with pytest.raises(UnsupportedOpError, match="i0e"):
+        normprop.convert(model)
+    row = normprop.propagate(model, rules=rules)[-3]
+    u = normprop.moments("torch.special.i0e", model[1].bias.detach(), model[1].weight.detach())
+    torch.testing.assert_close(row.predicted.var[0], 4 * u.var, rtol=1e-10, atol=1e-12)
+    converted, x = normprop.convert(model, rules=rules), torch.randn(3, 4, dtype=torch.float64)
+    torch.compiler.reset()
+    torch.testing.assert_close(torch.compile(converted, fullgraph=True, backend="aot_eager")(x), converted(x))
+    by_method = normprop.propagate(layers(Written(lambda x: x.clone().erfc_())), rules=rules)
+    torch.testing.assert_close(by_method[-3].predicted.var, behind(layers(Written(torch.erfc))).var, rtol=1e-9, atol=0.0)
+    with pytest.raises(NormPropError, match="only modules and functions of torch can"):
+        normprop.convert(layers(Written(lambda x: math_of(x))), rules={math_of: normprop.rules.activation})
+
+
+def math_of(x: Tensor) -> Tensor:
+    """A function of the user's that tracing does not enter, as it has a rule."""
+    return torch.sin(x)
+
+
 def test_what_is_no_activation_is_refused_with_its_place() -> None:
     class Mixing(nn.Module):
         def forward(self, x: Tensor) -> Tensor:

@@ -18,8 +18,8 @@ from normprop.activation_moments import canonical
 from normprop.errors import NormPropError
 from normprop.kind import Kind
 from normprop.rules import arithmetic, combine, elementwise, reduction, shape
-from normprop.rules.composed import OPERATIONS, Operand, Program, Step, composed, find_bends
-from normprop.rules.table import Rule
+from normprop.rules.composed import Operand, Program, Step, composed, find_bends, operation
+from normprop.rules.table import Rule, describe
 
 _LIMIT = 64  # steps of one program
 
@@ -112,6 +112,11 @@ class _Operation:
     args: tuple[Any, ...]
     kwargs: tuple[tuple[str, Any], ...] = ()
 
+    @property
+    def searched(self) -> bool:
+        """Whether nothing is known of it but that its user calls it an activation."""
+        return self.name == "module" or self.name.startswith("torch.")
+
     def nodes(self) -> list[fx.Node]:
         """The nodes among its arguments, once for every mention."""
         return [a for a in (*self.args, *(v for _, v in self.kwargs)) if isinstance(a, fx.Node)]
@@ -158,24 +163,24 @@ class Fusion:
         return fused
 
     def _visit(self, node: fx.Node) -> Fused | None:
-        operation = self._operation(node)
-        sources = [] if operation is None else [n for n in operation.nodes() if self.kinds[n] is Kind.DATA]
+        found = self._operation(node)
+        sources = [] if found is None else [n for n in found.nodes() if self.kinds[n] is Kind.DATA]
         roots = {self.roots[n] for n in sources}
-        if operation is None or len(roots) != 1 or self._shape(node) != self._shape(next(iter(roots))):
+        if found is None or len(roots) != 1 or self._shape(node) != self._shape(next(iter(roots))):
             self._stands_alone(node)
             return None
-        self.operations[node] = operation
+        self.operations[node] = found
         (self.roots[node],) = roots
         on_affine = all(n in self.affine for n in sources)
-        affine = operation.name in _AFFINE and not self._multiplies(operation)
+        affine = found.name in _AFFINE and not self._multiplies(found)
         if affine and on_affine:
             self.affine.add(node)
-        if node in self.rules and self._is_exact(node, operation, sources, affine, on_affine):
+        if node in self.rules and self._is_exact(node, found, sources, affine, on_affine):
             return None
-        found = self._fuse(node)
-        if found is None:
+        fused = self._fuse(node)
+        if fused is None:
             self._stands_alone(node)
-        return found
+        return fused
 
     def _stands_alone(self, node: fx.Node) -> None:
         self.operations.pop(node, None)
@@ -185,25 +190,25 @@ class Fusion:
     def _shape(self, node: fx.Node) -> Any:
         return getattr(self.values[node], "shape", None)
 
-    def _multiplies(self, operation: _Operation) -> bool:
+    def _multiplies(self, found: _Operation) -> bool:
         """Whether values of the tensor are multiplied with each other, or divide."""
         data = lambda a: isinstance(a, fx.Node) and self.kinds[a] is Kind.DATA
         where: dict[str, Callable[[], bool]] = {
-            "mul": lambda: all(map(data, operation.args[:2])),
-            "div": lambda: any(map(data, operation.args[1:])),
-            "addcmul": lambda: all(map(data, operation.args[1:3])),
-            "lerp": lambda: any(map(data, (*operation.args[2:], *dict(operation.kwargs).values()))),
+            "mul": lambda: all(map(data, found.args[:2])),
+            "div": lambda: any(map(data, found.args[1:])),
+            "addcmul": lambda: all(map(data, found.args[1:3])),
+            "lerp": lambda: any(map(data, (*found.args[2:], *dict(found.kwargs).values()))),
         }
-        return operation.name in where and where[operation.name]()
+        return found.name in where and where[found.name]()
 
-    def _is_exact(self, node: fx.Node, operation: _Operation, sources: list[fx.Node], affine: bool, on_affine: bool) -> bool:
+    def _is_exact(self, node: fx.Node, found: _Operation, sources: list[fx.Node], affine: bool, on_affine: bool) -> bool:
         """Whether the node's own rule loses nothing."""
         if len(sources) == 1:
             own = self.rules[node].function in (elementwise.named_activation, elementwise.module_activation)
-            square = operation.name == "power" and operation.args[1:] in ((2,), (3,))
-            return affine or (on_affine and operation.name != "module" and (own or square))
+            square = found.name == "power" and found.args[1:] in ((2,), (3,))
+            return affine or (on_affine and not found.searched and (own or square))
         same = len(set(sources)) == 1
-        return same and on_affine and operation.name in ("mul", "add", "sub")
+        return same and on_affine and found.name in ("mul", "add", "sub")
 
     def _operation(self, node: fx.Node) -> _Operation | None:
         """What a node computes elementwise, if that is what it does."""
@@ -218,7 +223,7 @@ class Fusion:
                 args = (*args[:1], self._slopes(node, args[1]))
             return self._checked(node, name, args, dict(node.kwargs))
         if rule.function is elementwise.module_activation:
-            return self._module(node)
+            return self._module(node) if node.op == "call_module" else self._function(node)
         name = _NAMES.get(rule.function)
         if name is None or (rule.function in (reduction.max_, reduction.min_) and not self._joins(node)):
             return None
@@ -239,6 +244,18 @@ class Fusion:
         if name == "prelu":
             return self._checked(node, name, (*node.args, self._slopes(node, f"{node.target}.weight")), {})
         return self._checked(node, name, node.args, parameters)
+
+    def _function(self, node: fx.Node) -> _Operation:
+        """A function of torch that its user calls an activation."""
+        name = f"torch.{node.target}" if isinstance(node.target, str) else describe(node.target)
+        name = name.removesuffix("_")  # in place it is the same function
+        found = self._checked(node, name if name.startswith("torch.") else None, node.args, dict(node.kwargs))
+        if found is None:
+            raise NormPropError(
+                f"{name} cannot be integrated as an activation: only modules and functions of torch can.\n"
+                "Call it in a module of its own, and pass the module's class in rules={…}."
+            )
+        return found
 
     def _slopes(self, node: fx.Node, weight: Any) -> Any:
         """PReLU's weight, one slope a channel, in the shape that meets the channels along dimension 1."""
@@ -263,7 +280,7 @@ class Fusion:
 
     def _checked(self, node: fx.Node, name: str | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Operation | None:
         """The operation if a program can run it with these arguments."""
-        if name not in OPERATIONS:
+        if name is None or operation(name) is None:
             return None
         given = {k: v for k, v in kwargs.items() if k not in ("inplace", "training", "rounding_mode")}
         if kwargs.get("rounding_mode") is not None:
@@ -311,9 +328,9 @@ class Fusion:
 
         program: list[Step] = []
         for n in region:
-            operation = self.operations[n]
-            kwargs = tuple((key, written(value)) for key, value in operation.kwargs)
-            program.append((operation.name, tuple(written(a) for a in operation.args), kwargs))
+            step = self.operations[n]
+            kwargs = tuple((key, written(value)) for key, value in step.kwargs)
+            program.append((step.name, tuple(written(a) for a in step.args), kwargs))
         found = self._bends(node, tuple(program), operands)
         return None if found is None else Fused(source, tuple(program), *found, tuple(operands))
 
@@ -352,11 +369,10 @@ class Fusion:
         self, node: fx.Node, program: Program, operands: list[fx.Node]
     ) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
         """Bends and jumps of a function; None if it has no moments, an error if its user said that it has."""
-        named = self.operations[node].name == "module"
         try:
             return find_bends(program, [self._value(o) for o in operands])
         except NormPropError as error:
-            if named:
+            if self.operations[node].searched:
                 raise NormPropError(f"{node.target} cannot be integrated as an activation: {error}") from error
             return None
 

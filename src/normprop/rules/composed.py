@@ -71,6 +71,16 @@ OPERATIONS: dict[str, Callable[..., Any]] = {
 }  # fmt: skip
 
 
+def operation(name: str) -> Callable[..., Any] | None:
+    """What runs a step of that name: one of `OPERATIONS`, or a function of torch by the path it is imported by."""
+    if not name.startswith("torch."):
+        return OPERATIONS.get(name)
+    found: Any = torch
+    for part in name.split(".")[1:]:
+        found = getattr(found, part, None)
+    return found if callable(found) else None
+
+
 def run(program: Program, u: Tensor, operands: Sequence[Operand]) -> Tensor:
     """The program's value at u, in u's dtype.
 
@@ -91,7 +101,9 @@ def run(program: Program, u: Tensor, operands: Sequence[Operand]) -> Tensor:
         return operand.to(u.dtype) if floating and isinstance(operand, Tensor) else operand
 
     for name, args, kwargs in program:
-        found = OPERATIONS[name](*[take(a) for a in args], **{key: take(value) for key, value in kwargs})
+        function = operation(name)
+        assert function is not None
+        found = function(*[take(a) for a in args], **{key: take(value) for key, value in kwargs})
         # A mask that becomes a number: (x > 0).float() * x
         values.append(found.to(u.dtype) if name == "same" else found)
     return values[-1].to(u.dtype)
