@@ -99,6 +99,15 @@ def test_vmap_grad_and_compile_agree_with_eager(name):
     torch.testing.assert_close(compiled(mean, std), f(mean, std), rtol=1e-12, atol=1e-15)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:FutureWarning")
+def test_a_function_without_a_form_compiles_before_it_ran():
+    torch.compiler.reset()
+    f = lambda m, s: activation_moments("torch.special.i0e", m, s).var
+    mean, std = gaussian(3, seed=1)
+    compiled = torch.compile(f, fullgraph=True, backend="aot_eager")(mean, std)
+    torch.testing.assert_close(compiled, f(mean, std), rtol=1e-12, atol=1e-15)
+
+
 @pytest.mark.parametrize("name", ["relu", "hardswish", "gelu"])
 def test_export(name):
     class Lane(nn.Module):

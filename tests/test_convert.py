@@ -133,6 +133,15 @@ def test_preserve_is_automatic() -> None:
     assert "'center': True" not in kept.code
 
 
+def test_filters_with_one_input_channel_are_never_centred() -> None:
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4),
+                          nn.Conv2d(4, 4, 3, groups=4), nn.BatchNorm2d(4))  # fmt: skip
+    with pytest.warns(UserWarning, match="one input channel are not centred: 0, 4"):
+        asked = normprop.convert(model, center=True)
+    assert asked.code == normprop.convert(model).code
+    assert asked.code.count("center = True") == 1
+
+
 def test_an_untrained_network_can_be_kept_too() -> None:
     model, x = chain().eval(), torch.randn(2, 3, 8, 8)
     torch.testing.assert_close(normprop.convert(model, preserve=True)(x), model(x), rtol=1e-4, atol=1e-4)
@@ -290,6 +299,60 @@ def test_a_leaf_without_a_rule_is_named_and_can_be_given_one() -> None:
         with_custom(), leaf_modules=(Custom,), rules={Custom: lambda module, x: Moments(x.mean, x.var)}
     )
     assert converted(torch.randn(1, 4)).shape == (1, 4)
+
+
+class ExoticHead(nn.Module):
+    """What follows the last site has no rules at all; what stands in front of one may."""
+
+    def __init__(self, inner: bool = False) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8))
+        self.lstm, self.inner = nn.LSTM(8, 4, batch_first=True), inner
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        x = self.body(torch.cumsum(x, 1) if self.inner else x)
+        boxes = torch.topk(torch.sort(x.flatten(2), dim=2).values, 3).indices.cumsum(1)
+        return {"boxes": boxes, "state": self.lstm(x.mean(3).transpose(1, 2))[0]}
+
+
+def test_only_what_sites_depend_on_needs_rules() -> None:
+    model, x = randomise(ExoticHead()).eval(), torch.randn(2, 3, 9, 9)
+    converted = normprop.convert(model)
+    for key, value in model(x).items():
+        torch.testing.assert_close(converted(x)[key], value, rtol=1e-4, atol=1e-4)
+    normprop.calibrate(normprop.convert(model, preserve=False), x)
+    torch.testing.assert_close(normprop.fold(converted)(x)["state"], model(x)["state"], rtol=1e-4, atol=1e-4)
+    with pytest.raises(UnsupportedOpError, match=r"operations without a moment rule.*LSTM"):
+        normprop.propagate(model)
+    with pytest.raises(UnsupportedOpError, match=r"operations without a moment rule.*LSTM"):
+        normprop.propagate(converted)
+
+
+def test_operations_in_front_of_a_site_need_rules() -> None:
+    with pytest.raises(UnsupportedOpError) as caught:
+        normprop.convert(ExoticHead(inner=True))
+    assert caught.value.operations == ("torch.cumsum",)
+
+
+class DynamicLayers(nn.Module):
+    """Weights that are computed from the input, as functions and by keyword, and a power of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.to_weight = nn.BatchNorm2d(4), nn.Linear(4, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.to_weight(x.mean((0, 2, 3)))
+        x = F.conv2d(x, weight=weight.reshape(4, 4, 1, 1)) + F.conv_transpose2d(x, weight.reshape(4, 4, 1, 1))
+        x = F.linear(x.transpose(1, 3), weight.reshape(4, 4)).transpose(1, 3)
+        return self.norm(torch.cumsum(x, 1))
+
+
+def test_layers_with_weights_from_the_input_are_refused_with_all_else() -> None:
+    with pytest.raises(UnsupportedOpError, match="its weight depends on the input") as caught:
+        normprop.convert(DynamicLayers())
+    assert len(caught.value.operations) == 4
+    assert "test_convert.py:" in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,6 @@ import tomllib
 from pathlib import Path
 
 import pytest
-import torch
-from torch import Tensor, nn
-from torch.func import functional_call, grad, vmap
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
@@ -92,46 +89,3 @@ def test_changelog_and_citation_name_the_version() -> None:
     assert top is not None
     assert top[1] == version
     assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text()
-
-
-# Opacus sets backward hooks on a module whose input needs no gradient, and torch says so.
-@pytest.mark.filterwarnings("ignore:.*:UserWarning")
-@pytest.mark.filterwarnings("ignore:.*:FutureWarning")
-@pytest.mark.filterwarnings("ignore:.*:DeprecationWarning")
-def test_opacus_does_what_the_page_says() -> None:
-    """The wrapper of docs/convert.md gives Opacus the gradients of torch.func; without it there are none."""
-    opacus = pytest.importorskip("opacus")
-    import normprop
-
-    torch.manual_seed(0)
-    net = nn.Sequential(
-        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2)
-    )
-    model = normprop.convert(net)
-    x, y = torch.randn(5, 3, 6, 6), torch.tensor([0, 1, 1, 0, 1])
-
-    def loss(parameters: dict[str, Tensor], image: Tensor, label: Tensor) -> Tensor:
-        return nn.functional.cross_entropy(functional_call(model, parameters, (image[None],)), label[None])
-
-    trainable = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-    expected = vmap(grad(loss), in_dims=(None, 0, 0))(trainable, x, y)
-    whole = _page_class("Whole")(model)
-    wrapped = opacus.GradSampleModule(whole)
-    nn.functional.cross_entropy(wrapped(x), y, reduction="mean").backward()
-    for name, flat in whole.names.items():
-        torch.testing.assert_close(getattr(whole, flat).grad_sample, expected[name], rtol=1e-4, atol=1e-6)
-    wrapped.to_standard_module()
-    bare = opacus.GradSampleModule(model)
-    nn.functional.cross_entropy(bare(x), y).backward()
-    assert getattr(model.get_parameter("0.weight"), "grad_sample", None) is None, "Opacus handles it now: say so"
-
-
-def _page_class(name: str) -> type:
-    """A class that docs/convert.md defines, from its own text."""
-    blocks = [
-        body for language, _, body in _BLOCK.findall((ROOT / "docs" / "convert.md").read_text()) if language == "python"
-    ]
-    source = next(body for body in blocks if f"class {name}(" in body)
-    namespace = {"nn": nn, "torch": torch, "functional_call": functional_call}
-    exec(source, namespace)
-    return namespace[name]  # type: ignore[return-value]

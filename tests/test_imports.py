@@ -18,11 +18,11 @@ LAYERS = [
     "gaussian breakpoints piecewise quadrature elementary rectifiers smooth activations activation_moments",
     "channel_moments data",
     "rules",
-    "trace sized example integrations walk lane sites duplicate converted report",
+    "trace sized example integrations kind fusion walk lane sites duplicate converted report",
     "plan rewrite paper rewalk",
     "calibrate convert fold propagate",
     "inspect probe coverage",
-    "experiments plot",
+    "experiments benchmark plot",
     "cli",
 ]
 LEVEL = {name: level for level, line in enumerate(LAYERS) for name in line.split()}
@@ -107,6 +107,26 @@ def test_the_core_imports_torch_and_the_standard_library() -> None:
         if family(module) not in OUTER and module != "__main__":
             foreign = {name.partition(".")[0] for name in imports(path)} - sys.stdlib_module_names - {"normprop", "torch"}
             assert not foreign, f"{module} imports {foreign}"
+
+
+def fresh(code: str) -> str:
+    """What a new process prints."""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    return run.stdout
+
+
+def test_the_compiler_is_not_imported() -> None:
+    """It takes longer than torch itself."""
+    slow = "torch._dynamo torch._inductor sympy tyro rich matplotlib torchvision".split()
+    assert fresh(f"import sys, normprop, normprop.cli; print([m for m in {slow!r} if m in sys.modules])") == "[]\n"
+
+
+def test_the_overview_is_printed_without_any_command() -> None:
+    code = "import sys; from normprop.cli import main; main(['--help']); print([m for m in sys.modules if 'prop.cli.' in m])"
+    printed = fresh(code)
+    assert "usage: normprop COMMAND" in printed
+    assert printed.endswith("[]\n")
 
 
 def test_it_works_with_torch_alone() -> None:

@@ -1,10 +1,13 @@
 """Every network with every normaliser: shapes, structure, and the errors for what doesn't go together."""
 
+import math
+
 import pytest
 import torch
 from torch import nn
 
 from normprop.errors import NormPropError
+from normprop.experiments.baselines import measure_once
 from normprop.experiments.models import build
 from normprop.experiments.normalizers import NORMALIZERS, normalizer, realize
 
@@ -19,7 +22,7 @@ def network(name, norm="batch", shape=(3, 16, 16), classes=7, width=0.25):
 @pytest.mark.parametrize("norm", NORMALIZERS)
 @pytest.mark.parametrize("name", NETS)
 def test_every_network_trains_with_every_normaliser(name, norm):
-    if (name, norm) == ("mlp", "instance"):
+    if name == "mlp" and normalizer(norm).images_only:
         with pytest.raises(NormPropError, match="needs images"):
             network(name, norm)
         return
@@ -29,15 +32,75 @@ def test_every_network_trains_with_every_normaliser(name, norm):
     scores.square().sum().backward()
     trainable = {key: p for key, p in net.named_parameters() if p.requires_grad}
     assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in trainable.values())
-    assert any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in net.modules()) == (norm == "batch")
+    assert any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in net.modules()) == (norm in ("batch", "frozen"))
 
 
-@pytest.mark.parametrize("norm", [n for n in NORMALIZERS if NORMALIZERS[n].smallest_batch == 1 and n != "instance"])
+@pytest.mark.parametrize("norm", [n for n in NORMALIZERS if NORMALIZERS[n].smallest_batch == 1])
 @pytest.mark.parametrize("name", NETS)
 def test_normalisers_that_claim_it_treat_samples_alone(name, norm):
+    if name == "mlp" and normalizer(norm).images_only:
+        return
     net = realize(network(name, norm), normalizer(norm), (3, 16, 16))
     x = torch.randn(3, 3, 16, 16)
     torch.testing.assert_close(net(x)[1:2], net(x[1:2]), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("norm", "layer", "per_network"),
+    [
+        ("ws", "StdConv2d", 9),
+        ("frn", "FilterResponseNormTlu2d", 9),
+        ("evonorm-s0", "EvoNorm2dS0", 9),
+        ("nf", "ScaledStdConv2d", 9),
+        ("weight", "ParametrizedConv2d", 9),
+        ("none-zero", "LayerScale2d", 3),
+    ],
+)
+def test_baselines_are_those_of_timm_and_torch(norm, layer, per_network):
+    kinds = [type(m).__name__ for m in network("resnet8", norm).modules()]
+    assert kinds.count(layer) == per_network
+
+
+@pytest.mark.parametrize("norm", ["nf", "weight"])
+def test_what_is_normalised_by_initialisation_keeps_the_scale(norm):
+    net = network("resnet110", norm, shape=(3, 16, 16), width=1.0)
+    end = {"nf": net.stages, "weight": net.stages[0]}[norm]
+    found = []
+    end.register_forward_hook(lambda module, inputs, output: found.append(output.detach()))
+    net(torch.randn(8, 3, 16, 16))
+    assert 0.2 < found[0].square().mean() < 5
+
+
+def test_scaled_blocks_know_the_standard_deviation_of_their_input():
+    net, found, predicted = network("resnet20", "nf", shape=(3, 32, 32), width=1.0).double(), [], []
+    for stage in net.stages:
+        for block in stage:
+            predicted.append(block.beta)
+            block.register_forward_hook(lambda module, inputs, output: found.append(float(inputs[0].detach().std())))
+    net(torch.randn(16, 3, 32, 32, dtype=torch.float64))
+    assert predicted[:5] == pytest.approx([1, 1.04**0.5, 1.08**0.5, 1.12**0.5, 1.04**0.5])
+    # The stem sees no ReLU, so the gain that makes up for one stays in everything behind it.
+    stem_gain = math.sqrt(2 / (1 - 1 / math.pi))
+    assert found == pytest.approx([stem_gain * std for std in predicted], rel=0.15)
+
+
+def test_an_empty_branch_leaves_the_skip():
+    block = network("resnet8", "none-zero").stages[0][0]
+    x = torch.rand(2, 4, 8, 8)
+    assert torch.equal(block(x), x)
+
+
+def test_frozen_statistics_are_measured_once():
+    net = network("resnet8", "frozen").train()
+    x = torch.randn(32, 3, 16, 16)
+    seen = []
+    net.norm.register_forward_hook(lambda module, inputs, output: seen.append(output.detach()))
+    measure_once(net, x)
+    state = {key: value.clone() for key, value in net.state_dict().items()}
+    net.train()(x + 1)
+    assert all(torch.equal(value, state[key]) for key, value in net.state_dict().items())
+    assert seen[0].var(dim=(0, 2, 3)).sub(1).abs().max() < 0.02
+    assert seen[1].mean(dim=(0, 2, 3)).abs().max() > 0.1, "other data has other statistics"
 
 
 def test_nin_is_the_papers_at_full_width():
@@ -49,7 +112,10 @@ def test_nin_is_the_papers_at_full_width():
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("name", "layers"), [("resnet20", 20), ("resnet8", 8), ("plain12", 12), ("plain5", 5)])
+@pytest.mark.parametrize(
+    ("name", "layers"),
+    [("resnet20", 20), ("resnet8", 8), ("resnet110", 110), ("plain12", 12), ("plain5", 5), ("plain50", 50)],
+)
 def test_depth_counts_weighted_layers_on_the_longest_path(name, layers):
     modules = [m for key, m in network(name).named_modules() if isinstance(m, (nn.Conv2d, nn.Linear)) and "skip" not in key]
     assert len(modules) == layers
@@ -81,8 +147,8 @@ def test_groups_divide_the_channels_and_hold_two(channels):
 
 def test_linear_layers_have_a_bias_only_where_nothing_normalises():
     biases = {norm: [m.bias is not None for m in network("nin", norm) if isinstance(m, nn.Conv2d)] for norm in NORMALIZERS}
-    assert all(biases["none"])
-    assert all(b == [False] * 8 + [True] for norm, b in biases.items() if norm != "none")
+    unnormalised = {"none", "none-zero", "weight", "nf"}
+    assert all(b == [norm in unnormalised] * 8 + [True] for norm, b in biases.items())
 
 
 def test_unnormalised_network_keeps_the_signal_at_initialisation():

@@ -8,10 +8,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import normprop
 from normprop import nn
 from normprop.errors import NormPropError
 from normprop.nn.filters import filter_norms, filter_view
 from normprop.optim import AdaptiveGradientClipping, UnitNormProjection, clip_grad_adaptive_, project_unit_norm_
+from tests.zoo import SMALL, outputs, randomise
 
 
 def network(dtype=torch.float64, **options):
@@ -219,6 +221,61 @@ def test_shared_weights_are_rescaled_once():
     model(torch.randn(3, 4)).square().sum().backward()
     optimizer.step()
     torch.testing.assert_close(first.weight.norm(dim=1), torch.ones(4))
+
+
+@pytest.mark.parametrize("method", ["exact", "paper"])
+@pytest.mark.parametrize("name", ["residual", "gated", "shared", "decoder", "mlp"])
+def test_a_converted_network_keeps_its_function(name, method):
+    """Fresh, calibrated and preserved: the weights in front of its sites get unit length, all others stay as they are."""
+    make, shape = SMALL[name]
+    torch.manual_seed(0)
+    x = torch.randn(8, *shape, dtype=torch.float64)
+    kinds = {"fresh": normprop.convert(make().double().eval(), method=method)}
+    if method == "exact":
+        kinds["calibrated"] = normprop.calibrate(normprop.convert(make().double().eval()), x)
+        kinds["preserved"] = normprop.convert(randomise(make()).double().eval())
+    for kind, model in kinds.items():
+        before, expected = copy.deepcopy(model), outputs(model(x))
+        entries = model.meta["normprop"]["filters"]
+        assert any(model.get_parameter(path).any() for e in entries for path, _ in e["shifts"]) == (kind != "fresh")
+        assert project_unit_norm_(model) > 0
+        for found, same in zip(outputs(model(x)), expected, strict=True):
+            torch.testing.assert_close(found, same, rtol=1e-9, atol=1e-9)
+        projected = {entry["weight"]: (entry["channel_dim"], entry["groups"]) for entry in entries}
+        for path, layout in projected.items():
+            found = filter_norms(*filter_view(model.get_parameter(path).detach(), *layout))
+            torch.testing.assert_close(found, torch.ones_like(found))
+        for path, parameter in model.named_parameters():
+            if path not in projected and not path.endswith(".shift"):
+                assert torch.equal(parameter, before.get_parameter(path)), path
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+        UnitNormProjection(optimizer, model)
+        sum(y.square().mean() for y in outputs(model(x))).backward()
+        optimizer.step()
+        assert project_unit_norm_(copy.deepcopy(model)) == project_unit_norm_(model)
+
+
+class Tied(torch.nn.Module):
+    """One layer that a site normalises, one weight that it shares with a plain layer, one that is read as a tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c, self.plain = (torch.nn.Linear(4, 4) for _ in range(4))
+        self.plain.weight = self.b.weight
+        self.norms = torch.nn.ModuleList(torch.nn.BatchNorm1d(4) for _ in range(3))
+
+    def forward(self, x):
+        x = self.norms[2](self.c(self.norms[1](self.b(self.norms[0](self.a(x))))))
+        return self.plain(x) + torch.nn.functional.linear(x, self.c.weight)
+
+
+def test_weights_that_others_read_keep_their_length():
+    model = normprop.convert(Tied())
+    before, x = copy.deepcopy(model), torch.randn(3, 4)
+    assert project_unit_norm_(model) == 4
+    assert torch.equal(model.b.weight, before.b.weight)
+    assert torch.equal(model.c.weight, before.c.weight)
+    torch.testing.assert_close(model(x), before(x))
 
 
 @settings(deadline=None, max_examples=40)

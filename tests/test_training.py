@@ -53,7 +53,7 @@ def assert_same_run(a, b):
     assert timeless[0] == timeless[1]
 
 
-@pytest.mark.parametrize("norm", ["batch", "normprop", "paper"])
+@pytest.mark.parametrize("norm", ["batch", "normprop", "paper", "frozen"])
 @pytest.mark.parametrize("kill", [(1, 1), (1, 4), (2, 1), (2, 3)], ids=lambda k: f"epoch{k[0]}step{k[1]}")
 def test_a_killed_run_resumes_to_the_same_weights(norm, kill, digits, tmp_path):
     recipe = dataclasses.replace(TINY, norm=norm)
@@ -265,6 +265,7 @@ def test_schedules_stay_in_range_and_every_step_moves(schedule):
         ({"lr": math.nan}, "--lr is nan"),
         ({"norm": "normprop", "batch_size": 1, "data_norm": "batch"}, "--data-norm global"),
         ({"batch_size": 161}, "more than the 160"),
+        ({"validation": -1}, "--validation is -1"),
         ({"data": "digit"}, "Did you mean digits"),
     ],
 )
@@ -292,6 +293,33 @@ def test_only_normalised_filters_keep_unit_length(digits):
     for weight in filters[:-1]:
         torch.testing.assert_close(weight.flatten(1).norm(dim=1), torch.ones(len(weight)))
     assert (filters[-1].flatten(1).norm(dim=1) - 1).abs().min() > 1e-3
+
+
+def test_validation_images_are_held_out_and_the_test_set_waits(digits):
+    recipe = dataclasses.replace(TINY, validation=200)
+    run = train(recipe, images=digits)
+    assert [row.test_accuracy is None for row in run.rows] == [True, False]
+    assert all(0 < row.validation_accuracy <= 1 for row in run.rows)
+    assert all(row.validation_accuracy is None for row in train(TINY, images=digits).rows)
+    parts = training.prepared(digits, recipe.resolved())
+    assert (len(parts.x_validation), len(parts.x_train)) == (200, 160)
+    assert torch.equal(parts.x_test, digits.x_test)
+    everything = digits.hold_out(200)
+    both = torch.cat([everything.x_train, everything.x_validation]).flatten(1)
+    assert sorted(both.tolist()) == sorted(digits.x_train.flatten(1).tolist())
+    with pytest.raises(NormPropError, match="can't be held out"):
+        digits.hold_out(1436)
+
+
+@pytest.mark.parametrize("norm", ["nf", "weight", "none-zero", "evonorm-s0"])
+def test_gains_of_any_shape_are_not_decayed(norm, digits):
+    recipe = dataclasses.replace(TINY, norm=norm).resolved()
+    with training.processes("cpu") as group:
+        model = training.build_model(recipe, digits, group)
+    names = {id(p): name for name, p in model.named_parameters()}
+    decayed = {names[id(p)] for g in build_optimizer(recipe, model).param_groups for p in g["params"] if g["weight_decay"]}
+    assert all(name.endswith(("weight", "original1")) for name in decayed)
+    assert len(decayed) == 10, "nine convolutions and a linear layer"
 
 
 def test_weight_decay_spares_gains_and_biases(digits):

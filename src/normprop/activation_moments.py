@@ -1,7 +1,7 @@
 """Moments of one Gaussian through one activation."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,11 +11,14 @@ from torch import Tensor, nn
 from normprop.activations import canonical, expectations, torch_function
 from normprop.errors import NormPropError
 from normprop.gaussian import Expectations, density
-from normprop.quadrature import find_breakpoints, integrate
+from normprop.quadrature import Breakpoints, find_breakpoints, integrate, mean_and_variance
 
 Activation = str | nn.Module | type[nn.Module] | Callable[..., Tensor]
 
-__all__ = ["ActivationMoments", "activation_moments", "canonical", "module_moments", "moments"]
+__all__ = [
+    "ActivationMoments", "activation_moments", "canonical", "check_elementwise", "function_moments", "mean_and_var",
+    "module_moments", "moments",
+]  # fmt: skip
 
 _ORDERS = (12, 16, 20, 24)
 _TARGET = 1e-12
@@ -99,6 +102,42 @@ def module_moments(module: nn.Module, mean: float | Tensor, std: float | Tensor)
     return moments(module, mean, std)
 
 
+def function_moments(
+    fn: Callable[[Tensor], Tensor], mean: float | Tensor, std: float | Tensor, points: Breakpoints
+) -> ActivationMoments:
+    """Moments of an elementwise function whose bends are known already; static tensor operations only.
+
+    Args:
+        fn: takes float64 tensors of any shape.
+        mean: number or tensor.
+        std: number or tensor.
+        points: from `normprop.breakpoints.find_breakpoints`.
+
+    >>> points = find_breakpoints(torch.relu)
+    >>> function_moments(torch.relu, 0.0, 1.0, points).second
+    tensor(0.5000, dtype=torch.float64)
+    """
+    m, s, dtype = _prepare(mean, std)
+    return _pack(integrate(fn, m, s, points), dtype)
+
+
+def mean_and_var(
+    fn: Callable[[Tensor], Tensor], mean: float | Tensor, std: float | Tensor, points: Sequence[float]
+) -> tuple[Tensor, Tensor]:
+    """Mean and variance alone of `function_moments`, as exact as the result's dtype can show, and cheaper.
+
+    Args:
+        fn: takes float64 tensors of any shape.
+        mean: number or tensor.
+        std: number or tensor.
+        points: ascending; where fn bends.
+    """
+    m, s, dtype = _prepare(mean, std)
+    order, reach = (12, 14.0) if dtype == torch.float64 else (8, 10.0)
+    average, var = mean_and_variance(fn, m, s, points, order=order, reach=reach)
+    return average.to(dtype), var.to(dtype)
+
+
 def _prepare(mean: float | Tensor, std: float | Tensor) -> tuple[Tensor, Tensor, torch.dtype]:
     """Both as tensors of one shape in the precision of the computation, and the dtype of the result."""
     tensors = [x for x in (mean, std) if isinstance(x, Tensor)]
@@ -148,7 +187,7 @@ def _adaptive(fn: Callable[[Tensor], Tensor], mean: Tensor, std: Tensor) -> Expe
         )
     reach = _REACH * std.detach()
     low, high = float((mean.detach() - reach).min()), float((mean.detach() + reach).max())
-    _check_elementwise(fn, low, high)
+    check_elementwise(fn, low, high)
     margin = 1e-3 * max(1.0, abs(low), abs(high))
     points = find_breakpoints(fn, low - margin, high + margin)
     for order in _ORDERS:
@@ -160,7 +199,8 @@ def _adaptive(fn: Callable[[Tensor], Tensor], mean: Tensor, std: Tensor) -> Expe
     return result if points.resolved else result._replace(error=10 * result.error)
 
 
-def _check_elementwise(fn: Callable[[Tensor], Tensor], low: float, high: float) -> None:
+def check_elementwise(fn: Callable[[Tensor], Tensor], low: float = -3.0, high: float = 3.0) -> None:
+    """NormPropError if fn is random, or its value at one place depends on other places; tried between low and high."""
     probe = torch.linspace(max(low, -3.0), min(high, 3.0), 12, dtype=torch.float64) if low < 3 and high > -3 else None
     probe = torch.linspace(low, high, 12, dtype=torch.float64) if probe is None else probe
     try:

@@ -176,7 +176,14 @@ def torch_function(name: str) -> Callable[..., Tensor]:
     raise NormPropError(f"unknown activation {name!r}" + (f"; did you mean {' or '.join(close)}?" if close else ""))
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch has no type for it
-@functools.cache
 def _points(name: str) -> Breakpoints:
+    return _found(name)
+
+
+@functools.cache
+def _found(name: str) -> Breakpoints:
     return find_breakpoints(torch_function(name))
+
+
+# All that torch.compiler.assume_constant_result does; calling it would import the compiler, which takes a second.
+_points._dynamo_marked_constant = True  # type: ignore[attr-defined]  # a function takes any attribute

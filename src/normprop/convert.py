@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
+from operator import attrgetter
 from typing import Any, Literal
 
 from torch import Tensor, fx, nn
@@ -14,7 +16,7 @@ from normprop.converted import ConvertedModule
 from normprop.duplicate import independent_copy, tracing_copy
 from normprop.errors import NormPropError
 from normprop.paper import PaperRewriter, start_as_printed_
-from normprop.plan import SitePlan, plan_sites
+from normprop.plan import SitePlan, nodes_behind, plan_sites
 from normprop.rewrite import Rewriter
 from normprop.rules.table import Key, Rule
 from normprop.sites import Site
@@ -45,8 +47,8 @@ def convert(
         input: moments of the input, `InputStats` or `Moments` (a sequence of them for several inputs); standard normal by
             default, as for standardised data.
         method: "exact" follows γ and β through every activation; "paper" is eqs 9 and 11 with constants.
-        center: subtract each filter's mean. "auto" does where nothing is preserved, except for filters with one input
-            channel.
+        center: subtract each filter's mean, except for filters with one input channel, of which a centred one has no
+            response to a constant; True warns if there are any. "auto" does so where nothing is preserved.
         preserve: keep the function of a trained network, from its running statistics. "auto" does if they have been
             trained.
         normalize: "all" also gives a site to every convolution and linear layer that has no normaliser, the output layers
@@ -59,7 +61,7 @@ def convert(
         adds ``shift`` (d) and ``scale`` (k), constant parameters.
 
     Raises:
-        UnsupportedOpError: operations without a moment rule, all of them named.
+        UnsupportedOpError: operations without a moment rule in front of some site, all of them named.
         TracingError: control flow on values.
         NormPropError: nothing to convert, converted already, or contradicting options.
 
@@ -80,6 +82,10 @@ def convert(
     plans = {mode: plan_sites(walk, normalize, centring) for mode, walk in walks.items()}
     if not plans[False]:
         raise NormPropError("the network has no BatchNorm to convert.\nnormalize='all' gives every layer a site.")
+    for mode, walk in walks.items():
+        walk.require(nodes_behind(walk, plans[mode]))
+    if center is True:
+        _warn_of_uncentred([*plans[False], *plans[True]])
     statistics = _install_sites(root, [*plans[False], *plans[True]])
     _install_constants(root, walks)
     for mode, walk in walks.items():
@@ -95,7 +101,11 @@ def convert(
         bare = {plan.path: plan.layer.module.bias for plan in plans[False] if plan.layer is not None and plan.merged is None}
         preserve_(root, graphs.values(), statistics, bare)
     together = {graph: batched(graph, root) for graph in dict.fromkeys(graphs.values())}
-    meta = {"inputs": walks[False].inputs(), "calibrates": method == "exact"}
+    meta = {
+        "inputs": walks[False].inputs(),
+        "calibrates": method == "exact",
+        "filters": _filters(root, walks, plans),
+    }
     return ConvertedModule.assemble(
         root, {mode: together[graph] for mode, graph in graphs.items()}, type(model).__name__, meta
     )
@@ -126,6 +136,15 @@ def _check_combination(method: str, center: Any, keep: bool) -> None:
         )
     if method == "paper" and center is True:
         raise NormPropError("the paper does not centre its filters.\nPass method='exact' to centre them.")
+
+
+def _warn_of_uncentred(plans: Sequence[SitePlan]) -> None:
+    """Centring was asked for, and some filters would be left with no response to a constant, or none at all."""
+    paths = dict.fromkeys(plan.layer.path for plan in plans if plan.layer is not None and not plan.center)
+    if paths:
+        named = ", ".join(list(paths)[:5]) + (", …" if len(paths) > 5 else "")
+        message = f"filters with one input channel are not centred: {named}\ncenter='auto' says the same without a warning."
+        warnings.warn(message, stacklevel=3)
 
 
 def _check_statistics(root: nn.Module) -> None:
@@ -222,6 +241,30 @@ def _freeze_biases(walk: Walk, plans: Sequence[SitePlan]) -> None:
     for plan in plans:
         if plan.layer is not None and plan.layer.path not in plain and plan.layer.module.bias is not None:
             plan.layer.module.bias.requires_grad_(False)
+
+
+def _filters(root: nn.Module, walks: dict[bool, Walk], plans: dict[bool, list[SitePlan]]) -> list[dict[str, Any]]:
+    """Weights that nothing but sites reads, so that dividing a filter and each d behind it by a number changes nothing.
+
+    Returns:
+        An entry a weight: its path, ``channel_dim`` and ``groups`` as `filter_view` takes them, and ``shifts``: path and
+        call of every d.
+    """
+    read: set[int] = set()
+    found: dict[int, dict[str, Any]] = {}
+    for mode, walk in walks.items():
+        sites = {plan.node if plan.merged is None else plan.merged: plan for plan in plans[mode] if plan.layer is not None}
+        for plan in sites.values():
+            assert plan.layer is not None
+            layout = {"channel_dim": int(plan.layer.transposed), "groups": plan.layer.groups}
+            entry = {"weight": f"{plan.layer.path}.weight", **layout, "shifts": set()}
+            found.setdefault(id(plan.layer.module.weight), entry)["shifts"].add((f"{plan.path}.shift", plan.call))
+        for node in walk.graph_module.graph.nodes:
+            if node.op in ("call_module", "get_attr") and node not in sites:
+                value = attrgetter(str(node.target))(walk.graph_module)
+                read |= {id(p) for p in (value.parameters() if isinstance(value, nn.Module) else [value])}
+    own = {id(p): name for name, p in root.named_parameters()}
+    return [e | {"weight": own[w], "shifts": sorted(e["shifts"])} for w, e in found.items() if w in own and w not in read]
 
 
 def _site(channels: int, calls: int, like: Tensor, weight: Any, bias: Any) -> Site:

@@ -15,7 +15,7 @@ from normprop.convert import convert
 from normprop.duplicate import tracing_copy
 from normprop.errors import NormPropError, TracingError, UnsupportedOpError
 from normprop.example import example_inputs
-from normprop.plan import plan_sites
+from normprop.plan import nodes_behind, plan_sites
 from normprop.walk import prepare
 
 
@@ -30,8 +30,8 @@ class Coverage:
         converted: `convert` rewrote it, and the result runs and gives the shape that it should.
         after_linear: sites that rewrite the weight of the layer before them.
         affine: sites that scale and shift what they normalise.
-        approximate: operations whose rule is an approximation.
-        missing: operations without a rule.
+        approximate: operations in front of some site whose rule is an approximation.
+        missing: operations in front of some site without a rule.
         error: first line of what went wrong.
         seconds: for all of this.
     """
@@ -86,9 +86,11 @@ def _cover(name: str) -> Coverage:
 def _convert(model: nn.Module, row: dict[str, Any]) -> None:
     walk = prepare(tracing_copy(model))
     row["traced"] = True
-    approximate = {walk.operation(n) for n, rule in walk.rules.items() if rule.standing == "approximate"}
-    row["approximate"] = tuple(sorted(approximate))
     plans = plan_sites(walk, "batchnorm", center=False)
+    needed = nodes_behind(walk, plans)
+    walk.require(needed)
+    approximate = {walk.operation(n) for n in needed & walk.rules.keys() if walk.standing(n)[0] == "approximate"}
+    row["approximate"] = tuple(sorted(approximate))
     row["after_linear"] = sum(plan.layer is not None for plan in plans)
     row["affine"] = len(plans) - row["after_linear"]
     inputs = example_inputs(walk.inputs())

@@ -4,7 +4,7 @@ The paper's schedule, the rate halved at intervals, is torch's `StepLR(optimizer
 """
 
 from collections.abc import Iterable, Iterator
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -13,7 +13,15 @@ from torch.optim import Optimizer
 from normprop.errors import NormPropError
 from normprop.nn.filters import filter_norms, filter_view
 
-Filters = tuple[Tensor, int, int]  # weight, channel_dim, groups
+
+class Filters(NamedTuple):
+    """A weight, the layout of its filters (see `filter_view`), and vectors that shrink with them: one entry a filter."""
+
+    weight: Tensor
+    channel_dim: int = 0
+    groups: int = 1
+    shifts: tuple[Tensor, ...] = ()
+
 
 _FIRST_MOMENTS = ("momentum_buffer", "exp_avg")
 _SECOND_MOMENTS = ("exp_avg_sq", "max_exp_avg_sq")
@@ -27,9 +35,10 @@ def project_unit_norm_(model_or_parameters: torch.nn.Module | Tensor | Iterable[
     doesn't change what a normalised layer computes. Filters shorter than `eps` have no direction and stay as they are.
 
     Args:
-        model_or_parameters: A model, of which every module with a method `filters()` takes part, or parameters, of
-            which those with two dimensions or more do: their filters are `weight[i]`, so give layers, not weights, of
-            transposed convolutions.
+        model_or_parameters: A model, or parameters. Of a model that `normprop.convert` made the weights in front of its
+            sites take part, and the constants d of calibrated sites are divided along, so that its function stays; of any
+            other every module with a method `filters()`. Of parameters those with two dimensions or more do: their filters
+            are `weight[i]`, so give layers, not weights, of transposed convolutions.
         eps: The length below which a filter counts as zero.
 
     >>> weight = torch.tensor([[3.0, 4.0]])
@@ -59,9 +68,8 @@ class UnitNormProjection:
 
     Args:
         optimizer: Any torch optimizer.
-        model: Every module of it with a method `filters()` takes part. Without a model it is the parameters with two
-            dimensions or more in the groups of `optimizer` with `unit_norm=True`, or in all groups if none has that
-            key.
+        model: As for `project_unit_norm_`. Without a model it is the parameters with two dimensions or more in the
+            groups of `optimizer` with `unit_norm=True`, or in all groups if none has that key.
         tangent: Whether first moments are carried along.
         eps: The length below which a filter counts as zero.
 
@@ -102,12 +110,12 @@ class UnitNormProjection:
         filters = list(_filters(_marked(optimizer) if self.model is None else self.model))
         norms = _rescale_(filters, self.eps)
         if self.tangent:
-            states = [optimizer.state.get(weight, {}) for weight, _, _ in filters]
+            states = [optimizer.state.get(item.weight, {}) for item in filters]
             carried = list(zip(filters, norms, states, strict=True))
             _transport_([(state[key], item, norm) for item, norm, state in carried for key in first if _has(state, key)])
-            for (_, *layout), norm, state in carried:
+            for item, norm, state in carried:
                 for moment in (state[key] for key in second if _has(state, key)):
-                    filter_view(moment, *layout)[0].mul_(norm.square())
+                    filter_view(moment, item.channel_dim, item.groups)[0].mul_(norm.square())
         return sum(norm.numel() for norm in norms)
 
 
@@ -194,16 +202,26 @@ class AdaptiveGradientClipping:
 
 def _filters(source: torch.nn.Module | Tensor | Iterable[Tensor]) -> Iterator[Filters]:
     """The weights with filters, each once: a weight that layers share must not be rescaled twice."""
-    seen = set[int]()
     if isinstance(source, torch.nn.Module):
-        found = (item for module in source.modules() if hasattr(module, "filters") for item in cast(Any, module).filters())
+        found = (item for module in source.modules() for item in _filters_of(module))
     else:
-        tensors = [source] if isinstance(source, Tensor) else source
-        found = ((tensor, 0, 1) for tensor in tensors if tensor.ndim > 1)
-    for weight, channel_dim, groups in found:
-        if id(weight) not in seen:
-            seen.add(id(weight))
-            yield weight, channel_dim, groups
+        found = (Filters(tensor) for tensor in ([source] if isinstance(source, Tensor) else source) if tensor.ndim > 1)
+    seen = set[int]()
+    for item in found:
+        if id(item.weight) not in seen:
+            seen.add(id(item.weight))
+            yield item
+
+
+def _filters_of(module: torch.nn.Module) -> Iterator[Filters]:
+    """The filters that a module itself normalises."""
+    if hasattr(module, "filters"):
+        yield from (Filters(*item) for item in cast(Any, module).filters())
+    meta: dict[str, Any] = getattr(module, "meta", {})  # what convert leaves on its result
+    for entry in meta.get("normprop", {}).get("filters", ()):
+        shifts = ((module.get_parameter(path), call) for path, call in entry["shifts"])
+        rows = tuple(shift[call] if shift.ndim > 1 else shift for shift, call in shifts)
+        yield Filters(module.get_parameter(entry["weight"]), entry["channel_dim"], entry["groups"], rows)
 
 
 def _marked(optimizer: Optimizer) -> list[Tensor]:
@@ -221,10 +239,13 @@ def _rescale_(filters: list[Filters], eps: float) -> list[Tensor]:
     """Give filters unit length; what they were divided by, shaped as in `filter_view`, 1 if shorter than `eps`."""
     if not filters:
         return []
-    views = [filter_view(*item) for item in filters]
+    views = [filter_view(item.weight, item.channel_dim, item.groups) for item in filters]
     norms = [filter_norms(view, inside) for view, inside in views]
     norms = [torch.where(norm > eps, norm, 1.0) for norm in norms]
     torch._foreach_div_([view for view, _ in views], norms)
+    for item, norm in zip(filters, norms, strict=True):
+        for shift in item.shifts:
+            shift.div_(norm.flatten())
     return norms
 
 
@@ -232,8 +253,8 @@ def _transport_(moments: list[tuple[Tensor, Filters, Tensor]]) -> None:
     """m ← ‖W‖ (m − (m·W') W') for `(m, filters of W', ‖W‖)`."""
     if not moments:
         return
-    weights = [filter_view(*item)[0] for _, item, _ in moments]
-    views = [filter_view(moment, *layout) for moment, (_, *layout), _ in moments]
+    weights = [filter_view(item.weight, item.channel_dim, item.groups)[0] for _, item, _ in moments]
+    views = [filter_view(moment, item.channel_dim, item.groups) for moment, item, _ in moments]
     vectors = [view for view, _ in views]
     products = torch._foreach_mul(vectors, weights)
     radial = [product.sum(inside, keepdim=True) for product, (_, inside) in zip(products, views, strict=True)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -139,6 +140,20 @@ def plan_sites(walk: Walk, normalize: Literal["batchnorm", "all"], center: bool)
         plans.append(SitePlan(path, node, source, layer, merged, channel, centred, calls[path]))
         calls[path] += 1
     return plans
+
+
+def nodes_behind(walk: Walk, plans: Sequence[SitePlan]) -> set[fx.Node]:
+    """Nodes whose moments some site asks for: upstream of the sites, and no further than the sites before."""
+    sites = {plan.node for plan in plans}
+    needed: set[fx.Node] = set()
+    stack = [plan.source for plan in plans]
+    while stack:
+        node = stack.pop()
+        if node not in needed:
+            needed.add(node)
+            if node not in sites and node.op != "placeholder":
+                stack.extend(walk.data_arguments(node))
+    return needed
 
 
 def is_batch_norm(walk: Walk, node: fx.Node) -> bool:

@@ -12,6 +12,7 @@ from normprop.channel_moments import Moments
 from normprop.report import Report, Row
 from normprop.rewalk import Claim, walk_of
 from normprop.rules import arithmetic, elementwise, normalization, shape
+from normprop.rules.composed import composed, full_moments
 from normprop.rules.table import Key, Rule
 from normprop.trace import Leaf
 from normprop.walk import Kind, Walk, input_moments, reference_tensor
@@ -25,8 +26,8 @@ _NORMALISERS = frozenset(
 
 _JOINS = frozenset([arithmetic.add, arithmetic.sub, arithmetic.mul, arithmetic.div])
 _ELEMENTWISE = _JOINS | {
-    arithmetic.neg, arithmetic.power, elementwise.named_activation, elementwise.module_activation, shape.same,
-    shape.same_module,
+    arithmetic.neg, arithmetic.power, elementwise.named_activation, elementwise.module_activation, composed,
+    shape.same, shape.same_module,
 }  # fmt: skip
 _DEPENDENT = "both sides are functions of one tensor, and are taken for independent"
 
@@ -91,7 +92,7 @@ def rows_of(walk: Walk, inputs: list[Moments]) -> list[Row]:
             module = walk.module(node) if node.op == "call_module" else None
             call = walk.call(node, moments.__getitem__, known.__getitem__, module)
             moments[node] = call[0](*call[1], **call[2])
-            full = elementwise.full_moments(call)
+            full = full_moments(call)
             slope = None if full is None else full.slope
             change[node] = _change(walk, node, call, moments, change, known, module, slope)
         if isinstance(moments[node], Moments):
@@ -185,14 +186,16 @@ def _entangled(walk: Walk, node: fx.Node) -> bool:
 
 def _row(walk: Walk, node: fx.Node, moments: Moments, slope: Tensor | None, change: Tensor) -> Row:
     rule = walk.rules.get(node)
-    entangled = rule is not None and _entangled(walk, node)
+    standing, reason = ("input", "") if rule is None else walk.standing(node)
+    if rule is not None and _entangled(walk, node):
+        standing, reason = "approximate", _DEPENDENT
     variance = moments.var.mean().clamp(min=torch.finfo(moments.var.dtype).tiny)
     return Row(
         name=node.name,
         path=walk.place(node),
         operation="input" if rule is None else walk.operation(node),
-        standing="input" if rule is None else "approximate" if entangled else rule.standing,
-        reason="" if rule is None else _DEPENDENT if entangled else rule.reason,
+        standing=standing,
+        reason=reason,
         source=str(node.meta.get("source", "")),
         shape=tuple(walk.values[node].shape),
         predicted=Moments(moments.mean.detach(), moments.var.detach()),

@@ -13,7 +13,7 @@ from normprop.piecewise import TINY
 
 Function = Callable[[Tensor], Tensor]
 
-__all__ = ["Breakpoints", "find_breakpoints", "integrate", "integrate_slope"]
+__all__ = ["Breakpoints", "find_breakpoints", "integrate", "integrate_slope", "mean_and_variance"]
 
 # φ(z) is 1e-314 here; no integrand that is worth a float64 lies beyond.
 _REACH = 38.0
@@ -48,6 +48,36 @@ def integrate(fn: Function, mean: Tensor, std: Tensor, breakpoints: Breakpoints,
     error = torch.stack([torch.where(gap.isnan(), 0.0, gap) for gap in gaps]).amax(0)
     size = torch.where(fine.slope.isinf(), 0.0, fine.slope.detach()) + fine.second.detach()
     return fine._replace(error=error + 1e-14 * size)
+
+
+def mean_and_variance(
+    fn: Function, mean: Tensor, std: Tensor, points: Sequence[float], *, order: int = 12, reach: float = 14.0
+) -> tuple[Tensor, Tensor]:
+    """E fn(u) and Var fn(u), u ~ N(mean, std²): the two of `integrate` that a moment lane needs, in a third of its work.
+
+    Static tensor operations only, any number of times differentiable in mean, std and what fn closes over. The variance
+    is that of differences from the mean, so a std that is small beside fn(mean) costs digits.
+
+    Args:
+        fn: an elementwise function of a tensor.
+        mean: float tensor, any shape.
+        std: float tensor of the same shape, not negative.
+        points: ascending; where fn bends.
+        order: nodes per panel.
+        reach: standard deviations on both sides of the mean beyond which fn counts for nothing.
+
+    >>> found = mean_and_variance(torch.relu, torch.tensor(0.0).double(), torch.tensor(1.0).double(), [0.0])
+    >>> print(f"{found[0]:.6f} {found[1]:.6f}")
+    0.398942 0.340845
+    """
+    count = math.ceil(reach / 2.5)
+    grid = _column([reach * i / count for i in range(-count, count + 1)], mean).expand(-1, *mean.shape)
+    rule = _rule(_merge(_marks(points, mean, std, reach), grid), mean, std, order)
+    weightless = rule.measure.detach() == 0
+    value = torch.where(weightless, 0.0, fn(torch.where(weightless, mean.detach(), rule.u)))
+    average = _total(rule.measure * value)
+    var = _variance(value - average.detach(), rule)
+    return average, torch.where(std > 0, var, 0.0)
 
 
 def _integrate_values(fn: Function, mean: Tensor, std: Tensor, edges: Tensor, at: Breakpoints, order: int) -> Expectations:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import importlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from normprop.channel_moments import Moments
+from normprop.errors import NormPropError
+from normprop.report_page import page
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,10 +49,19 @@ class Row:
     sensitivity: float = 1.0
     measured: Moments | None = None
 
+    @property
+    def drift(self) -> float | None:
+        """``log₂`` of measured over predicted standard deviation, rms over channels: octaves. None where either is zero."""
+        if self.measured is None:
+            return None
+        both = (self.predicted.std > 0) & (self.measured.std > 0)
+        ratios = (self.measured.std / self.predicted.std)[both]
+        return _number(ratios.log2().square().mean().sqrt()) if ratios.numel() else None
+
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers and strings; moments pooled over channels."""
         result = {k: getattr(self, k) for k in ("name", "path", "operation", "standing", "reason", "source")}
-        result |= {"shape": list(self.shape), "slope": self.slope, "sensitivity": self.sensitivity}
+        result |= {"shape": list(self.shape), "slope": self.slope, "sensitivity": self.sensitivity, "drift": self.drift}
         for kind in ("predicted", "measured"):
             moments: Moments | None = getattr(self, kind)
             result[kind] = None if moments is None else _summary(moments)
@@ -67,6 +80,13 @@ def _summary(moments: Moments) -> dict[str, float]:
 
 def _number(tensor: Tensor) -> float:
     return float(tensor.detach().reshape(()))
+
+
+def _write(path: Path, write: Callable[[], object]) -> None:
+    try:
+        write()
+    except (OSError, ValueError) as error:
+        raise NormPropError(f"{path} cannot be written: {error}.\nName a file in a folder that exists.") from error
 
 
 class Report(Sequence[Row]):
@@ -113,6 +133,39 @@ class Report(Sequence[Row]):
     def to_json(self) -> str:
         """`to_dict` as JSON."""
         return json.dumps(self.to_dict(), indent=1)
+
+    def to_html(self) -> str:
+        """One page that needs nothing else: a row an operation, coloured by how far what was measured has drifted."""
+        return page(self.title, [row.to_dict() for row in self.rows])
+
+    def save_html(self, path: str | Path) -> None:
+        """Write `to_html` to a file.
+
+        Raises:
+            NormPropError: the file cannot be written.
+        """
+        _write(Path(path), lambda: Path(path).write_text(self.to_html(), encoding="utf-8"))
+
+    def plot(self) -> Any:
+        """A matplotlib `Figure`: standard deviation, mean and the growth of a small change over the depth.
+
+        Raises:
+            NormPropError: matplotlib is not installed.
+        """
+        try:
+            depth = importlib.import_module("normprop.plot.depth")
+        except ModuleNotFoundError as error:
+            raise NormPropError("a plot needs matplotlib.\nInstall it with pip install 'normprop[plot]'.") from error
+        return depth.plot_report(self)
+
+    def save_plot(self, path: str | Path) -> None:
+        """Write `plot` to a file; its ending says in which format.
+
+        Raises:
+            NormPropError: the file cannot be written, the format is unknown, or matplotlib is not installed.
+        """
+        figure = self.plot()
+        _write(Path(path), lambda: figure.savefig(path))
 
     def table(self) -> str:
         """A table for a terminal: a line an operation, predicted and measured mean and standard deviation."""

@@ -12,14 +12,13 @@ from torch import Tensor, fx, nn
 from normprop import layers, sites
 from normprop.channel_moments import Moments
 from normprop.converted import ConvertedModule
-from normprop.errors import UnsupportedOpError
 from normprop.example import EXAMPLE_BATCH
 from normprop.lane import SiteCall, lane_nodes, site_calls
 from normprop.rules import linear
 from normprop.rules.table import TABLE, Key, Rule
 from normprop.scales import Scale
 from normprop.trace import Leaf
-from normprop.walk import Kind, Walk, prepare
+from normprop.walk import Kind, Walk, completed, prepare, rule_of, standing_for
 
 
 def walk_of(
@@ -29,39 +28,61 @@ def walk_of(
     leaf_modules: Sequence[Leaf] = (),
     shape: tuple[int, ...] | None = None,
 ) -> Walk:
-    """The walk of any model: traced anew, or of its own graph if `convert` made it.
+    """The walk of any model, complete: traced anew, or of its own graph if `convert` made it.
 
     Args:
         model: the network.
         rules: overrides for this call.
         leaf_modules: modules to keep whole when tracing.
         shape: shape of one sample, if known.
+
+    Raises:
+        TracingError: control flow on values, or no fitting input shape.
+        UnsupportedOpError: operations without a rule, all of them named.
     """
-    if not isinstance(model, ConvertedModule):
-        return prepare(model, rules=rules, leaf_modules=leaf_modules, shape=shape)
-    graph = model.graphs()[model.training]
+    if isinstance(model, ConvertedModule):
+        walk = _rewalk(model, rules, shape)
+    else:
+        walk = prepare(model, rules=rules, leaf_modules=leaf_modules, shape=shape)
+    walk.require()
+    return walk
+
+
+def _rewalk(
+    model: ConvertedModule, rules: Mapping[Key, Rule | Callable[..., Any]] | None, shape: tuple[int, ...] | None
+) -> Walk:
+    graph_module = _copy(model)
+    graph = graph_module.graph
     lane, calls = lane_nodes(graph), site_calls(graph)
-    values = _run(model, shape)
+    values = _run(graph_module, model.example_inputs(EXAMPLE_BATCH), shape)
     kinds = {node: _kind(node, values.get(node), lane) for node in graph.nodes}
     table = TABLE.with_overrides(rules)
     found: dict[fx.Node, Rule] = {}
+    missing: dict[fx.Node, str] = {}
     for node in graph.nodes:
         if kinds[node] is not Kind.DATA or node.op in ("placeholder", "output"):
             continue
-        if node.op == "call_module":
-            rule = table.for_module(model.get_submodule(str(node.target)))
+        rule = Rule(_LAYERS[node.target]) if node.target in _LAYERS else rule_of(graph_module, node, table)
+        standing, reason = ("unsupported", "no moment rule") if rule is None else standing_for(node, rule, kinds)
+        if rule is None or standing == "unsupported":
+            missing[node] = reason
         else:
-            rule = Rule(_LAYERS[node.target]) if node.target in _LAYERS else table.for_function(node.target)
-        if rule is None:
-            raise UnsupportedOpError(f"{node.target} in the converted network has no moment rule.\nPass it in rules={{…}}.")
-        found[node] = _claiming(node, rule, calls[node], values) if node in calls else rule
-    return Walk(model, values, kinds, found)
+            found[node] = _claiming(node, rule, calls[node], values) if node in calls else rule
+    return completed(graph_module, values, kinds, found, missing)
+
+
+def _copy(model: ConvertedModule) -> fx.GraphModule:
+    """The model with a graph of its own, to which a walk may add."""
+    graph = fx.Graph()
+    output = graph.graph_copy(model.graphs()[model.training], {})
+    graph.output(output)
+    return fx.GraphModule(model, graph)
 
 
 @torch.no_grad()
-def _run(model: ConvertedModule, shape: tuple[int, ...] | None) -> dict[fx.Node, Any]:
+def _run(model: fx.GraphModule, inputs: list[Tensor], shape: tuple[int, ...] | None) -> dict[fx.Node, Any]:
     """Every node's value in a run on zeros."""
-    inputs = [torch.zeros_like(x) for x in model.example_inputs(EXAMPLE_BATCH)]
+    inputs = [torch.zeros_like(x) for x in inputs]
     if shape is not None:
         inputs[0] = inputs[0].new_zeros(EXAMPLE_BATCH, *shape)
     run = fx.Interpreter(model, garbage_collect_values=False)

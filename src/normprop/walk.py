@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import enum
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,17 +13,12 @@ from normprop import integrations
 from normprop.channel_moments import Moments
 from normprop.errors import NormPropError, TracingError, UnsupportedOpError
 from normprop.example import Shape, Shapes, example_values, model_inputs, sample_shape
-from normprop.rules.table import TABLE, Key, Rule, describe
+from normprop.fusion import Fused, Fusion
+from normprop.kind import Kind as Kind
+from normprop.rules.composed import composed
+from normprop.rules.table import TABLE, Key, Rule, RuleTable, Standing, describe
 from normprop.sized import SizedTracer
 from normprop.trace import Leaf, LeafTracer, trace
-
-
-class Kind(enum.Enum):
-    """What a node's value is to the walk."""
-
-    DATA = "depends on the input's values: has moments"
-    TENSOR = "made of parameters alone: known as it is"
-    STATIC = "no tensor: a size or a flag of the input, known from the example run"
 
 
 @dataclass(frozen=True)
@@ -36,12 +30,16 @@ class Walk:
         values: node → value in a run on meta tensors.
         kinds: node → `Kind`.
         rules: rule of every DATA node that is neither an input nor the output.
+        fused: nodes that are taken as one function of an earlier node, whatever operations lie between.
+        missing: DATA nodes without a rule, and why.
     """
 
     graph_module: fx.GraphModule
     values: Mapping[fx.Node, Any]
     kinds: Mapping[fx.Node, Kind]
     rules: Mapping[fx.Node, Rule]
+    fused: Mapping[fx.Node, Fused] = field(default_factory=dict)
+    missing: Mapping[fx.Node, str] = field(default_factory=dict)
 
     def inputs(self) -> list[tuple[Shape, torch.dtype]]:
         """Sample shape and dtype of each input."""
@@ -62,6 +60,10 @@ class Walk:
             known: what stands for a TENSOR node (the tensor, or the node itself).
             module: what stands for the module of a call_module node.
         """
+        if node in self.fused:
+            f = self.fused[node]
+            operands = (known(operand) for operand in f.operands)
+            return composed, (moments_of(f.source), f.program, f.bends, f.jumps, *operands), {}
         rule = self.rules[node]
 
         def replace(argument: fx.Node) -> Any:
@@ -83,7 +85,9 @@ class Walk:
         return rule.function, (*rule.leading, *first, *args), kwargs
 
     def data_arguments(self, node: fx.Node) -> list[fx.Node]:
-        """The DATA nodes among a node's arguments, in order, once for every mention."""
+        """The DATA nodes that a node's moments follow from, in order, once for every mention among its arguments."""
+        if node in self.fused:
+            return [self.fused[node].source]
         found: list[fx.Node] = []
 
         def collect(argument: fx.Node) -> fx.Node:
@@ -93,6 +97,20 @@ class Walk:
 
         fx.node.map_arg((node.args, node.kwargs), collect)
         return found
+
+    def standing(self, node: fx.Node) -> tuple[Standing, str]:
+        """Standing of a node's rule for its arguments, and the reason."""
+        return standing_for(node, self.rules[node], self.kinds)
+
+    def require(self, nodes: Collection[fx.Node] | None = None) -> None:
+        """Make sure that nodes have rules, all of them by default.
+
+        Raises:
+            UnsupportedOpError: some have none; all of these are named with their place and source line.
+        """
+        left = [(node, reason) for node, reason in self.missing.items() if nodes is None or node in nodes]
+        if left:
+            raise _unsupported(self, left)
 
     def place(self, node: fx.Node) -> str:
         """Module path of a node: its own if it calls a module, else that of the module whose forward it stands in."""
@@ -104,6 +122,17 @@ class Walk:
             return type(self.module(node)).__name__
         target = node.target
         return describe(target) if not isinstance(target, str) else (target if node.op == "placeholder" else f".{target}")
+
+
+def standing_for(node: fx.Node, rule: Rule, kinds: Mapping[fx.Node, Kind]) -> tuple[Standing, str]:
+    """Standing of a rule for a node's arguments, and the reason."""
+    if rule.judge is None:
+        return rule.standing, rule.reason
+    stand_in: Any = lambda argument: Moments if kinds[argument] is Kind.DATA else argument
+    args, kwargs = fx.node.map_arg(node.args, stand_in), dict(fx.node.map_arg(node.kwargs, stand_in))
+    if not args and "input" in kwargs:
+        args = (kwargs.pop("input"),)
+    return rule.standing_for(*args, **kwargs)
 
 
 def prepare(
@@ -121,9 +150,11 @@ def prepare(
         leaf_modules: modules to keep whole.
         shape: shape of one sample of the first input, or a sequence with one an input, if known.
 
+    Returns:
+        The walk; what has no rule is in its ``missing``, and `Walk.require` refuses it.
+
     Raises:
         TracingError: control flow on values, or no fitting input shape.
-        UnsupportedOpError: operations without a rule; all are named with their place and source line.
     """
     _check(model)
     integration = integrations.load_for(model)
@@ -144,19 +175,46 @@ def prepare(
     for node in graph_module.graph.nodes:
         kinds[node] = _kind(node, values, kinds)
     found: dict[fx.Node, Rule] = {}
-    walk = Walk(graph_module, values, kinds, found)
-    missing: list[tuple[fx.Node, str]] = []
+    missing: dict[fx.Node, str] = {}
     for node in graph_module.graph.nodes:
         if kinds[node] is not Kind.DATA or node.op in ("placeholder", "output"):
             continue
-        rule = table.for_module(walk.module(node)) if node.op == "call_module" else table.for_function(node.target)
-        if rule is None or rule.standing == "unsupported":
-            missing.append((node, rule.reason if rule else "no moment rule"))
+        rule = rule_of(graph_module, node, table)
+        standing, reason = ("unsupported", "no moment rule") if rule is None else standing_for(node, rule, kinds)
+        if rule is None or standing == "unsupported":
+            missing[node] = reason
         else:
             found[node] = rule
-    if missing:
-        raise _unsupported(walk, missing)
-    return walk
+    return completed(graph_module, values, kinds, found, missing)
+
+
+def rule_of(graph_module: fx.GraphModule, node: fx.Node, table: RuleTable) -> Rule | None:
+    """The table's rule for what a node runs."""
+    if node.op == "call_module":
+        return table.for_module(graph_module.get_submodule(str(node.target)))
+    return table.for_function(node.target)
+
+
+def completed(
+    graph_module: fx.GraphModule,
+    values: dict[fx.Node, Any],
+    kinds: dict[fx.Node, Kind],
+    rules: dict[fx.Node, Rule],
+    missing: Mapping[fx.Node, str],
+) -> Walk:
+    """The walk in which elementwise operations on one tensor are taken together.
+
+    Args:
+        graph_module: the trace; nodes may be added to its graph.
+        values: node → value in the example run; grows with the graph.
+        kinds: node → kind; as `values`.
+        rules: node → rule, where the table has one; gets those of composed functions.
+        missing: node → reason, where it has none.
+    """
+    fused = Fusion(graph_module, values, kinds, rules).run()
+    rules |= {node: function.rule() for node, function in fused.items()}
+    left = {node: reason for node, reason in missing.items() if node not in fused}
+    return Walk(graph_module, values, kinds, rules, fused, left)
 
 
 def _inputs_or(error: TracingError, model: nn.Module, shape: Shapes | None, hint: Shape | None) -> tuple[Tensor, ...]:

@@ -18,7 +18,6 @@ def _weight(*size: int) -> torch.Tensor:
     return torch.randn(*size, dtype=torch.float64)
 
 
-_ZERO_MEAN = Moments(torch.zeros(4, dtype=torch.float64), torch.tensor([0.5, 1.0, 1.5, 2.0], dtype=torch.float64))
 _W1, _W2, _W3 = _weight(6, 4, 3), _weight(6, 2, 3, 3), _weight(2, 4, 2, 2, 2)
 _B6, _U1, _U2, _U3 = _weight(6), _weight(4, 3, 4), _weight(4, 3, 4, 4), _weight(4, 2, 2, 2, 2)
 _L = _weight(5, 3)
@@ -31,11 +30,6 @@ class Standardised(nn.Conv2d):
         weight = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
         weight = weight / (weight.std((1, 2, 3), keepdim=True) + 1e-5)
         return self._conv_forward(input, weight, self.bias)
-
-
-def _whole(**options: Any) -> dict[str, Any]:
-    """Transposed convolutions without a mean, cropped to where every phase has its full number of taps."""
-    return {"moments": _ZERO_MEAN, **options}
 
 
 CASES = {
@@ -51,16 +45,17 @@ CASES = {
     "conv2d": Case(lambda x: F.conv2d(x, _W2, _B6, groups=2), [(4, 5, 5)]),
     "conv2d by keywords": Case(lambda x: F.conv2d(input=x, weight=_W2, bias=_B6, stride=2, groups=2), [(4, 5, 5)]),
     "conv3d": Case(lambda x: torch.conv3d(x, _W3), [(4, 3, 3, 3)]),
-    "ConvTranspose1d": Case(nn.ConvTranspose1d(4, 3, 4, stride=2, padding=3), [(4, 6)], **_whole()),
-    "ConvTranspose2d": Case(nn.ConvTranspose2d(4, 3, 4, stride=2, padding=3), [(4, 6, 6)], samples=8000, **_whole()),
-    "ConvTranspose2d in groups": Case(nn.ConvTranspose2d(4, 6, 2, stride=2, groups=2), [(4, 3, 3)], **_whole()),
-    "ConvTranspose2d of stride one": Case(nn.ConvTranspose2d(4, 3, 3, padding=2), [(4, 5, 5)]),
-    "ConvTranspose3d": Case(nn.ConvTranspose3d(4, 2, 2, stride=2), [(4, 2, 2, 2)], **_whole()),
-    "conv_transpose1d": Case(lambda x: F.conv_transpose1d(x, _U1, stride=2, padding=3), [(4, 6)], **_whole()),
-    "conv_transpose2d": Case(
-        lambda x: F.conv_transpose2d(x, _U2, stride=2, padding=3), [(4, 6, 6)], samples=8000, **_whole()
+    "ConvTranspose1d": Case(nn.ConvTranspose1d(4, 3, 4, stride=2, padding=3), [(4, 6)]),
+    "ConvTranspose2d": Case(nn.ConvTranspose2d(4, 3, 4, stride=2, padding=3), [(4, 6, 6)], samples=8000),
+    "ConvTranspose2d in groups": Case(nn.ConvTranspose2d(4, 6, 2, stride=2, groups=2), [(4, 3, 3)]),
+    "ConvTranspose2d dilated": Case(
+        nn.ConvTranspose2d(4, 2, (4, 2), stride=(2, 3), dilation=(1, 2), padding=(3, 3)), [(4, 5, 5)], samples=8000
     ),
-    "conv_transpose3d": Case(lambda x: F.conv_transpose3d(x, _U3, stride=(2, 2, 2)), [(4, 2, 2, 2)], **_whole()),
+    "ConvTranspose2d of stride one": Case(nn.ConvTranspose2d(4, 3, 3, padding=2), [(4, 5, 5)]),
+    "ConvTranspose3d": Case(nn.ConvTranspose3d(4, 2, 2, stride=2), [(4, 2, 2, 2)]),
+    "conv_transpose1d": Case(lambda x: F.conv_transpose1d(x, _U1, stride=2, padding=3), [(4, 6)]),
+    "conv_transpose2d": Case(lambda x: F.conv_transpose2d(x, _U2, stride=2, padding=3), [(4, 6, 6)], samples=8000),
+    "conv_transpose3d": Case(lambda x: F.conv_transpose3d(x, _U3, stride=(2, 2, 2)), [(4, 2, 2, 2)]),
     "Linear": Case(nn.Linear(3, 5), [(3,)]),
     "Linear of tokens": Case(nn.Linear(3, 5, bias=False), [(2, 3)], channel=-1),
     "linear": Case(lambda x: F.linear(x, weight=_L), [(3,)]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator
 from typing import Any
 
@@ -149,6 +150,22 @@ def test_approximations_and_refusals_say_why(key: Any) -> None:
 def test_recurrent_layers_are_refused_with_the_reason() -> None:
     with pytest.raises(normprop.UnsupportedOpError, match="recurrence"):
         normprop.propagate(nn.Sequential(nn.LSTM(4, 4)))
+
+
+def test_operations_have_the_names_that_are_imported() -> None:
+    found = {describe(key) for key in (torch.nn.functional.max_pool2d, torch.nn.functional.gelu, torch.einsum, torch.conv2d)}
+    assert found == {
+        "torch.nn.functional.max_pool2d", "torch.nn.functional.gelu", "torch.einsum", "torch.conv2d"
+    }  # fmt: skip
+    assert describe(operator.matmul) == "operator.matmul"
+    assert describe(torch.nn.functional.scaled_dot_product_attention) == "torch.nn.functional.scaled_dot_product_attention"
+    assert describe(torch.special.expit) == "torch.special.expit"
+    assert (describe(getattr), describe("relu"), describe(nn.ReLU)) == (
+        "getattr",
+        "Tensor.relu",
+        nn.ReLU.__module__ + ".ReLU",
+    )
+    assert not [name for name in map(describe, TABLE) if "<" in name or "torch._C" in name or name.startswith("_")]
 
 
 def test_a_second_registration_is_refused() -> None:

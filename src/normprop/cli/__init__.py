@@ -15,8 +15,10 @@ __all__ = ["COMMANDS", "main"]
 COMMANDS: dict[str, tuple[str, str, str]] = {
     "demo": ("normprop.cli.demo", "demo", "see it train where BatchNorm can't, in two minutes, without downloads"),
     "train": ("normprop.cli.train", "train", "train a network on a data set with any normaliser"),
+    "compare": ("normprop.cli.compare", "compare", "compare normalisers over learning rates, clippings and batch sizes"),
     "inspect": ("normprop.cli.inspect", "inspect", "predicted and measured moments of a network; what converts"),
     "moments": ("normprop.cli.moments", "moments", "moments of activations for a Gaussian input"),
+    "bench": ("normprop.cli.bench", "bench", "what normalising costs: time and memory beside other normalisers and none"),
     "data": ("normprop.cli.data", "data", "list the data sets, and where each is found"),
 }
 

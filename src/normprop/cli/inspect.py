@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from json import dumps
+from pathlib import Path
 from typing import Annotated
 
 import tyro
@@ -22,6 +23,8 @@ def inspect(
     norm: str = "batch",
     width: float = 1.0,
     coverage: tuple[str, ...] = (),
+    html: Path | None = None,
+    plot: Path | None = None,
     json: bool = False,
 ) -> None:
     """What the mean and standard deviation of every tensor of a network should be and, with data, what they are.
@@ -36,6 +39,8 @@ def inspect(
         norm: Normaliser of the network, as in normprop train.
         width: Width factor of the built-in networks.
         coverage: Names of networks; prints for each whether it converts and what is approximate.
+        html: File to write the table to as a page that needs nothing else, coloured by drift.
+        plot: File to draw mean, standard deviation and growth over depth in (.png, .svg, .pdf).
         json: Print JSON instead of a table.
     """
     if coverage:
@@ -55,6 +60,10 @@ def inspect(
         shape, classes = tuple(x.shape[1:]), images.classes
     network = realize(models.build(model, shape=shape, classes=classes, norm=kind, width=width), kind, shape)
     report = inspect_model(network, x)
+    if html is not None:
+        report.save_html(html)
+    if plot is not None:
+        report.save_plot(plot)
     print(report.to_json() if json else report.table())
 
 

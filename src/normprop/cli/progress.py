@@ -54,7 +54,7 @@ class RunDisplay(Observer):
         else:
             self._line(
                 f"epoch {row.epoch:>3}/{epochs}  loss {row.train_loss:.4f}  train {percent(row.train_accuracy)}  "
-                f"test {percent(row.test_accuracy)}  rate {row.lr:.2g}  {row.seconds:.1f} s  "
+                f"{_held_out(row)}  rate {row.lr:.2g}  {row.seconds:.1f} s  "
                 f"{row.images_per_second:,.0f} images/s"
             )
 
@@ -66,3 +66,9 @@ class RunDisplay(Observer):
     def _line(self, text: str) -> None:
         self.console.print(text, soft_wrap=True, markup=False)
         self.printed = time.monotonic()
+
+
+def _held_out(row: Row) -> str:
+    """Accuracies on samples that aren't trained on, those that were measured."""
+    accuracies = (("validation", row.validation_accuracy), ("test", row.test_accuracy))
+    return "  ".join(f"{name} {percent(value)}" for name, value in accuracies if value is not None)

@@ -57,8 +57,7 @@ class Batches:
 
 def _shifted(x: Tensor, offset: Tensor, by: int) -> Tensor:
     """Windows of the zero-padded images, `offset` `(n, 2)` rows and columns from its corner."""
-    n, _, height, width = x.shape
-    padded = F.pad(x, (by, by, by, by))
-    rows = offset[:, 0, None] + torch.arange(height)
-    columns = offset[:, 1, None] + torch.arange(width)
-    return padded[torch.arange(n)[:, None, None], :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+    height, width = x.shape[-2:]
+    corners = offset.tolist()
+    windows = [image[:, r : r + height, c : c + width] for image, (r, c) in zip(F.pad(x, (by,) * 4), corners, strict=True)]
+    return torch.stack(windows)

@@ -22,7 +22,10 @@ class Row:
         lr: Learning rate of the last step.
         train_loss: Cross-entropy in nats, mean over the epoch's steps, each before its update; None if none was finite.
         train_accuracy: Share of training samples classified right, likewise.
-        test_accuracy: Share of test samples classified right after the epoch; None after divergence.
+        test_accuracy: Share of test samples classified right after the epoch; None after divergence and, where there
+            are validation samples, before the last epoch.
+        validation_accuracy: Share of validation samples classified right after the epoch; None without them or after
+            divergence.
         seconds: Spent on training steps in this epoch, evaluation and checkpoints left out.
         images_per_second: Training samples per second, over all processes.
         diverged: Whether the loss became infinite or NaN here.
@@ -37,6 +40,7 @@ class Row:
     seconds: float
     images_per_second: float
     diverged: bool = False
+    validation_accuracy: float | None = None
 
 
 @dataclass(frozen=True)

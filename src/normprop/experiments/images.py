@@ -27,6 +27,8 @@ class Images:
         x_test: As `x_train`.
         y_test: As `y_train`.
         classes: Number of classes.
+        x_validation: Held out of the training set, as `x_train`; none at first.
+        y_validation: Their classes.
     """
 
     name: str
@@ -35,6 +37,8 @@ class Images:
     x_test: Tensor
     y_test: Tensor
     classes: int
+    x_validation: Tensor | None = None
+    y_validation: Tensor | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -52,6 +56,27 @@ class Images:
             raise NormPropError(f"{self.name} has {total} training images, not {train_images}.\nAsk for 2 to {total}.")
         chosen = torch.randperm(total, generator=torch.Generator().manual_seed(0))[:train_images]
         return replace(self, x_train=self.x_train[chosen], y_train=self.y_train[chosen])
+
+    def hold_out(self, validation: int) -> Images:
+        """The same set with some training images set aside: a fixed random choice that is the same for every seed.
+
+        Raises:
+            NormPropError: where fewer than two images are left to train on, or none is held out.
+        """
+        total = len(self.x_train)
+        if not 1 <= validation <= total - 2:
+            raise NormPropError(
+                f"{self.name} has {total} training images: {validation} can't be held out.\nHold out 1 to {total - 2}."
+            )
+        order = torch.randperm(total, generator=torch.Generator().manual_seed(1))
+        held, kept = order[:validation], order[validation:]
+        return replace(
+            self,
+            x_train=self.x_train[kept],
+            y_train=self.y_train[kept],
+            x_validation=self.x_train[held],
+            y_validation=self.y_train[held],
+        )
 
 
 def from_arrays(name: str, x_train: Any, y_train: Any, x_test: Any, y_test: Any) -> Images:

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Sequence
 from itertools import pairwise
 
+import torch
 from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
 
 from normprop.errors import NormPropError
 from normprop.experiments.external import build_external
 from normprop.experiments.names import unknown
 from normprop.experiments.normalizers import Normalizer
-from normprop.experiments.resnet import ResNet
+from normprop.experiments.resnet import Block, ResNet
 
 _NAMES = ("nin", "mlp", "plain12", "resnet8", "resnet18", "resnet20", "resnet32", "resnet44", "resnet56", "resnet110")
 
 
 def build(name: str, *, shape: tuple[int, ...], classes: int, norm: Normalizer, width: float = 1.0) -> nn.Module:
-    """A freshly initialised network with `norm.layer` before every hidden activation; see `realize` for the rest.
+    """A freshly initialised network with `norm` before every hidden activation; see `realize` for the rest.
 
     Args:
         name: `nin` (the network of Arpit et al. 2016), `mlp`, `plainN` (N layers, no skips), `resnetN` (N = 6n + 2),
@@ -44,25 +48,29 @@ def build(name: str, *, shape: tuple[int, ...], classes: int, norm: Normalizer, 
         if width != 1.0:
             raise NormPropError(f"{name} has its own width.\nLeave out --width.")
         return build_external(name, shape=shape, classes=classes, norm=norm)
+    if norm.images_only and (len(shape) != 3 or name == "mlp"):
+        raise NormPropError(
+            f"--norm {norm.name} needs images: a vector has no positions.\nUse --norm layer, or --model nin."
+        )
     family = re.fullmatch(r"(nin|mlp|plain|resnet)(\d*)", name)
     depth = int(family[2]) if family and family[2] else 0
     if family and family[1] == "mlp" and not depth:
-        return initialized(_mlp(shape, classes, norm, width))
+        return initialized(_mlp(shape, classes, norm, width), norm)
     if family and len(shape) != 3:
         raise NormPropError(f"{name} needs images, not samples of shape {shape}.\nUse --model mlp.")
     if family and family[1] == "nin" and not depth:
-        return initialized(_nin(shape[0], classes, norm, width))
+        return initialized(_nin(shape[0], classes, norm, width), norm)
     if family and family[1] == "plain" and depth >= 4:
-        return initialized(_plain(depth, shape[0], classes, norm, width))
+        return initialized(_plain(depth, shape[0], classes, norm, width), norm)
     if name == "resnet18":
-        return initialized(ResNet(2, tuple(_scaled(c, width) for c in (64, 128, 256, 512)), shape[0], classes, norm))
+        return initialized(ResNet(2, tuple(_scaled(c, width) for c in (64, 128, 256, 512)), shape[0], classes, norm), norm)
     if family and family[1] == "resnet" and depth >= 8 and (depth - 2) % 6 == 0:
         widths = tuple(_scaled(c, width) for c in (16, 32, 64))
-        return initialized(ResNet((depth - 2) // 6, widths, shape[0], classes, norm))
+        return initialized(ResNet((depth - 2) // 6, widths, shape[0], classes, norm), norm)
     raise unknown("model", name, _NAMES, "torchvision:NAME, timm:NAME and MODULE:FUNCTION work too.")
 
 
-def initialized(network: nn.Module) -> nn.Module:
+def initialized(network: nn.Module, norm: Normalizer) -> nn.Module:
     """He's initialisation for every layer before a ReLU, torch's own for the last one; biases at zero."""
     linear = [m for m in network.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
     for module in linear[:-1]:
@@ -70,7 +78,27 @@ def initialized(network: nn.Module) -> nn.Module:
     for module in linear:
         if module.bias is not None:
             nn.init.zeros_(module.bias)
+    if norm.weight_norm:
+        _split_weights(network, linear[:-1])
     return network
+
+
+@torch.no_grad()
+def _split_weights(network: nn.Module, hidden: Sequence[nn.Module]) -> None:
+    """Weight normalisation with lengths √(s·fan_in/fan_out) that keep the norm of the signal (Arpit et al. 2019).
+
+    s is 2 before a ReLU, 1 on a skip and 1/B at the end of a residual branch, where B blocks follow each other.
+    """
+    share: dict[nn.Module, float] = dict.fromkeys(hidden, 2.0)
+    for stage in network.stages.children() if isinstance(network, ResNet) else ():
+        blocks = [block for block in stage.children() if isinstance(block, Block)]
+        for block in blocks:
+            share[block.conv2] = 1 / len(blocks)
+            share.update((module, 1.0) for module in block.skip.modules() if module in share)
+    for module, s in share.items():
+        outside, inside = module.get_parameter("weight").shape[:2]
+        weight_norm(module)
+        module.get_parameter("parametrizations.weight.original0").fill_(math.sqrt(s * inside / outside))
 
 
 def _scaled(channels: int, width: float) -> int:
@@ -78,8 +106,7 @@ def _scaled(channels: int, width: float) -> int:
 
 
 def _conv(inside: int, outside: int, size: int, norm: Normalizer, stride: int = 1) -> list[nn.Module]:
-    conv = nn.Conv2d(inside, outside, size, stride, size // 2, bias=norm.bias)
-    return [conv, norm.layer(outside, 2), nn.ReLU()]
+    return [norm.convolution(inside, outside, size, stride), *norm.hidden(outside, 2)]
 
 
 def _nin(channels: int, classes: int, norm: Normalizer, width: float) -> nn.Module:
@@ -111,7 +138,7 @@ def _mlp(shape: tuple[int, ...], classes: int, norm: Normalizer, width: float) -
     hidden = [
         layer
         for inside, outside in pairwise(sizes)
-        for layer in (nn.Linear(inside, outside, bias=norm.bias), norm.layer(outside, 0), nn.ReLU())
+        for layer in (nn.Linear(inside, outside, bias=norm.bias), *norm.hidden(outside, 0))
     ]
     return nn.Sequential(nn.Flatten(), *hidden, nn.Linear(sizes[-1], classes))
 

@@ -10,72 +10,93 @@ from torch import nn
 
 import normprop
 from normprop.data import InputStats
-from normprop.errors import NormPropError
+from normprop.experiments import baselines
 from normprop.experiments.names import unknown
+
+Layer = Callable[[int, int], nn.Module]
 
 
 @dataclass(frozen=True)
 class Normalizer:
-    """One way to normalise: a layer between linear operation and activation, or a conversion of the BatchNorm network.
+    """One way to normalise, or to do without: what stands between linear operations, and what these are.
+
+    A layer is made from the number of channels and of spatial dimensions (0 for vectors, 2 for images).
 
     Attributes:
         name: What `--norm` calls it.
-        layer: From the number of channels and of spatial dimensions (0 for vectors, 2 for images) to a module.
+        layer: Stands between a linear operation and its ReLU.
+        act: Layer and activation in one, where they can't be told apart; None for `layer`, then ReLU.
+        ending: In place of `layer` at the end of a residual branch; None for `layer`.
+        conv: Makes a convolution of (channels in, channels out, size, stride, bias).
         bias: Whether the linear operation before the layer needs a bias of its own.
+        branches: `scaled` for the residual blocks of NF-ResNets, `plain` for those of He et al. 2016.
+        weight_norm: Whether weights are split into length and direction.
         method: How `normprop.convert` is to rewrite the network built with `layer`; None leaves it.
         rate: Learning rate that suits it at batch size 64.
         clip: Adaptive gradient clipping that suits it at batch size 64; 0 for none.
         smallest_batch: What it can train at.
+        images_only: Whether it needs spatial dimensions.
     """
 
     name: str
-    layer: Callable[[int, int], nn.Module]
+    layer: Layer
+    act: Layer | None = None
+    ending: Layer | None = None
+    conv: Callable[[int, int, int, int, bool], nn.Conv2d] = baselines.convolution
     bias: bool = False
+    branches: Literal["plain", "scaled"] = "plain"
+    weight_norm: bool = False
     method: Literal["exact", "paper"] | None = None
     rate: float = 0.1
     clip: float = 0.0
     smallest_batch: int = 1
+    images_only: bool = False
 
     @property
     def fits_any_network(self) -> bool:
         """Whether it can normalise a network that was built elsewhere with BatchNorm."""
-        return self.method is not None or self.layer is _batch
+        return self.method is not None or self.layer is baselines.batch
 
+    def hidden(self, channels: int, dims: int) -> tuple[nn.Module, nn.Module]:
+        """Normaliser and activation after a hidden linear operation."""
+        if self.act:
+            return self.act(channels, dims), nn.Identity()
+        return self.layer(channels, dims), nn.ReLU()
 
-def _batch(channels: int, dims: int) -> nn.Module:
-    return nn.BatchNorm2d(channels) if dims else nn.BatchNorm1d(channels)
+    def branch_end(self, channels: int) -> nn.Module:
+        """What a residual branch of images ends with, before it joins its skip."""
+        return (self.ending or self.layer)(channels, 2)
 
-
-def _group(channels: int, _dims: int) -> nn.Module:
-    """At most 32 equal groups (Wu & He 2018) of at least two channels: one alone would be instance normalisation."""
-    groups = max(g for g in range(1, 33) if channels % g == 0 and (g == 1 or channels >= 2 * g))
-    return nn.GroupNorm(groups, channels)
-
-
-def _layer(channels: int, _dims: int) -> nn.Module:
-    return nn.GroupNorm(1, channels)
-
-
-def _instance(channels: int, dims: int) -> nn.Module:
-    if not dims:
-        raise NormPropError("Instance normalisation needs images: a vector has one value per channel.\nUse --norm layer.")
-    return nn.InstanceNorm2d(channels, affine=True)
-
-
-def _none(_channels: int, _dims: int) -> nn.Module:
-    return nn.Identity()
+    def convolution(self, inside: int, outside: int, size: int, stride: int = 1) -> nn.Conv2d:
+        """A hidden convolution, padded to keep the image's size at stride 1."""
+        return self.conv(inside, outside, size, stride, self.bias)
 
 
 NORMALIZERS: dict[str, Normalizer] = {
     n.name: n
     for n in (
-        Normalizer("normprop", _batch, method="exact", clip=0.05),
-        Normalizer("paper", _batch, method="paper", clip=0.05),
-        Normalizer("batch", _batch, smallest_batch=2),
-        Normalizer("group", _group),
-        Normalizer("layer", _layer),
-        Normalizer("instance", _instance),
-        Normalizer("none", _none, bias=True, rate=0.02),
+        Normalizer("normprop", baselines.batch, method="exact", clip=0.05),
+        Normalizer("paper", baselines.batch, method="paper", clip=0.05),
+        Normalizer("batch", baselines.batch, smallest_batch=2),
+        Normalizer("frozen", baselines.frozen),
+        Normalizer("group", baselines.group),
+        Normalizer("layer", baselines.layer),
+        Normalizer("instance", baselines.instance, images_only=True),
+        Normalizer("ws", baselines.group, conv=baselines.standardized_convolution, images_only=True),
+        Normalizer("frn", baselines.filter_response, act=baselines.filter_response_act, images_only=True),
+        Normalizer("evonorm-s0", baselines.evonorm_affine, act=baselines.evonorm_act, images_only=True),
+        Normalizer(
+            "nf",
+            baselines.nothing,
+            conv=baselines.scaled_convolution,
+            bias=True,
+            branches="scaled",
+            clip=0.05,
+            images_only=True,
+        ),
+        Normalizer("weight", baselines.nothing, bias=True, weight_norm=True),
+        Normalizer("none", baselines.nothing, bias=True, rate=0.02),
+        Normalizer("none-zero", baselines.nothing, ending=baselines.zero_gain, bias=True, rate=0.02),
     )
 }
 

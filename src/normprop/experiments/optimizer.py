@@ -9,26 +9,21 @@ from normprop.experiments.normalizers import normalizer
 from normprop.experiments.recipe import Recipe
 from normprop.optim import AdaptiveGradientClipping, UnitNormProjection
 
-_LINEAR = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-
 
 def build_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
     """SGD with momentum, weight decay on weights alone, and what the normaliser asks for besides."""
     assert recipe.lr is not None
     trainable = [p for p in model.parameters() if p.requires_grad]
-    # A layer that is normalised has no bias, or one that its conversion froze; any other must keep its length.
-    normalized = {
-        id(m.weight) for m in model.modules() if isinstance(m, _LINEAR) and (m.bias is None or not m.bias.requires_grad)
-    }
-    weights = [p for p in trainable if p.dim() > 1]
+    # Some layers shape their gains as filters of one number.
+    weights = [p for p in trainable if p.dim() > 1 and p[0].numel() > 1]
+    others = [p for p in trainable if p.dim() <= 1 or p[0].numel() == 1]
     groups = [
-        {"params": [p for p in weights if id(p) in normalized], "weight_decay": recipe.weight_decay, "unit_norm": True},
-        {"params": [p for p in weights if id(p) not in normalized], "weight_decay": recipe.weight_decay},
-        {"params": [p for p in trainable if p.dim() <= 1], "weight_decay": 0.0},
+        {"params": weights, "weight_decay": recipe.weight_decay},
+        {"params": others, "weight_decay": 0.0},
     ]
     optimizer = torch.optim.SGD(groups, lr=recipe.lr, momentum=recipe.momentum)
     if recipe.clip:
         AdaptiveGradientClipping(optimizer, clip=recipe.clip)
     if normalizer(recipe.norm).method == "paper":
-        UnitNormProjection(optimizer)
+        UnitNormProjection(optimizer, model)
     return optimizer

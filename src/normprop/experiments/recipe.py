@@ -12,36 +12,28 @@ from normprop.experiments.images import Images
 from normprop.experiments.normalizers import normalizer
 from normprop.experiments.schedules import Schedule
 
+_LEAST = (("batch_size", 1), ("epochs", 0), ("validation", 0), ("crops", 0), ("momentum", 0.0), ("weight_decay", 0.0))
+
 
 @dataclass(frozen=True)
-class Recipe:
-    """One training run: equal recipes on equal machines give equal weights.
-
-    Example:
-        >>> Recipe(norm="batch", batch_size=64).resolved().lr
-        0.1
-    """
+class Setting:
+    """What the runs of a comparison have in common: data, network and all of the training but what is compared."""
 
     data: str = "digits"
     """digits, mnist, fashion-mnist, cifar10, cifar100, svhn, FILE.npz, or a folder of images."""
     model: str = "nin"
-    """nin, mlp, plain12, resnet8 … resnet110, torchvision:NAME, timm:NAME, or MODULE:FUNCTION."""
+    """nin, mlp, plain12 (any plainN), resnet8 … resnet110, resnet18, torchvision:NAME, timm:NAME, or MODULE:FUNCTION."""
     width: float = 1.0
     """Factor on the number of channels of the built-in networks."""
-    norm: str = "normprop"
-    """normprop, paper, batch, group, layer, instance or none."""
-    batch_size: int = 50
-    """Samples in a step, over all processes together."""
     epochs: int = 10
     """Passes over the training set."""
-    lr: float | None = None
-    """Highest learning rate; by default one that suits the normaliser at batch size 64, times (batch size / 64)^¾."""
     train_images: int | None = None
     """Use a fixed random subset of the training set."""
+    validation: int | None = None
+    """Hold so many training images out, the same in every run, to choose settings by. Test accuracy is then measured
+    after the last epoch only. By default 0, and a tenth of the training set where settings are compared."""
     image_size: int | None = None
     """Resize the images of a folder to this height and width."""
-    seed: int = 0
-    """Of initialisation, order, augmentation and dropout."""
     schedule: Schedule = "onecycle"
     """How the learning rate moves; halving is the paper's."""
     halve_every: int | None = None
@@ -50,9 +42,6 @@ class Recipe:
     """Of SGD."""
     weight_decay: float = 5e-4
     """On weights; never on gains and biases."""
-    clip: float | None = None
-    """Adaptive gradient clipping at this ratio of gradient to weight, 0 for none; by default 0.05·√(64 / batch size)
-    for normprop and paper, none for the others."""
     flips: bool = False
     """Mirror training images at random."""
     crops: int = 0
@@ -62,6 +51,28 @@ class Recipe:
     dtype: Literal["float32", "bf16"] = "float32"
     """bf16 computes under autocast; weights stay float32."""
 
+
+@dataclass(frozen=True)
+class Recipe(Setting):
+    """One training run: equal recipes on equal machines give equal weights.
+
+    Example:
+        >>> Recipe(norm="batch", batch_size=64).resolved().lr
+        0.1
+    """
+
+    norm: str = "normprop"
+    """normprop, paper, batch, frozen, group, layer, instance, ws, frn, evonorm-s0, nf, weight, none or none-zero."""
+    batch_size: int = 50
+    """Samples in a step, over all processes together."""
+    lr: float | None = None
+    """Highest learning rate; by default one that suits the normaliser at batch size 64, times (batch size / 64)^¾."""
+    clip: float | None = None
+    """Adaptive gradient clipping at this ratio of gradient to weight, 0 for none; by default 0.05·√(64 / batch size)
+    for normprop, paper and nf, none for the others."""
+    seed: int = 0
+    """Of initialisation, order, augmentation and dropout."""
+
     def resolved(self) -> Recipe:
         """The same recipe with its dependent defaults filled in, checked.
 
@@ -69,8 +80,8 @@ class Recipe:
             NormPropError: for numbers out of range and combinations that can't train.
         """
         norm = normalizer(self.norm)
-        for name, least in (("batch_size", 1), ("epochs", 0), ("crops", 0), ("momentum", 0.0), ("weight_decay", 0.0)):
-            if getattr(self, name) < least:
+        for name, least in _LEAST:
+            if (getattr(self, name) or 0) < least:
                 raise NormPropError(f"{_flag(name)} is {getattr(self, name)}.\nUse {least} or more.")
         if self.lr is not None and not 0 < self.lr < math.inf:
             raise NormPropError(f"--lr is {self.lr}.\nUse a rate above 0.")
@@ -85,6 +96,7 @@ class Recipe:
             self,
             lr=rate_at(self.batch_size, norm.rate) if self.lr is None else self.lr,
             clip=clip_at(self.batch_size, norm.clip) if self.clip is None else self.clip,
+            validation=self.validation or 0,
             halve_every=self.halve_every or max(1, self.epochs // 8),
         )
 

@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from normprop.data import InputStats, Standardize
 from normprop.errors import NormPropError
 from normprop.experiments import checkpoint
+from normprop.experiments.baselines import measure_once
 from normprop.experiments.batches import Batches
 from normprop.experiments.datasets import load
 from normprop.experiments.history import Observer, Row, Run, to_json_lines
@@ -28,6 +29,9 @@ from normprop.experiments.processes import Processes, processes
 from normprop.experiments.recipe import Recipe
 from normprop.experiments.schedules import rate_factor
 from normprop.experiments.seeds import derived
+
+# Training samples from which statistics that are frozen before training are measured.
+_MEASURED = 512
 
 CHECKPOINT, METRICS, RECIPE = "checkpoint.pt", "metrics.jsonl", "recipe.json"
 
@@ -69,7 +73,7 @@ def train(
     if out and not (resume or overwrite) and (out / CHECKPOINT).exists():
         raise NormPropError(f"{out} already holds a run.\nContinue it with --resume, replace it with --overwrite.")
     images = images or load(recipe.data, image_size=recipe.image_size)
-    images = images.subset(recipe.train_images) if recipe.train_images else images
+    images = prepared(images, recipe)
     with processes(device) as group:
         recipe.check_fits(images, world=group.world)
         trainer = _Trainer(recipe, images, group, (observer or Observer()) if group.writes else Observer())
@@ -83,6 +87,16 @@ def train(
         return trainer.run(out if group.writes else None, checkpoint_every)
 
 
+def prepared(images: Images, recipe: Recipe) -> Images:
+    """The data set as the recipe divides it: validation images held out first, then the subset to train on.
+
+    Raises:
+        NormPropError: where there are too few images.
+    """
+    images = images.hold_out(recipe.validation) if recipe.validation else images
+    return images.subset(recipe.train_images) if recipe.train_images else images
+
+
 def build_model(recipe: Recipe, images: Images, group: Processes) -> nn.Module:
     """The recipe's network behind a `Standardize` that knows the training set, on the group's device."""
     torch.manual_seed(recipe.seed)
@@ -91,18 +105,40 @@ def build_model(recipe: Recipe, images: Images, group: Processes) -> nn.Module:
     stats = InputStats.from_tensor(images.x_train[group.rank :: group.world]).synchronized()
     standardize = Standardize(stats, recipe.data_norm)
     parts = OrderedDict(standardize=standardize, network=realize(network, norm, images.shape))
-    return nn.Sequential(parts).to(group.device)
+    # Images lie channels last, see `_placed`; weights that lie so too needn't be reordered in every step.
+    model = nn.Sequential(parts).to(group.device).to(memory_format=torch.channels_last)
+    measure_once(model, _placed(_some(images, recipe.seed), group))
+    return model
+
+
+def _placed(x: Tensor, group: Processes) -> Tensor:
+    """Samples on the device; images with their channels innermost, which CPUs and tensor cores convolve fastest."""
+    x = x.to(group.device)
+    return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
+
+
+def _some(images: Images, seed: int) -> Tensor:
+    """A random batch of training samples, as large as statistics are ever taken from."""
+    chosen = torch.randperm(len(images.x_train), generator=torch.Generator().manual_seed(derived(seed, -1)))
+    return images.x_train[chosen[:_MEASURED]]
+
+
+def _seed_dropout(seed: int, group: Processes) -> None:
+    # torch.manual_seed also notes a stack trace for every kind of device, which at batch size 1 takes its time.
+    if group.device.type == "cpu":
+        torch.default_generator.manual_seed(seed)
+    else:
+        torch.manual_seed(seed)
 
 
 @torch.no_grad()
-def accuracy(model: nn.Module, images: Images, group: Processes, *, batch_size: int = 500) -> float:
-    """Share of the test set that the model, in evaluation mode, classifies right."""
+def accuracy(model: nn.Module, x: Tensor, y: Tensor, group: Processes, *, batch_size: int = 128) -> float:
+    """Share of the samples `x` that the model, in evaluation mode, gives their classes `y`."""
     model.eval()
     right = 0.0
-    x, y = images.x_test[group.rank :: group.world], images.y_test[group.rank :: group.world]
-    for xs, ys in zip(x.split(batch_size), y.split(batch_size), strict=True):
-        right += float((model(xs.to(group.device)).argmax(1) == ys.to(group.device)).sum())
-    return group.total([right])[0] / len(images.x_test)
+    for xs, ys in zip(*(part[group.rank :: group.world].split(batch_size) for part in (x, y)), strict=True):
+        right += float((model(_placed(xs, group)).argmax(1) == ys.to(group.device)).sum())
+    return group.total([right])[0] / len(x)
 
 
 class _Trainer:
@@ -183,8 +219,9 @@ class _Trainer:
         """Loss of one step over all processes; where it isn't finite the weights are left as they were."""
         recipe, group = self.recipe, self.group
         began = time.perf_counter()
-        x, y = (part.to(group.device) for part in batches.batch(step, rank=group.rank, world=group.world))
-        torch.manual_seed(derived(recipe.seed, self.epoch, step, group.rank))  # dropout
+        x, y = batches.batch(step, rank=group.rank, world=group.world)
+        x, y = _placed(x, group), y.to(group.device)
+        _seed_dropout(derived(recipe.seed, self.epoch, step, group.rank), group)
         for parameters in self.optimizer.param_groups:
             parameters["lr"] = self._rate(step, len(batches))
         with torch.autocast(group.device.type, torch.bfloat16, enabled=recipe.dtype == "bf16"):
@@ -222,14 +259,26 @@ class _Trainer:
             lr=self._rate(max(0, self.step - 1), steps),
             train_loss=loss / seen if seen else None,
             train_accuracy=right / seen if seen else None,
-            test_accuracy=None if diverged else accuracy(self.model, self.images, self.group),
+            test_accuracy=None if diverged else self._test_accuracy(),
             seconds=self.seconds,
             images_per_second=seen / self.seconds if self.seconds else 0.0,
             diverged=diverged,
+            validation_accuracy=None if diverged else self._validation_accuracy(),
         )
         self.rows.append(row)
         self.epoch, self.step, self.sums, self.seconds = self.epoch + 1, 0, [0.0, 0.0, 0.0], 0.0
         self.observer.ended_epoch(row, self.recipe.epochs)
+
+    def _test_accuracy(self) -> float | None:
+        """None while validation images say how it goes: the test set isn't looked at before the end."""
+        images = self.images
+        if images.x_validation is not None and self.epoch + 1 < self.recipe.epochs:
+            return None
+        return accuracy(self.model, images.x_test, images.y_test, self.group)
+
+    def _validation_accuracy(self) -> float | None:
+        x, y = self.images.x_validation, self.images.y_validation
+        return None if x is None or y is None else accuracy(self.model, x, y, self.group)
 
     def _write_metrics(self, out: Path | None) -> None:
         # Whole, from the checkpoint's rows: a file that was appended to would hold some epochs twice after --resume.

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from normprop.channel_moments import Moments
 from normprop.errors import NormPropError
-from normprop.rules.table import rule
+from normprop.rules.table import Standing, rule
 
 Term = Moments | Tensor | float
 
@@ -30,7 +30,7 @@ def add(x: Term, other: Term, *, alpha: float = 1) -> Moments:
     return _moments(other).scaled(alpha).shifted(_constant(x))
 
 
-@rule(torch.sub, operator.sub, "sub", "sub_")
+@rule(torch.sub, torch.subtract, operator.sub, "sub", "sub_", "subtract")
 def sub(x: Term, other: Term, *, alpha: float = 1) -> Moments:
     """``x − αy`` of uncorrelated terms."""
     return add(x, other, alpha=-alpha)
@@ -42,7 +42,7 @@ def rsub(x: Term, other: Term, *, alpha: float = 1) -> Moments:
     return add(other, x, alpha=-alpha)
 
 
-@rule(torch.mul, operator.mul, "mul", "mul_")
+@rule(torch.mul, torch.multiply, operator.mul, "mul", "mul_", "multiply")
 def mul(x: Term, other: Term) -> Moments:
     """``x · y``: exact for independent factors, ``v₁v₂ + m₁²v₂ + m₂²v₁`` (a gate); x · x is the square of a Gaussian."""
     if isinstance(x, Moments) and isinstance(other, Moments):
@@ -52,8 +52,12 @@ def mul(x: Term, other: Term) -> Moments:
     return x.scaled(_constant(other)) if isinstance(x, Moments) else _moments(other).scaled(_constant(x))
 
 
-@rule(torch.div, torch.true_divide, operator.truediv, "div", "div_",
-      standing="approximate", reason="exact by a constant; a divisor that varies is replaced by its mean")  # fmt: skip
+def _by_a_constant(x: Any, other: Any, **_: Any) -> tuple[Standing, str] | None:
+    return ("exact", "") if other is not Moments else None
+
+
+@rule(torch.div, torch.true_divide, torch.divide, operator.truediv, "div", "div_", "divide",
+      standing="approximate", reason="a divisor that varies is replaced by its mean", judge=_by_a_constant)  # fmt: skip
 def div(x: Term, other: Term, *, rounding_mode: None = None) -> Moments:
     """``x / y``; for a varying divisor ``x / E y`` with the relative variances added (delta method)."""
     if not isinstance(other, Moments):
@@ -62,7 +66,7 @@ def div(x: Term, other: Term, *, rounding_mode: None = None) -> Moments:
     return x.times(relative) if isinstance(x, Moments) else relative.scaled(_constant(x))
 
 
-@rule(torch.neg, operator.neg, "neg", "neg_")
+@rule(torch.neg, torch.negative, operator.neg, "neg", "neg_", "negative")
 def neg(x: Moments) -> Moments:
     """``−x``."""
     return x.scaled(-1.0)
@@ -76,11 +80,13 @@ def addcmul(x: Term, tensor1: Term, tensor2: Term, *, value: float = 1) -> Momen
     return add(x, tensor1 * tensor2, alpha=value)
 
 
-@rule(torch.lerp, "lerp", "lerp_")
-def lerp(x: Term, end: Term, weight: Term) -> Moments:
+def _constant_weight(x: Any, end: Any, weight: Any) -> tuple[Standing, str] | None:
+    return ("unsupported", "its weight depends on the input") if weight is Moments else None
+
+
+@rule(torch.lerp, "lerp", "lerp_", judge=_constant_weight)
+def lerp(x: Term, end: Term, weight: Tensor | float) -> Moments:
     """``(1 − w) x + w y`` with a constant w."""
-    if isinstance(weight, Moments):
-        raise NormPropError("lerp with a weight that depends on the input has no moment rule.")
     first = mul(x, 1.0 - weight) if isinstance(x, Moments) else x * (1.0 - weight)
     return add(first, mul(end, weight) if isinstance(end, Moments) else end * weight)
 
@@ -107,12 +113,16 @@ def minimum(x: Moments, other: Term) -> Moments:
     return neg(maximum(neg(x), neg(other) if isinstance(other, Moments) else -other))
 
 
+def _small_power(x: Any, exponent: Any) -> tuple[Standing, str] | None:
+    if exponent is Moments or x is not Moments or not isinstance(exponent, int | float):
+        return "unsupported", "a power of a number, or to an exponent that is a tensor, has no moments by itself"
+    return ("exact", "") if exponent in (1, 2, 3) else None
+
+
 @rule(torch.pow, operator.pow, "pow", "pow_", standing="approximate",
-      reason="exact for the powers 1, 2 and 3; any other is expanded around the mean")  # fmt: skip
+      reason="expanded around the mean, but for the powers 1, 2 and 3", judge=_small_power)  # fmt: skip
 def power(x: Moments, exponent: float) -> Moments:
     """``xⁿ`` of a Gaussian: Isserlis for n = 2, 3, otherwise ``f(m)`` and ``f′(m)² v`` for positive x (delta method)."""
-    if not isinstance(x, Moments) or isinstance(exponent, Moments | Tensor):
-        raise NormPropError("a power whose exponent is a tensor has no moment rule; numbers have.")
     if exponent == 1:
         return x
     if exponent == 2:

@@ -16,7 +16,7 @@ from normprop.rectifier_lane import rectified_moments
 from normprop.rules.table import TABLE, Rule, rule
 
 # One line an operation: its name for `activation_moments`, its parameters in order, and where a graph meets it.
-_FUNCTIONS: dict[str, tuple[str, tuple[Any, ...]]] = {
+FUNCTIONS: dict[str, tuple[str, tuple[Any, ...]]] = {
     "relu": ("", (F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_")),
     "relu6": ("", (F.relu6,)),
     "leaky_relu": ("negative_slope", (F.leaky_relu, F.leaky_relu_)),
@@ -122,7 +122,7 @@ def module_activation(module: nn.Module, x: Moments) -> Moments:
     return Moments(result.mean, result.var)
 
 
-for _name, (_parameters, _keys) in _FUNCTIONS.items():
+for _name, (_parameters, _keys) in FUNCTIONS.items():
     for _key in dict.fromkeys(_keys):  # torch gives some functions two names
         TABLE.add(_key, Rule(named_activation, leading=(_name, tuple(_parameters.split()))))
 

@@ -12,8 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from normprop.channel_moments import Moments
-from normprop.errors import NormPropError
-from normprop.rules.table import rule
+from normprop.rules.table import Standing, rule
 
 
 def wide(tensor: Tensor) -> Tensor:
@@ -58,20 +57,14 @@ def weight_moments(
     return (first, second) if share == 1.0 else (first * share, second * share)
 
 
-def _known(weight: Any) -> None:
-    if isinstance(weight, Moments):
-        raise NormPropError("a weight that depends on the input has no moment rule.\nKeep the layer whole and register one.")
+def _fixed_weight(x: Any, weight: Any, *_: Any, **__: Any) -> tuple[Standing, str] | None:
+    return ("unsupported", "its weight depends on the input") if weight is Moments else None
 
 
-def _convolution(
-    x: Moments, weight: Tensor, bias: Tensor | None, dims: int, *, groups: int = 1, transposed_stride: int = 0
-) -> Moments:
-    _known(weight)
+def _convolution(x: Moments, weight: Tensor, bias: Tensor | None, dims: int, *, groups: int = 1) -> Moments:
     channel = -1 - dims
-    channels = x.channels(channel)
-    inputs = weight.shape[0] if transposed_stride else weight.shape[1] * groups
-    channels = channels.expanded((inputs,))
-    first, second = weight_moments(weight, channels.mean, channels.var, groups=groups, transposed_stride=transposed_stride)
+    channels = x.channels(channel).expanded((weight.shape[1] * groups,))
+    first, second = weight_moments(weight, channels.mean, channels.var, groups=groups)
     if bias is not None:
         first = first + wide(bias)
     return Moments(first, second).aligned(x.mean.dim(), channel)
@@ -83,7 +76,7 @@ def convolution(module: nn.Conv1d | nn.Conv2d | nn.Conv3d, x: Moments) -> Moment
     return _convolution(x, module.weight, module.bias, len(module.kernel_size), groups=module.groups)
 
 
-@rule(F.conv1d, F.conv2d, F.conv3d, torch.conv1d, torch.conv2d, torch.conv3d)
+@rule(F.conv1d, F.conv2d, F.conv3d, torch.conv1d, torch.conv2d, torch.conv3d, judge=_fixed_weight)
 def functional_convolution(
     x: Moments,
     weight: Tensor,
@@ -94,25 +87,46 @@ def functional_convolution(
     groups: int = 1,
 ) -> Moments:
     """As `convolution`; stride, padding and dilation do not change the moments."""
-    _known(weight)
     return _convolution(x, weight, bias, weight.dim() - 2, groups=groups)
 
 
-_PHASES = "exact where the mean is zero or the stride is one: the phases of a stride see different taps, which are averaged"
+def _transposed(
+    x: Moments, weight: Tensor, bias: Tensor | None, stride: Sequence[int], dilation: Sequence[int], groups: int
+) -> Moments:
+    """Moments over all output positions away from the borders.
+
+    A tap at k reaches the positions of one phase, ``k · dilation mod stride``, so the phases are linear maps of their own
+    with the means ``E_p = Σ_{taps of p} W m``. With P = ∏stride phases, as frequent as each other (law of total variance):
+    ``E = Σ_p E_p / P + b`` and ``Var = Σ W² v / P + Σ_p (E_p − E)² / P``.
+    """
+    dims, phases = len(stride), math.prod(stride)
+    channels = x.channels(-1 - dims).expanded((weight.shape[0],))
+    first, second = weight_moments(weight, channels.mean, channels.var, groups=groups, transposed_stride=phases)
+    if phases > 1:
+        filters = wide(weight).unflatten(0, (groups, -1))
+        means = channels.mean.to(filters.dtype).reshape(groups, -1)
+        with full_precision(weight):
+            by_tap = torch.einsum("gio...,gi->go...", filters, means).flatten(0, 1)
+        for dim in range(dims):
+            tap = torch.arange(by_tap.shape[1 + dim], device=weight.device)
+            shape = list(by_tap.shape)
+            shape[1 + dim] = stride[dim]
+            by_tap = by_tap.new_zeros(shape).index_add(1 + dim, tap * dilation[dim] % stride[dim], by_tap)
+        second = second + (by_tap.flatten(1) - first.unsqueeze(1)).square().mean(1)
+    if bias is not None:
+        first = first + wide(bias)
+    return Moments(first, second).aligned(x.mean.dim(), -1 - dims)
 
 
-@rule(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, standing="approximate", reason=_PHASES)
+@rule(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 def transposed_convolution(
     module: nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d, x: Moments, output_size: Any = None
 ) -> Moments:
-    """The average output position: a tap in ∏stride reaches it, ``E = Σ W m / ∏s + b``, ``Var = Σ W² v / ∏s`` (derived)."""
-    stride = math.prod(module.stride)
-    return _convolution(
-        x, module.weight, module.bias, len(module.kernel_size), groups=module.groups, transposed_stride=stride
-    )
+    """Mixture of the phases of the stride: ``E = Σ W m / ∏s + b``, ``Var = Σ W² v / ∏s + Var_p E_p`` (see `_transposed`)."""
+    return _transposed(x, module.weight, module.bias, module.stride, module.dilation, module.groups)
 
 
-@rule(F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d, standing="approximate", reason=_PHASES)
+@rule(F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d, judge=_fixed_weight)
 def functional_transposed_convolution(
     x: Moments,
     weight: Tensor,
@@ -121,18 +135,17 @@ def functional_transposed_convolution(
     padding: Any = 0,
     output_padding: Any = 0,
     groups: int = 1,
-    dilation: Any = 1,
+    dilation: int | Sequence[int] = 1,
 ) -> Moments:
     """As `transposed_convolution`."""
     dims = weight.dim() - 2
-    product = stride**dims if isinstance(stride, int) else math.prod(stride)
-    return _convolution(x, weight, bias, dims, groups=groups, transposed_stride=product)
+    strides, dilations = ((n,) * dims if isinstance(n, int) else n for n in (stride, dilation))
+    return _transposed(x, weight, bias, strides, dilations, groups)
 
 
-@rule(F.linear)
+@rule(F.linear, judge=_fixed_weight)
 def functional_linear(x: Moments, weight: Tensor, bias: Tensor | None = None) -> Moments:
     """Over the last dimension: ``E = W m + b``, ``Var = W² v`` ([P] eq. 9)."""
-    _known(weight)
     weight = wide(weight)
     x = x.expanded((*x.mean.shape[:-1], weight.shape[1]))
     with full_precision(weight):

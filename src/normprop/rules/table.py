@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
+import operator
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
+import torch
 from torch import nn
 
 from normprop.errors import NormPropError
@@ -30,6 +33,8 @@ class Rule:
             example run whose batch size is `EXAMPLE_BATCH`.
         training_only: the operation is the identity in eval mode, and so is its part in the moment lane.
         leading: arguments that go before the operation's own, for one function which serves many operations.
+        judge: called like the operation, with the class `Moments` in place of every tensor that depends on the input;
+            gives standing and reason where the arguments decide them, else None.
     """
 
     function: Callable[..., Any]
@@ -38,6 +43,12 @@ class Rule:
     shaped: bool = False
     training_only: bool = False
     leading: tuple[Any, ...] = ()
+    judge: Callable[..., tuple[Standing, str] | None] | None = None
+
+    def standing_for(self, *args: Any, **kwargs: Any) -> tuple[Standing, str]:
+        """Standing and reason of one call; the arguments are those of `judge`."""
+        judged = self.judge(*args, **kwargs) if self.judge is not None else None
+        return judged or (self.standing, self.reason)
 
 
 class RuleTable(Mapping[Key, Rule]):
@@ -105,12 +116,19 @@ def describe(key: Key) -> str:
     """An operation's name for people."""
     if isinstance(key, str):
         return f"Tensor.{key}" if "." not in key else key
-    # Where torch keeps its compiled functions is nobody's concern.
-    return (
-        qualified_name(key)
-        .replace("torch._VariableFunctionsClass.", "torch.")
-        .replace("torch._C._nn.", "torch.nn.functional.")
-    )
+    return _public_names().get(id(key)) or qualified_name(key).removeprefix("builtins.")
+
+
+@functools.cache
+def _public_names() -> dict[int, str]:
+    """The names under which torch's and Python's functions are imported; they carry others, of where they are kept."""
+    spaces = (torch, torch.nn.functional, torch.special, torch.linalg, torch.fft, operator)
+    names: dict[int, str] = {}
+    for space in spaces:
+        for name, value in vars(space).items():
+            if callable(value) and not isinstance(value, type) and name[0] != "_":
+                names.setdefault(id(value), f"{space.__name__}.{name}")
+    return names
 
 
 TABLE = RuleTable()
@@ -122,6 +140,7 @@ def rule(
     reason: str = "",
     shaped: bool = False,
     training_only: bool = False,
+    judge: Callable[..., tuple[Standing, str] | None] | None = None,
 ) -> Callable[[Function], Function]:
     """Register the decorated function as the moment rule of one or several operations.
 
@@ -135,6 +154,7 @@ def rule(
         reason: why; required unless exact.
         shaped: call the rule with keywords ``in_shapes`` and ``out_shape`` too.
         training_only: the operation is the identity in eval mode.
+        judge: gives ``(standing, reason)`` of calls whose arguments decide them, see `Rule`.
 
     Raises:
         NormPropError: a key has a rule already, or a reason is missing.
@@ -153,7 +173,7 @@ def rule(
 
     def register(function: Function) -> Function:
         for key in dict.fromkeys(keys):  # torch gives some functions two names
-            TABLE.add(key, Rule(function, standing, reason, shaped, training_only))
+            TABLE.add(key, Rule(function, standing, reason, shaped, training_only, judge=judge))
         return function
 
     return register

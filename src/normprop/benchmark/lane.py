@@ -1,0 +1,64 @@
+"""The moment lane of a converted network alone, forward and backward, and one reading of what it reads."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, fx, nn
+
+from normprop.benchmark.rounds import Step
+from normprop.lane import lane_nodes
+
+
+class Lane(nn.Module):
+    """The moment lane cut out of a converted network: no input; what the data lane reads of it as a tuple of tensors.
+
+    Args:
+        model: what `normprop.convert` returned; parameters are shared with it.
+
+    Example:
+        >>> import normprop
+        >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
+        >>> weight, bias = Lane(normprop.convert(net))()
+        >>> weight.shape, bias.shape
+        (torch.Size([8, 3, 3, 3]), torch.Size([8]))
+    """
+
+    def __init__(self, model: fx.GraphModule) -> None:
+        super().__init__()
+        self.graph_module = _cut_out(model)
+
+    def forward(self) -> tuple[Tensor, ...]:
+        """Effective weights and biases, factors and offsets."""
+        return self.graph_module()  # type: ignore[no-any-return]  # a GraphModule's call is typed as Any
+
+
+def _cut_out(model: fx.GraphModule) -> fx.GraphModule:
+    lane = lane_nodes(model.graph)
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    for node in model.graph.nodes:
+        if node in lane:
+            copies[node] = graph.node_copy(node, copies.__getitem__)
+    read = [n for n in copies if n.op != "get_attr" and any(user not in lane for user in n.users)]
+    graph.output(tuple(copies[n] for n in read))
+    graph.eliminate_dead_code()
+    return fx.GraphModule(model, graph, "Lane")
+
+
+def lane_step(lane: Lane, *, compiled: bool = False) -> Step:
+    """Forward of the lane, and backward with a random gradient for each of its results."""
+    run = torch.compile(lane, fullgraph=True, dynamic=False) if compiled else lane
+    cotangents = [torch.randn_like(t) for t in lane() if t.requires_grad]
+
+    def step() -> None:
+        lane.zero_grad()
+        results = [t for t in run() if t.requires_grad]
+        torch.autograd.backward(results, cotangents)
+
+    return step
+
+
+def reading_step(lane: Lane) -> Step:
+    """One reading of every parameter of the lane, as a sum: what memory bandwidth alone asks of any work on weights."""
+    parameters = [p.detach() for p in lane.parameters()]
+    return lambda: [p.sum() for p in parameters]

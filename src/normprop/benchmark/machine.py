@@ -1,0 +1,71 @@
+"""Where something was measured."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+_CPUS = Path("/proc/cpuinfo")
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A computer and what it ran.
+
+    Attributes:
+        processor: Its CPU's name.
+        cores: How many the system shows.
+        device: The accelerator's name, or cpu.
+        system: Operating system and architecture.
+        python: Version.
+        torch: Version.
+        load: Processes that ran or waited on average over the last minute, before anything was measured; None if unknown.
+    """
+
+    processor: str
+    cores: int
+    device: str
+    system: str
+    python: str
+    torch: str
+    load: float | None
+
+    @classmethod
+    def this(cls, device: str = "cpu") -> Machine:
+        """The computer that runs this.
+
+        Example:
+            >>> Machine.this().device
+            'cpu'
+        """
+        cuda = torch.device(device).type == "cuda"
+        return cls(
+            processor=_processor(),
+            cores=os.cpu_count() or 1,
+            device=torch.cuda.get_device_name(device) if cuda else device,
+            system=f"{platform.system()} {platform.machine()}",
+            python=platform.python_version(),
+            torch=torch.__version__,
+            load=round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
+        )
+
+    def is_too_busy(self, threads: int) -> bool:
+        """Whether other programs leave fewer cores than so many threads need, which then wait for one another.
+
+        Example:
+            >>> from dataclasses import replace
+            >>> busy = replace(Machine.this(), cores=4, load=2.5)
+            >>> busy.is_too_busy(1), busy.is_too_busy(2)
+            (False, True)
+        """
+        return self.load is not None and self.load + threads > self.cores
+
+
+def _processor() -> str:
+    named = re.search(r"^model name\s*:\s*(.+)$", _CPUS.read_text(), re.MULTILINE) if _CPUS.exists() else None
+    return named[1] if named else platform.processor() or platform.machine()

@@ -1,0 +1,142 @@
+"""Processes that work through a list of runs together: each takes the next one that nobody has done or is doing."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+
+import torch
+from filelock import FileLock, Timeout
+
+from normprop.errors import NormPropError
+from normprop.experiments import records
+from normprop.experiments.datasets import load
+from normprop.experiments.images import Images
+from normprop.experiments.recipe import Recipe
+from normprop.experiments.records import RUNS, Record
+from normprop.experiments.training import train
+
+# Seconds between two looks at what has been finished.
+_POLL = 0.5
+
+
+def work(
+    recipes: Sequence[Recipe],
+    folder: Path,
+    *,
+    images: Images,
+    device: str = "cpu",
+    finished: Callable[[], None] = lambda: None,
+) -> None:
+    """Do the runs that `folder` lacks, in order, and add each to its runs.jsonl.
+
+    Any number of processes may do so at once: a run is claimed by a lock that ends with the process that holds it.
+
+    Args:
+        recipes: Resolved, all on one data set.
+        folder: Where the results are.
+        images: That data set.
+        device: Where to compute.
+        finished: Called after each run.
+
+    Raises:
+        NormPropError: for a recipe that can't be followed, or results that can't be written.
+    """
+    parent = multiprocessing.parent_process()
+    done = {record.recipe for record in records.read(folder / RUNS)}
+    for recipe in recipes:
+        if parent and not parent.is_alive():
+            return
+        if recipe in done:
+            continue
+        with _claimed(recipe, folder) as mine:
+            done = {record.recipe for record in records.read(folder / RUNS)}
+            if mine and recipe not in done:
+                records.append(folder / RUNS, measured(recipe, images, device))
+                finished()
+
+
+def measured(recipe: Recipe, images: Images, device: str) -> Record:
+    """Train once."""
+    began = time.process_time()
+    run = train(recipe, images=images, device=device)
+    return Record(run.recipe, tuple(run.rows), images.classes, time.process_time() - began, records.versions())
+
+
+def work_together(
+    recipes: Sequence[Recipe], folder: Path, *, jobs: int, device: str = "cpu", finished: Callable[[], None]
+) -> None:
+    """`work` in so many processes of one thread each; small networks don't fill two cores with one run.
+
+    Raises:
+        NormPropError: what one of them raised, or that it was killed; the others are then stopped.
+    """
+    context = multiprocessing.get_context("spawn")  # forking a process that has used torch's threads can hang
+    team = []
+    for _ in range(jobs):
+        receiver, sender = context.Pipe(duplex=False)
+        team.append((context.Process(target=_worker, args=(recipes, folder, device, sender), daemon=True), receiver))
+    try:
+        for process, _ in team:
+            process.start()
+        while any(process.is_alive() for process, _ in team):
+            wait([process.sentinel for process, _ in team if process.is_alive()], timeout=_POLL)
+            finished()
+            for process, receiver in team:
+                if process.exitcode:
+                    raise NormPropError(_message(receiver, process.exitcode))
+        finished()
+    finally:
+        for process, _ in team:
+            if process.pid:
+                process.terminate()
+                process.join()
+
+
+def _message(receiver: Connection, code: int) -> str:
+    try:
+        if receiver.poll():
+            return str(receiver.recv())
+    except EOFError:
+        pass
+    return (
+        f"A process that trained ended with code {code}.\nRepeat the command to go on, with fewer --jobs if memory is short."
+    )
+
+
+def _worker(recipes: Sequence[Recipe], folder: Path, device: str, sender: Connection) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent stops its workers
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # unwinds, where the default would just end
+    torch.set_num_threads(1)
+    try:
+        work(recipes, folder, images=load(recipes[0].data, image_size=recipes[0].image_size), device=device)
+    except NormPropError as error:
+        sender.send(str(error))
+        raise SystemExit(2) from error
+
+
+@contextmanager
+def _claimed(recipe: Recipe, folder: Path) -> Iterator[bool]:
+    """Whether this process may do the run; others may not until it is done."""
+    key = hashlib.blake2b(json.dumps(asdict(recipe)).encode(), digest_size=16).hexdigest()
+    claims = folder / ".claims"
+    claims.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(claims / key)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        lock.release()

@@ -1,0 +1,150 @@
+"""The report as a page and as a figure."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import normprop
+from normprop import Moments, NormPropError, Report
+from normprop.cli import main
+from normprop.report import Row
+from normprop.report_page import colour
+from tests.zoo import SMALL
+
+
+class Reader(HTMLParser):
+    """Cells of the table with their attributes; every tag that opens must close."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.rows: list[list[str]] = []
+        self.styles: list[dict[str, str | None]] = []
+        self.links: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.links += [str(value) for key, value in attrs if key in ("src", "href", "action")]
+        if tag in ("meta", "link"):
+            return
+        self.open.append(tag)
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th"):
+            self.rows[-1].append("")
+            self.styles.append(dict(attrs))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] in ("td", "th"):
+            self.rows[-1][-1] += data
+
+
+def read(page: str) -> Reader:
+    reader = Reader()
+    reader.feed(page)
+    assert reader.open == []
+    return reader
+
+
+def off_by(factor: float) -> Row:
+    """A row whose measured standard deviation is so many times the predicted one."""
+    predicted = Moments(torch.zeros(1, 3), torch.ones(1, 3))
+    return Row(
+        "a", "<b>&.c", "Linear", "approximate", 'says "why"', "net.py:1", (2, 3), predicted,
+        slope=1.5, sensitivity=4.0, measured=Moments(torch.full((1, 3), 0.25), torch.full((1, 3), factor**2)),
+    )  # fmt: skip
+
+
+def test_drift_is_in_octaves() -> None:
+    assert off_by(4.0).drift == pytest.approx(2.0)
+    assert off_by(0.5).drift == pytest.approx(1.0)
+    assert normprop.propagate(nn.Linear(3, 3))[0].drift is None
+    uneven = Row("a", "", "", "exact", "", "", (), Moments(torch.zeros(2), torch.tensor([1.0, 0.0])), measured=Moments(
+        torch.zeros(2), torch.tensor([4.0, 1.0])))  # fmt: skip
+    assert uneven.drift == pytest.approx(1.0)  # what was predicted constant has no octaves
+
+
+def test_cells_say_what_the_row_says() -> None:
+    reader = read(Report([off_by(2.0), off_by(1.0)], "Net & <more>").to_html())
+    assert reader.rows[1] == ["<b>&.c", "Linear", "2 × 3", "0", "1", "0.25", "2", "1.00", "1.5", "2", "≈"]
+    assert [s["style"] for s in reader.styles if "style" in s] == [f"background:{colour(o)}" for o in (1, 1, 0, 0)]
+    assert any(s.get("title") == 'says "why"' for s in reader.styles)
+
+
+def test_larger_drifts_have_stronger_colours() -> None:
+    channels = lambda octaves: [int(colour(octaves)[i : i + 2], 16) for i in (1, 3, 5)]
+    for sign in (1, -1):
+        shades = [sum(channels(sign * o)) for o in (0.0, 0.3, 1.0, 2.0)]
+        assert shades == sorted(shades, reverse=True)
+        assert len(set(shades)) == 4
+    red, _, blue = channels(2.0)
+    assert red > blue
+    red, _, blue = channels(-2.0)
+    assert blue > red
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_the_page_stands_alone(name: str, tmp_path: Path) -> None:
+    make, shape = SMALL[name]
+    for data in (None, torch.randn(8, *shape)):
+        report = normprop.inspect(make(), data)
+        report.save_html(tmp_path / "report.html")
+        text = (tmp_path / "report.html").read_text(encoding="utf-8")
+        reader = read(text)
+        assert len(reader.rows) == len(report) + 1
+        assert len({len(row) for row in reader.rows}) == 1
+        assert reader.links == []
+        assert not any(word in text for word in ("http", "<script", "@import", "url("))
+        assert ("measured on data" in text) is (data is not None)
+
+
+def test_the_figure_shows_the_rows() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(*[m for _ in range(20) for m in (nn.Linear(32, 32), nn.ReLU())])
+    report = normprop.inspect(model, torch.randn(64, 32))
+    figure = report.plot()
+    spread, mean, growth = figure.axes
+    for axes, key in ((spread, "std"), (mean, "mean")):
+        lines = {line.get_label(): list(line.get_ydata()) for line in axes.get_lines()}
+        assert lines["predicted"] == [row.to_dict()["predicted"][key] for row in report]
+        assert lines["measured"] == [row.to_dict()["measured"][key] for row in report]
+    assert list(growth.get_lines()[0].get_ydata()) == pytest.approx([row.sensitivity**0.5 for row in report])
+    assert spread.get_yscale() == "log"
+    assert [label.get_text() for label in growth.get_xticklabels()][1] == report[2].path
+    normalised = nn.Sequential(*[m for _ in range(20) for m in (nn.Linear(32, 32), nn.BatchNorm1d(32), nn.ReLU())])
+    spread, _, growth = normprop.propagate(normalised).plot().axes
+    assert (spread.get_yscale(), growth.get_yscale()) == ("linear", "log")
+    assert len(spread.get_lines()) == 1
+
+
+def test_the_command_writes_both(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    html, plot = tmp_path / "r.html", tmp_path / "r.svg"
+    assert main(["inspect", "mlp", "--html", str(html), "--plot", str(plot)]) == 0
+    assert "BatchNorm1d" in html.read_text(encoding="utf-8")
+    assert "<svg" in plot.read_text(encoding="utf-8")
+    assert "sens." in capsys.readouterr().out
+    assert main(["inspect", "mlp", "--html", str(tmp_path / "none" / "r.html")]) == 2
+    assert "cannot be written" in capsys.readouterr().err
+
+
+def test_what_cannot_be_written_or_drawn(tmp_path: Path) -> None:
+    report = normprop.propagate(nn.Linear(3, 3))
+    with pytest.raises(NormPropError, match="cannot be written"):
+        report.save_plot(tmp_path / "figure.unknown")
+    with pytest.raises(NormPropError, match="cannot be written"):
+        report.save_html(tmp_path)
+    code = (
+        "import sys; sys.modules['matplotlib'] = None\nimport torch, normprop\n"
+        "try: normprop.propagate(torch.nn.Linear(3, 3)).plot()\nexcept normprop.NormPropError as e: print(e)"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "normprop[plot]" in run.stdout
