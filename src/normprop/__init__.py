@@ -1,6 +1,7 @@
 """Normalization Propagation (Arpit et al., 2016) for PyTorch: networks normalised by arithmetic, not by batch statistics."""
 
 from normprop import nn, optim
+from normprop.accumulation import accumulate
 from normprop.activation_moments import ActivationMoments, moments
 from normprop.bound import CanonicalErrorBound, canonical_error_bound
 from normprop.calibrate import calibrate
@@ -17,6 +18,6 @@ from normprop.rules import rule
 __all__ = [
     "ActivationMoments", "CanonicalErrorBound", "InputStats", "Moments", "Report", "Standardize",
     "NormPropError", "TracingError", "UnsupportedOpError",
-    "calibrate", "canonical_error_bound", "convert", "fold", "inspect", "moments", "propagate", "rule",
+    "accumulate", "calibrate", "canonical_error_bound", "convert", "fold", "inspect", "moments", "propagate", "rule",
     "nn", "optim",
 ]  # fmt: skip

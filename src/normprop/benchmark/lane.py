@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 from torch import Tensor, fx, nn
 
@@ -18,8 +21,8 @@ class Lane(nn.Module):
     Example:
         >>> import normprop
         >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
-        >>> weight, bias = Lane(normprop.convert(net))()
-        >>> weight.shape, bias.shape
+        >>> filters, offset = Lane(normprop.convert(net))()
+        >>> filters.shape, offset.shape
         (torch.Size([8, 3, 3, 3]), torch.Size([8]))
     """
 
@@ -28,8 +31,8 @@ class Lane(nn.Module):
         self.graph_module = _cut_out(model)
 
     def forward(self) -> tuple[Tensor, ...]:
-        """Effective weights and biases, factors and offsets."""
-        return self.graph_module()  # type: ignore[no-any-return]  # a GraphModule's call is typed as Any
+        """Filters, factors, offsets and averages of every site, as far as it has them."""
+        return tuple(t for value in self.graph_module() for t in _tensors(value))
 
 
 def _cut_out(model: fx.GraphModule) -> fx.GraphModule:
@@ -43,6 +46,14 @@ def _cut_out(model: fx.GraphModule) -> fx.GraphModule:
     graph.output(tuple(copies[n] for n in read))
     graph.eliminate_dead_code()
     return fx.GraphModule(model, graph, "Lane")
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, tuple):
+        for entry in value:
+            yield from _tensors(entry)
 
 
 def lane_step(lane: Lane, *, compiled: bool = False) -> Step:

@@ -1,0 +1,109 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import normprop
+from normprop import NormPropError, scales
+from tests.test_promises import without_dropout
+from tests.zoo import SMALL, randomise
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return found
+
+
+def passes(model: nn.Module, batches: Iterator[Tensor] | Tensor) -> None:
+    for x in batches:
+        out = model(x)
+        sum(t.square().mean() for t in (out if isinstance(out, tuple) else (out,))).backward()
+
+
+@pytest.mark.parametrize("options", [{}, {"preserve": False}, {"preserve": False, "method": "paper"}], ids=str)
+@pytest.mark.parametrize("name", SMALL)
+def test_gradients_are_those_without(name: str, options: dict[str, object]) -> None:
+    make, shape = SMALL[name]
+    torch.manual_seed(0)
+    model = without_dropout(normprop.convert(randomise(make()), **options).double().train())
+    batches = torch.randn(3, 2, *shape, dtype=torch.float64)
+    passes(model, batches)
+    expected = gradients(model)
+    with normprop.accumulate(model) as same:
+        assert same is model
+        passes(model, batches)
+    found = gradients(model)
+    assert found.keys() == expected.keys()
+    size = max(float(g.abs().max()) for g in expected.values())
+    assert all(float((found[n] - g).abs().max()) < 1e-9 * size for n, g in expected.items())
+
+
+def counted(model: nn.Module, batches: Tensor) -> int:
+    with (
+        mock.patch.object(scales, "scales", wraps=scales.scales),
+        mock.patch("normprop.sites.scales", wraps=scales.scales) as run,
+    ):
+        passes(model, batches)
+    return int(run.call_count)
+
+
+def network() -> nn.Module:
+    return nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 2))
+
+
+def test_the_lane_runs_once() -> None:
+    model = normprop.convert(network())
+    batches = torch.randn(5, 1, 4)
+    assert counted(model, batches) == 5
+    with normprop.accumulate(model):
+        assert counted(model, batches) == 1
+
+
+def test_modes_and_evaluation_inside() -> None:
+    model = normprop.convert(network())
+    x = torch.randn(3, 4)
+    expected = model(x)
+    with normprop.accumulate(model):
+        torch.testing.assert_close(model(x), expected)
+        with torch.no_grad():
+            torch.testing.assert_close(model.eval()(x), expected)
+        torch.testing.assert_close(model(x), expected)
+        model.train()
+    torch.testing.assert_close(model(x), expected)
+
+
+def test_networks_inside_others_take_part() -> None:
+    model = nn.Sequential(normprop.Standardize(normprop.InputStats.standard(4)), normprop.convert(network()))
+    batches = torch.randn(4, 1, 4)
+    with normprop.accumulate(model):
+        assert counted(model, batches) == 1
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+def test_a_step_inside_is_an_error() -> None:
+    model = normprop.convert(network())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(NormPropError, match=r"optimizer\.step"), normprop.accumulate(model):
+        passes(model, torch.randn(1, 2, 4))
+        optimizer.step()
+        passes(model, torch.randn(1, 2, 4))
+    assert "forward" not in vars(model)
+
+
+def test_an_error_inside_leaves_the_model_as_it_was() -> None:
+    model = normprop.convert(network())
+    with pytest.raises(ValueError, match="mine"), normprop.accumulate(model):
+        passes(model, torch.randn(1, 2, 4))
+        raise ValueError("mine")
+    assert "forward" not in vars(model)
+    passes(model, torch.randn(1, 2, 4))
+
+
+def test_nothing_to_share() -> None:
+    with pytest.raises(NormPropError, match="no converted network"), normprop.accumulate(network()):
+        pass
