@@ -397,6 +397,15 @@ def test_what_a_rule_of_its_own_serves_is_left_to_it() -> None:
         assert programs(function) == []
 
 
+def test_a_bound_per_channel_is_left_to_its_closed_form() -> None:
+    bound = torch.tensor([-1.0, 0.0, 0.5, 2.0], dtype=torch.float64)
+    for function in (lambda x: torch.max(x, bound), lambda x: torch.minimum(x, bound)):
+        model = layers(Written(function))
+        assert programs(function) == []
+        u = model[1].bias + model[1].weight * torch.randn(200_000, 4, dtype=torch.float64)
+        torch.testing.assert_close(behind(model).var[0], function(u.detach()).var(0), rtol=0.03, atol=2e-4)
+
+
 def test_a_program_starts_at_the_last_affine_step_that_all_goes_through() -> None:
     (program,) = programs(lambda x: (lambda y: y * torch.sigmoid(y))(3 * x + 1))
     assert program == (("sigmoid", ("%0",), ()), ("mul", ("%0", "%1"), ()))
