@@ -60,7 +60,8 @@ class Fusion:
     """Finds the nodes of a graph that are functions of one earlier node, and composes them.
 
     A node stays with its own rule where that is exact: an affine map of a Gaussian, one activation of it, an affine map of
-    either. Everything else that can be written as a function of one tensor is taken as that function.
+    either. Everything else that can be written as a function of one tensor is taken as that function, unless it is not
+    finite everywhere, as a logarithm; what comes of that further on may be.
 
     Args:
         graph_module: the traced model. Nodes that fetch parameters are added to its graph where a function needs them.
@@ -102,7 +103,8 @@ class Fusion:
         sources = [] if found is None else [n for n in found.nodes() if self.kinds[n] is Kind.DATA]
         roots = {self.roots[n] for n in sources}
         if found is None or len(roots) != 1 or self._shape(node) != self._shape(next(iter(roots))):
-            self._stands_alone(node)
+            self.roots[node] = node
+            self.affine.add(node)
             return None
         self.operations[node] = found
         (self.roots[node],) = roots
@@ -112,15 +114,7 @@ class Fusion:
             self.affine.add(node)
         if node in self.rules and self._is_exact(node, found, sources, affine, on_affine):
             return None
-        fused = self._fuse(node)
-        if fused is None:
-            self._stands_alone(node)
-        return fused
-
-    def _stands_alone(self, node: fx.Node) -> None:
-        self.operations.pop(node, None)
-        self.roots[node] = node
-        self.affine.add(node)
+        return self._fuse(node)
 
     def _shape(self, node: fx.Node) -> Any:
         return getattr(self.values[node], "shape", None)
