@@ -18,7 +18,7 @@ LAYERS = [
     "gaussian breakpoints piecewise quadrature elementary rectifiers smooth activations activation_moments",
     "channel_moments data",
     "rules",
-    "trace sized example integrations kind fusion walk lane sites duplicate converted report",
+    "trace sized example integrations kind elementwise_operation fusion walk lane sites duplicate converted report",
     "plan rewrite paper rewalk",
     "calibrate convert fold propagate",
     "inspect probe coverage",

@@ -114,6 +114,26 @@ class Decoder(nn.Module):
         return torch.tanh(self.out(F.mish(self.bn2(self.up2(x)))))
 
 
+class WrittenOut(nn.Module):
+    """Activations that are written in tensor arithmetic, with learned parameters and modules among it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6)
+        self.conv2, self.bn2 = nn.Conv2d(6, 6, 3, bias=False), nn.BatchNorm2d(6)
+        self.conv3, self.bn3 = nn.Conv2d(6, 8, 1), nn.BatchNorm2d(8)
+        self.beta = nn.Parameter(torch.linspace(0.5, 2.0, 6).reshape(6, 1, 1))
+        self.relu6, self.act, self.head = nn.ReLU6(), nn.PReLU(8), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.bn1(self.conv1(x))
+        x = x * torch.sigmoid(self.beta * x)
+        x = self.bn2(self.conv2(x))
+        x = F.relu(x) ** 2 + x * self.relu6(x + 3) / 6
+        x = self.bn3(self.conv3(x))
+        return self.head((torch.where(x > 1, x.log1p(), self.act(x)) - 0.1 * x).mean((2, 3)))
+
+
 def mlp() -> nn.Module:
     return nn.Sequential(
         nn.Flatten(), nn.Linear(48, 16), nn.BatchNorm1d(16), nn.Tanh(), nn.Dropout(0.5), nn.Linear(16, 8),
@@ -143,6 +163,7 @@ SMALL: dict[str, Small] = {
     "gated": (Gated, (3, 9, 9)),
     "shared": (Shared, (3, 8, 8)),
     "decoder": (Decoder, (10,)),
+    "written out": (WrittenOut, (3, 9, 9)),
     "mlp": (mlp, (3, 4, 4)),
     "sequence": (sequence, (4, 32)),
     "video": (video, (3, 6, 10, 10)),

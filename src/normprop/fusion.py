@@ -6,58 +6,23 @@ one function of x, whose moments are exact where those of factor and product by 
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor, fx
+from torch import fx
 
-from normprop.activation_moments import canonical
+from normprop.elementwise_operation import Fetch, Operation, OperationReader
 from normprop.errors import NormPropError
 from normprop.kind import Kind
-from normprop.rules import arithmetic, combine, elementwise, reduction, shape
-from normprop.rules.composed import Operand, Program, Step, composed, find_bends, operation
-from normprop.rules.table import Rule, describe
+from normprop.rules import elementwise
+from normprop.rules.composed import Operand, Program, Step, composed, find_bends
+from normprop.rules.table import Rule
 
 _LIMIT = 64  # steps of one program
 
-# Rules whose operation a program can run, and its name there.
-_NAMES: dict[Callable[..., Any], str] = {
-    **{getattr(arithmetic, name): name for name in (
-        "add", "sub", "rsub", "mul", "div", "neg", "addcmul", "lerp", "power", "sqrt", "rsqrt", "reciprocal", "log",
-        "maximum", "minimum",
-    )},
-    shape.same: "same", shape.same_module: "same",
-    combine.zeros: "zeros", combine.ones: "ones", combine.full_like: "full_like",
-    reduction.max_: "maximum", reduction.min_: "minimum",
-}  # fmt: skip
-
-
-def _spellings(*names: str) -> Iterator[tuple[Any, str]]:
-    """An operation as a function of torch, torch.special or operator, and as a method."""
-    for name in names:
-        for space in (torch, torch.special, operator):
-            if callable(found := getattr(space, name, None)):
-                yield found, name
-        if hasattr(Tensor, name):
-            yield name, name
-
-
-# Operations without a rule of their own that still are functions of one tensor.
-_FURTHER: dict[Any, str] = {
-    **dict(_spellings("masked_fill", "gt", "ge", "lt", "le", "logical_not", "logical_and", "logical_or")),
-    **dict(_spellings("log1p", "expm1", "atan", "asinh", "exp2", "sinc", "logaddexp", "ndtr")),
-    torch.pow: "power", operator.pow: "power", "pow": "power", torch.lerp: "lerp", "lerp": "lerp", torch.where: "where",
-    operator.and_: "logical_and", operator.or_: "logical_or", operator.invert: "logical_not",
-    torch.arctan: "atan", "arctan": "atan", torch.arcsinh: "asinh", "arcsinh": "asinh",
-    torch.greater: "gt", torch.less: "lt", torch.greater_equal: "ge", torch.less_equal: "le", "masked_fill_": "masked_fill",
-}  # fmt: skip
-
 _MOVING = "the function is taken to bend where it does with its present parameters"
-_CONSTANT = ("zeros", "ones", "full_like")
-_AFFINE = frozenset(["same", "add", "sub", "rsub", "neg", "mul", "div", "addcmul", "lerp", *_CONSTANT])
+_AFFINE = frozenset(["same", "add", "sub", "rsub", "neg", "mul", "div", "addcmul", "lerp", "zeros", "ones", "full_like"])
 
 
 @dataclass(frozen=True)
@@ -91,42 +56,12 @@ class Fused:
         )
 
 
-@dataclass(frozen=True)
-class _Fetch:
-    """An operand that has no node yet.
-
-    Attributes:
-        path: of a module or parameter of the model; or a node whose value needs another shape.
-        size: shape to bring it to, None to leave it.
-    """
-
-    path: str | fx.Node
-    size: tuple[int, ...] | None = None
-
-
-@dataclass(frozen=True)
-class _Operation:
-    """One elementwise operation: its name in a program and its arguments, nodes among them."""
-
-    name: str
-    args: tuple[Any, ...]
-    kwargs: tuple[tuple[str, Any], ...] = ()
-
-    @property
-    def searched(self) -> bool:
-        """Whether nothing is known of it but that its user calls it an activation."""
-        return self.name == "module" or self.name.startswith("torch.")
-
-    def nodes(self) -> list[fx.Node]:
-        """The nodes among its arguments, once for every mention."""
-        return [a for a in (*self.args, *(v for _, v in self.kwargs)) if isinstance(a, fx.Node)]
-
-
 class Fusion:
     """Finds the nodes of a graph that are functions of one earlier node, and composes them.
 
     A node stays with its own rule where that is exact: an affine map of a Gaussian, one activation of it, an affine map of
-    either. Everything else that can be written as a function of one tensor is taken as that function.
+    either. Everything else that can be written as a function of one tensor is taken as that function, unless it is not
+    finite everywhere, as a logarithm; what comes of that further on may be.
 
     Args:
         graph_module: the traced model. Nodes that fetch parameters are added to its graph where a function needs them.
@@ -146,10 +81,11 @@ class Fusion:
         self.values = values
         self.kinds = kinds
         self.rules = rules
-        self.operations: dict[fx.Node, _Operation] = {}
+        self.reader = OperationReader(graph_module, values, kinds, rules)
+        self.operations: dict[fx.Node, Operation] = {}
         self.roots: dict[fx.Node, fx.Node] = {}
         self.affine: set[fx.Node] = set()
-        self.fetched: dict[_Fetch, fx.Node] = {}
+        self.fetched: dict[Fetch, fx.Node] = {}
 
     def run(self) -> dict[fx.Node, Fused]:
         """Every node to be taken as a function, with the function."""
@@ -163,11 +99,12 @@ class Fusion:
         return fused
 
     def _visit(self, node: fx.Node) -> Fused | None:
-        found = self._operation(node)
+        found = self.reader.read(node)
         sources = [] if found is None else [n for n in found.nodes() if self.kinds[n] is Kind.DATA]
         roots = {self.roots[n] for n in sources}
         if found is None or len(roots) != 1 or self._shape(node) != self._shape(next(iter(roots))):
-            self._stands_alone(node)
+            self.roots[node] = node
+            self.affine.add(node)
             return None
         self.operations[node] = found
         (self.roots[node],) = roots
@@ -177,20 +114,12 @@ class Fusion:
             self.affine.add(node)
         if node in self.rules and self._is_exact(node, found, sources, affine, on_affine):
             return None
-        fused = self._fuse(node)
-        if fused is None:
-            self._stands_alone(node)
-        return fused
-
-    def _stands_alone(self, node: fx.Node) -> None:
-        self.operations.pop(node, None)
-        self.roots[node] = node
-        self.affine.add(node)
+        return self._fuse(node)
 
     def _shape(self, node: fx.Node) -> Any:
         return getattr(self.values[node], "shape", None)
 
-    def _multiplies(self, found: _Operation) -> bool:
+    def _multiplies(self, found: Operation) -> bool:
         """Whether values of the tensor are multiplied with each other, or divide."""
         data = lambda a: isinstance(a, fx.Node) and self.kinds[a] is Kind.DATA
         where: dict[str, Callable[[], bool]] = {
@@ -201,67 +130,16 @@ class Fusion:
         }
         return found.name in where and where[found.name]()
 
-    def _is_exact(self, node: fx.Node, found: _Operation, sources: list[fx.Node], affine: bool, on_affine: bool) -> bool:
+    def _is_exact(self, node: fx.Node, found: Operation, sources: list[fx.Node], affine: bool, on_affine: bool) -> bool:
         """Whether the node's own rule loses nothing."""
         if len(sources) == 1:
             own = self.rules[node].function in (elementwise.named_activation, elementwise.module_activation)
-            square = found.name == "power" and found.args[1:] in ((2,), (3,))
-            return affine or (on_affine and not found.searched and (own or square))
+            closed = found.name in ("maximum", "minimum") or (found.name == "power" and found.args[1:] in ((2,), (3,)))
+            return affine or (on_affine and not found.searched and (own or closed))
         same = len(set(sources)) == 1
         return same and on_affine and found.name in ("mul", "add", "sub")
 
-    def _operation(self, node: fx.Node) -> _Operation | None:
-        """What a node computes elementwise, if that is what it does."""
-        rule = self.rules.get(node)
-        if rule is None:
-            name = _FURTHER.get(node.target)
-            return self._checked(node, name, node.args, dict(node.kwargs)) if name else None
-        if rule.function is elementwise.named_activation:
-            name, parameters = rule.leading
-            args = node.args[: 1 + len(parameters)]
-            if name == "prelu":
-                args = (*args[:1], self._slopes(node, args[1]))
-            return self._checked(node, name, args, dict(node.kwargs))
-        if rule.function is elementwise.module_activation:
-            return self._module(node) if node.op == "call_module" else self._function(node)
-        name = _NAMES.get(rule.function)
-        if name is None or (rule.function in (reduction.max_, reduction.min_) and not self._joins(node)):
-            return None
-        args = node.args[:1] if name in ("same", "zeros", "ones") else node.args
-        kwargs = {} if name == "same" or name in _CONSTANT else dict(node.kwargs)
-        return self._checked(node, name, args, kwargs)
-
-    def _joins(self, node: fx.Node) -> bool:
-        """Whether torch.max is called with two tensors."""
-        return len(node.all_input_nodes) == 2 and all(isinstance(self.values[n], Tensor) for n in node.all_input_nodes)
-
-    def _module(self, node: fx.Node) -> _Operation | None:
-        module = self.graph_module.get_submodule(str(node.target))
-        known = canonical(module)
-        if known is None:
-            return self._checked(node, "module", (_Fetch(str(node.target)), *node.args), {})
-        name, parameters = known
-        if name == "prelu":
-            return self._checked(node, name, (*node.args, self._slopes(node, f"{node.target}.weight")), {})
-        return self._checked(node, name, node.args, parameters)
-
-    def _function(self, node: fx.Node) -> _Operation:
-        """A function of torch that its user calls an activation."""
-        name = f"torch.{node.target}" if isinstance(node.target, str) else describe(node.target)
-        name = name.removesuffix("_")  # in place it is the same function
-        found = self._checked(node, name if name.startswith("torch.") else None, node.args, dict(node.kwargs))
-        if found is None:
-            raise NormPropError(
-                f"{name} cannot be integrated as an activation: only modules and functions of torch can.\n"
-                "Call it in a module of its own, and pass the module's class in rules={…}."
-            )
-        return found
-
-    def _slopes(self, node: fx.Node, weight: Any) -> Any:
-        """PReLU's weight, one slope a channel, in the shape that meets the channels along dimension 1."""
-        return _Fetch(weight, (-1, *(1,) * (len(self._shape(node)) - 2)))
-
-    def _fetch(self, before: fx.Node, wanted: _Fetch) -> fx.Node:
+    def _fetch(self, before: fx.Node, wanted: Fetch) -> fx.Node:
         """A node in front of another one that gets an operand."""
         if wanted in self.fetched:
             return self.fetched[wanted]
@@ -278,35 +156,6 @@ class Fusion:
     def _know(self, node: fx.Node, value: Operand) -> None:
         self.values[node], self.kinds[node] = value, Kind.TENSOR
 
-    def _checked(self, node: fx.Node, name: str | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Operation | None:
-        """The operation if a program can run it with these arguments."""
-        if name is None or operation(name) is None:
-            return None
-        given = {k: v for k, v in kwargs.items() if k not in ("inplace", "training", "rounding_mode")}
-        if kwargs.get("rounding_mode") is not None:
-            return None
-        if "input" in given:
-            args = (given.pop("input"), *args)
-        plain = tuple(self._plain(a) for a in args)
-        named = tuple((k, self._plain(v)) for k, v in given.items())
-        if not all(self._fits(a, node) for a in (*plain, *(v for _, v in named))):
-            return None
-        return _Operation(name, plain, named)
-
-    def _plain(self, argument: Any) -> Any:
-        """A size or flag of the input as the number that it is."""
-        return self.values[argument] if isinstance(argument, fx.Node) and self.kinds[argument] is Kind.STATIC else argument
-
-    def _fits(self, argument: Any, node: fx.Node) -> bool:
-        """Whether a program can hold it: a number, a tensor of the walk, a parameter that differs by channel at most."""
-        if not isinstance(argument, fx.Node):
-            return argument is None or isinstance(argument, bool | int | float | str | _Fetch)
-        value = self.values[argument]
-        if not isinstance(value, Tensor):
-            return False
-        rank = len(self._shape(node) or ())
-        return self.kinds[argument] is Kind.DATA or (value.dim() <= rank and sum(s != 1 for s in value.shape) <= 1)
-
     def _fuse(self, node: fx.Node) -> Fused | None:
         source = self._start(node)
         region = self._between(source, node)
@@ -316,7 +165,7 @@ class Fusion:
         operands: list[fx.Node] = []
 
         def written(argument: Any) -> Any:
-            if isinstance(argument, _Fetch):
+            if isinstance(argument, Fetch):
                 argument = self._fetch(node, argument)
             if not isinstance(argument, fx.Node):
                 return argument

@@ -102,7 +102,11 @@ class _Meter(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         """Run a node and add its tensor to the sums."""
         value = super().run_node(n)
-        if n.name in self.predicted and isinstance(value, Tensor) and value.is_floating_point():
+        if (
+            n.name in self.predicted
+            and isinstance(value, Tensor)
+            and (value.is_floating_point() or value.dtype == torch.bool)
+        ):
             shape = self.predicted[n.name].mean.shape
             others = [d for d in range(value.dim()) if shape[d] == 1]
             wide = value if value.device.type == "mps" else value.double()

@@ -82,7 +82,7 @@ def rows_of(walk: Walk, inputs: list[Moments]) -> list[Row]:
         kind = walk.kinds[node]
         if kind is Kind.TENSOR:
             known[node] = _value(interpreter, walk, node, known)
-        if kind is not Kind.DATA or node.op == "output":
+        if kind is not Kind.DATA or node.op == "output" or (node.op != "placeholder" and node not in walk.rules):
             continue
         slope = None
         if node.op == "placeholder":

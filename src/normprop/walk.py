@@ -29,9 +29,10 @@ class Walk:
         graph_module: the trace; it shares the model's modules.
         values: node → value in a run on meta tensors.
         kinds: node → `Kind`.
-        rules: rule of every DATA node that is neither an input nor the output.
+        rules: rule of every DATA node that is neither an input nor the output; of those within composed functions where
+            there is one.
         fused: nodes that are taken as one function of an earlier node, whatever operations lie between.
-        missing: DATA nodes without a rule, and why.
+        missing: DATA nodes without a rule which are not merely part of a composed function, and why.
     """
 
     graph_module: fx.GraphModule
@@ -213,8 +214,18 @@ def completed(
     """
     fused = Fusion(graph_module, values, kinds, rules).run()
     rules |= {node: function.rule() for node, function in fused.items()}
-    left = {node: reason for node, reason in missing.items() if node not in fused}
+    inner = _inner(graph_module.graph, fused)
+    left = {node: reason for node, reason in missing.items() if node not in fused and node not in inner}
     return Walk(graph_module, values, kinds, rules, fused, left)
+
+
+def _inner(graph: fx.Graph, fused: Mapping[fx.Node, Fused]) -> set[fx.Node]:
+    """Nodes that appear within composed functions alone: nothing asks for their moments."""
+    inner: set[fx.Node] = set()
+    for node in reversed(graph.nodes):
+        if node.users and all(u in inner or (u in fused and fused[u].source is not node) for u in node.users):
+            inner.add(node)
+    return inner
 
 
 def _inputs_or(error: TracingError, model: nn.Module, shape: Shapes | None, hint: Shape | None) -> tuple[Tensor, ...]:

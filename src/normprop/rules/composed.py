@@ -150,8 +150,8 @@ def _broadcast(x: Moments, operands: Sequence[Operand]) -> tuple[Tensor, Tensor]
 def find_bends(program: Program, operands: Sequence[Operand] = ()) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
     """What `composed` needs to know of a program: its bends and jumps, found once.
 
-    Parameters are taken at their present mean. None if the program is not finite on the whole line (the logarithm of a
-    Gaussian has no moments), or bends more often than can be followed.
+    Parameters are taken at their present mean. None if the program or its derivative is not finite on the whole line (the
+    logarithm of a Gaussian has no moments), or if it bends more often than can be followed.
 
     Raises:
         NormPropError: it is random, or not elementwise.
@@ -174,8 +174,11 @@ def _bends_without_operands(program: Program) -> tuple[tuple[float, ...], tuple[
 
 def _bends(fn: Callable[[Tensor], Tensor]) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
     check_elementwise(fn)
+    u = torch.arange(-_REACH, _REACH + 0.25, 0.25, dtype=torch.float64)
     with torch.no_grad():
-        finite = bool(fn(torch.arange(-_REACH, _REACH + 0.25, 0.25, dtype=torch.float64)).isfinite().all())
+        finite = bool(fn(u).isfinite().all())
+    # Off the round numbers, where a derivative may well be missing.
+    finite = finite and bool(torch.func.grad(lambda x: fn(x).sum())(u + 0.1).isfinite().all())
     points = find_breakpoints(fn, -_FAR, _FAR) if finite else None
     if points is None or not points.resolved:
         return None

@@ -14,7 +14,7 @@ from normprop.errors import NormPropError
 from normprop.rules import pooling
 from normprop.rules.arithmetic import Term, maximum, minimum, neg
 from normprop.rules.pooling import average_of, length_of, maximum_of
-from normprop.rules.table import rule
+from normprop.rules.table import Standing, rule
 
 Shape = Sequence[int]
 Shapes = Sequence[Shape]
@@ -90,7 +90,11 @@ def amin(x: Moments, dim: Any = (), keepdim: bool = False, *, in_shapes: Shapes,
     return neg(amax(neg(x), dim, keepdim, in_shapes=in_shapes, out_shape=out_shape))
 
 
-@rule(torch.max, "max", standing="approximate", reason=_GAUSSIAN, shaped=True)
+def _of_two(_: Any, *args: Any, **kwargs: Any) -> tuple[Standing, str] | None:
+    return ("exact", "") if _max_arguments(*args, **kwargs)[2] is not None else None
+
+
+@rule(torch.max, "max", standing="approximate", reason=_GAUSSIAN, shaped=True, judge=_of_two)
 def max_(x: Moments, *args: Any, in_shapes: Shapes, out_shape: Shape | None, **kwargs: Any) -> Any:
     """Of all elements, along a dimension (with indices, which have no moments), or of two tensors (`maximum`)."""
     dim, keepdim, other = _max_arguments(*args, **kwargs)
@@ -100,7 +104,7 @@ def max_(x: Moments, *args: Any, in_shapes: Shapes, out_shape: Shape | None, **k
     return found if dim is None else (found, None)
 
 
-@rule(torch.min, "min", standing="approximate", reason=_GAUSSIAN, shaped=True)
+@rule(torch.min, "min", standing="approximate", reason=_GAUSSIAN, shaped=True, judge=_of_two)
 def min_(x: Moments, *args: Any, in_shapes: Shapes, out_shape: Shape | None, **kwargs: Any) -> Any:
     """As `max_`."""
     dim, keepdim, other = _max_arguments(*args, **kwargs)
