@@ -94,8 +94,8 @@ def page(rows: list[Any]) -> str:
         "",
         f"{len(rows)} of the {len(names(''))} classification networks of torchvision and timm are built on the meta device,",
         "without weights, and converted fresh (the rest was not run). *Traced* means that torch.fx turns it into a graph,",
-        "*converted* that `normprop.convert` rewrites it and that the result runs and returns the right shapes. The last column",
-        "names the operations in front of some BatchNorm whose moments are approximate.",
+        "*converted* that `normprop.convert` rewrites it and that the result runs and returns the right shapes. The last",
+        "column names the operations in front of some BatchNorm whose moments are approximate.",
         "",
         f"    python benchmarks/coverage.py    # torch {version('torch')}, torchvision {version('torchvision')}, "
         f"timm {version('timm')}, Python {platform.python_version()}",

@@ -139,7 +139,7 @@ def test_filters_with_one_input_channel_are_never_centred() -> None:
     with pytest.warns(UserWarning, match="one input channel are not centred: 0, 4"):
         asked = normprop.convert(model, center=True)
     assert asked.code == normprop.convert(model).code
-    assert asked.code.count("center = True") == 1
+    assert asked.code.count("'center': True") == 1
 
 
 def test_an_untrained_network_can_be_kept_too() -> None:

@@ -24,8 +24,8 @@ def accumulate(model: nn.Module) -> Iterator[nn.Module]:
     """Run the moment lane once for all forward and backward passes inside the context.
 
     What the lane computes depends on parameters alone, so micro-batches between two optimiser steps can share it. Their
-    gradients with respect to what it computed add up, and go through it once when the context ends: gradients are the same as
-    without the context, to rounding, and complete only after it.
+    gradients with respect to what it computed add up, and go through it once when the context ends: gradients are the same
+    as without the context, to rounding, and complete only after it.
 
     Args:
         model: a converted network, or a module that holds some (a DistributedDataParallel, a Sequential with a
@@ -109,7 +109,7 @@ class _SharedLane:
 
 
 def _split(graph: fx.Graph) -> _Split:
-    """The lane of a graph, a function of the network, and the rest, a function of the network, the lane's values and data."""
+    """The lane of a graph, a function of the network, and the rest, one of the network, the lane's values and the data."""
     if graph not in _SPLITS:
         nodes = lane_nodes(graph)
         read = [n for n in graph.nodes if n in nodes and n.op != "get_attr" and any(user not in nodes for user in n.users)]

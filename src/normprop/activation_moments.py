@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from normprop.activations import canonical, expectations, torch_function
 from normprop.errors import NormPropError
-from normprop.gaussian import Expectations, density
+from normprop.gaussian import Expectations, density, working_dtype
 from normprop.quadrature import Breakpoints, find_breakpoints, integrate, mean_and_variance
 
 Activation = str | nn.Module | type[nn.Module] | Callable[..., Tensor]
@@ -147,8 +147,7 @@ def _prepare(mean: float | Tensor, std: float | Tensor) -> tuple[Tensor, Tensor,
     if dtype not in (torch.float32, torch.float64):
         dtype = torch.float32
     device = tensors[0].device if tensors else torch.device("cpu")
-    # Metal has no float64.
-    compute = torch.float32 if device.type == "mps" else torch.float64
+    compute = working_dtype(device)
     m, s = (
         x.to(compute) if isinstance(x, Tensor) else torch.as_tensor(x, dtype=compute, device=device) for x in (mean, std)
     )

@@ -57,6 +57,20 @@ class ConvertedModule(fx.GraphModule):
             self.recompile()
         return self
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the network.
+
+        Raises:
+            NormPropError: integers where the network was converted for numbers.
+        """
+        for given, (_, dtype) in zip(args, self.meta["normprop"]["inputs"], strict=False):
+            if isinstance(given, Tensor) and dtype.is_floating_point and not given.is_floating_point():
+                raise NormPropError(
+                    f"the input is {str(given.dtype).removeprefix('torch.')}, the network takes floating-point numbers.\n"
+                    "Scale it as the training data was scaled: x.float() / 255, then standardised."
+                )
+        return super().__call__(*args, **kwargs)
+
     def graphs(self) -> dict[bool, fx.Graph]:
         """The graph of training mode (True) and of eval mode (False)."""
         return self.meta["normprop"].get("graphs") or {True: self._graph, False: self._graph}

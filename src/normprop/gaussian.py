@@ -26,6 +26,12 @@ class Expectations(NamedTuple):
     error: Tensor
 
 
+def working_dtype(device: torch.device) -> torch.dtype:
+    """The precision to compute moments in: float64, which Metal does not have, nor ONNX Runtime for every function."""
+    narrow = device.type == "mps" or (torch.compiler.is_compiling() and torch.onnx.is_in_onnx_export())
+    return torch.float32 if narrow else torch.float64
+
+
 def density(z: Tensor) -> Tensor:
     """φ(z) = exp(−z²/2)/√(2π)."""
     return torch.exp(-0.5 * z * z) / math.sqrt(2 * math.pi)

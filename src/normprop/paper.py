@@ -15,12 +15,13 @@ from normprop.filter_rows import Form, from_rows, to_rows
 from normprop.plan import SitePlan
 from normprop.rewrite import Rewriter
 from normprop.rules import arithmetic, combine, elementwise, pooling, shape, stochastic
+from normprop.rules.composed import composed, full_moments
 from normprop.scales import Scale
-from normprop.walk import Walk
+from normprop.walk import Walk, inner_nodes
 
 # What hands a standardised tensor on; the paper pools standardised tensors without a further word (§4).
 _KEEPERS = frozenset(f for family in (combine, pooling, shape, stochastic) for f in vars(family).values() if callable(f))
-_ACTIVATIONS = frozenset([elementwise.named_activation, elementwise.module_activation])
+_ACTIVATIONS = frozenset([elementwise.named_activation, elementwise.module_activation, composed])
 
 
 def standardiser(moments: Moments) -> Scale:
@@ -43,7 +44,7 @@ def jacobian_gain(walk: Walk, node: fx.Node) -> float:
             standard = Moments(torch.zeros((1,) * value.dim()), torch.ones((1,) * value.dim()))
             module = walk.module(user) if user.op == "call_module" else None
             call = walk.call(user, dict.fromkeys(walk.data_arguments(user), standard).__getitem__, parameter, module)
-            full = elementwise.full_moments(call)
+            full = full_moments(call)
             assert full is not None
             return float((full.var / full.slope).sqrt().mean().detach())
         if function not in _KEEPERS:
@@ -85,12 +86,13 @@ class PaperRewriter(Rewriter):
     def __init__(self, walk: Walk, plans: Sequence[SitePlan], inputs: Sequence[tuple[str, str] | None]) -> None:
         super().__init__(walk, plans, inputs)
         self.standard: set[fx.Node] = set()
+        self.inner = inner_nodes(walk.graph_module.graph, walk.fused)
 
     def _follow(self, node: fx.Node) -> None:
         """Mark a tensor that is standardised, or make it so."""
         if node.op == "placeholder":
             self.standard.add(node)
-        if node not in self.walk.rules:
+        if node not in self.walk.rules or node in self.inner:
             return
         function = self.walk.rules[node].function
         sources = self.walk.data_arguments(node)

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
+from normprop.gaussian import working_dtype
+
 _ROOT_TWO_PI = 2.5066282746310002
 
 
@@ -74,9 +76,7 @@ class LeakyRectifierMoments(torch.autograd.Function):
 
 
 def _wide(x: Tensor) -> Tensor:
-    # Metal has no float64, ONNX Runtime no error function in it.
-    narrow = x.device.type == "mps" or (torch.compiler.is_compiling() and torch.onnx.is_in_onnx_export())
-    return x.float() if narrow else x.double()
+    return x.to(working_dtype(x.device))
 
 
 def _rectified(mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

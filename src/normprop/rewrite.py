@@ -9,7 +9,7 @@ from typing import Any
 from torch import fx
 
 from normprop import layers, sites
-from normprop.plan import SitePlan
+from normprop.plan import SitePlan, nodes_behind
 from normprop.walk import Kind, Walk
 
 
@@ -31,7 +31,7 @@ class Rewriter:
         self.graph = fx.Graph()
         self.data: dict[fx.Node, fx.Node] = {}
         self.lane: dict[fx.Node, fx.Node] = {}
-        self.needed = self._needed()
+        self.needed = nodes_behind(walk, plans)
 
     def run(self) -> fx.Graph:
         """The new graph."""
@@ -53,18 +53,6 @@ class Rewriter:
                 self.lane[node] = self._write_input(node, given)
         elif node in self.needed:
             self.lane[node] = self._write_rule(node)
-
-    def _needed(self) -> set[fx.Node]:
-        """Nodes whose moments some site asks for."""
-        needed: set[fx.Node] = set()
-        stack = [plan.source for plan in self.plans.values()]
-        while stack:
-            node = stack.pop()
-            if node not in needed:
-                needed.add(node)
-                if node not in self.plans and node.op != "placeholder":
-                    stack.extend(self.walk.data_arguments(node))
-        return needed
 
     def _call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
         return self.graph.call_function(function, args, kwargs)

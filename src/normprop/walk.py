@@ -214,12 +214,12 @@ def completed(
     """
     fused = Fusion(graph_module, values, kinds, rules).run()
     rules |= {node: function.rule() for node, function in fused.items()}
-    inner = _inner(graph_module.graph, fused)
+    inner = inner_nodes(graph_module.graph, fused)
     left = {node: reason for node, reason in missing.items() if node not in fused and node not in inner}
     return Walk(graph_module, values, kinds, rules, fused, left)
 
 
-def _inner(graph: fx.Graph, fused: Mapping[fx.Node, Fused]) -> set[fx.Node]:
+def inner_nodes(graph: fx.Graph, fused: Mapping[fx.Node, Fused]) -> set[fx.Node]:
     """Nodes that appear within composed functions alone: nothing asks for their moments."""
     inner: set[fx.Node] = set()
     for node in reversed(graph.nodes):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -10,10 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from normprop.accumulation import accumulate
 from normprop.benchmark.contenders import CONTENDERS, SUBJECT, Shape
 from normprop.benchmark.lane import Lane
 from normprop.benchmark.replacement import check_has_batchnorm
 from normprop.benchmark.rounds import Step
+from normprop.converted import ConvertedModule
 from normprop.errors import NormPropError
 from normprop.experiments.models import build
 from normprop.experiments.normalizers import normalizer
@@ -97,11 +100,17 @@ class Workload:
 
         def step() -> None:
             optimizer.zero_grad()
-            for _ in range(self.accumulate):
-                torch.stack([F.cross_entropy(scores, y) for scores in _tensors(run(x))]).sum().backward()
+            with self._shared(network):
+                for _ in range(self.accumulate):
+                    torch.stack([F.cross_entropy(scores, y) for scores in _tensors(run(x))]).sum().backward()
             optimizer.step()
 
         return step
+
+    def _shared(self, network: nn.Module) -> contextlib.AbstractContextManager[Any]:
+        """What lets micro-batches share a converted network's moment lane."""
+        several = self.accumulate > 1 and isinstance(network, ConvertedModule) and not self.compiled
+        return accumulate(network) if several else contextlib.nullcontext()
 
     def inference_step(self, network: nn.Module, batch_size: int) -> Step:
         """A forward without gradients of a network in evaluation mode."""
