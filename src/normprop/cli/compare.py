@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import io
 import json
-import math
 import os
 import shutil
 import sys
@@ -12,16 +10,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from matplotlib.figure import Figure
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 
 from normprop.cli.console import console
+from normprop.cli.runs import RunsDisplay
 from normprop.errors import NormPropError
 from normprop.experiments import records
 from normprop.experiments.checkpoint import write_whole
-from normprop.experiments.comparison import cells, choices, clips_of, columns, points, remaining_seconds, to_dict
+from normprop.experiments.comparison import cells, choices, clips_of, columns, points, to_dict
 from normprop.experiments.datasets import load
 from normprop.experiments.grid import Grid, check_comparable
 from normprop.experiments.images import Images
@@ -33,6 +30,7 @@ from normprop.experiments.training import prepared
 from normprop.experiments.workers import work, work_together
 from normprop.plot.compare import plot_batch_sizes, plot_curves, plot_rates
 from normprop.plot.page import html_page
+from normprop.plot.panels import png
 
 
 def compare(
@@ -84,7 +82,7 @@ def _train(grid: Grid, out: Path, jobs: int | None, device: str, screen: Console
     _check_buildable(recipes, images)
     for norm, size in grid.left_out():
         screen.print(f"{norm} can't train at batch size {size} and is left out there.", soft_wrap=True)
-    with _Display(screen, out, recipes, jobs) as display:
+    with RunsDisplay(screen, out, recipes, jobs) as display:
         if jobs == 1:
             torch.set_num_threads(1)
             work(recipes, out, images=images, device=device, finished=display.update)
@@ -106,63 +104,6 @@ def _check_buildable(recipes: Sequence[Recipe], images: Images) -> None:
         build(recipe.model, shape=part.shape, classes=part.classes, norm=norm, width=recipe.width)
 
 
-class _Display:
-    """A bar on a terminal, a line for each finished run elsewhere."""
-
-    def __init__(self, screen: Console, out: Path, recipes: Sequence[Recipe], jobs: int) -> None:
-        self.screen, self.file, self.recipes, self.jobs = screen, out / RUNS, recipes, jobs
-        self.shown = {record.recipe for record in records.read(self.file)}
-        self.size = 0  # of the file when it was last read
-        columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
-        self.bar = Progress(*columns, console=screen, transient=True, disable=not screen.is_terminal)
-        self.task: TaskID = self.bar.add_task("", total=len(recipes), completed=len(recipes) - len(self.missing()))
-
-    def __enter__(self) -> _Display:
-        self.bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.bar.stop()
-
-    def missing(self) -> list[Recipe]:
-        """Runs that nobody has finished."""
-        return [recipe for recipe in self.recipes if recipe not in self.shown]
-
-    def update(self) -> None:
-        """Show what has been finished since the last time; called often, it reads the file only when that has grown."""
-        size = self.file.stat().st_size if self.file.is_file() else 0
-        if size == self.size:
-            return
-        self.size = size
-        found = records.read(self.file)
-        new = [record for record in found if record.recipe not in self.shown]
-        if not new:
-            return
-        self.shown |= {record.recipe for record in new}
-        missing = self.missing()
-        seconds = remaining_seconds(missing, found)
-        left = f"about {_duration(seconds / self.jobs)} left" if seconds else ""
-        self.bar.update(self.task, completed=len(self.recipes) - len(missing), description=left)
-        for record in new:
-            done = f"{len(self.recipes) - len(missing)}/{len(self.recipes)}"
-            self.screen.print(f"{done}  {_described(record)}  {left}".rstrip(), soft_wrap=True, markup=False)
-
-
-def _described(record: Record) -> str:
-    recipe = record.recipe
-    clip = f" clip {recipe.clip:.3g}" if recipe.clip else ""
-    end = "diverged" if record.diverged else f"validation {100 * record.validation_accuracy:.1f} %"
-    return (
-        f"{recipe.norm:<10} batch {recipe.batch_size} rate {recipe.lr:.3g}{clip} seed {recipe.seed}: {end}, "
-        f"{record.cpu_seconds:.0f} s"
-    )
-
-
-def _duration(seconds: float) -> str:
-    minutes = math.ceil(seconds / 60)
-    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min"
-
-
 def summarize(found: Sequence[Record], out: Path, screen: Console) -> None:
     """Print the table, and write it and the figures to `out`."""
     by_point = points(found)
@@ -174,7 +115,7 @@ def summarize(found: Sequence[Record], out: Path, screen: Console) -> None:
         "rate.png": ("Validation accuracy against the learning rate", plot_rates(by_point, title)),
         "batch_size.png": ("Test accuracy against the batch size, each at its best", plot_batch_sizes(chosen, title)),
     }
-    images = {caption: _png(figure) for caption, figure in figures.values()}
+    images = {caption: png(figure) for caption, figure in figures.values()}
     for name, (caption, _) in figures.items():
         write_whole(out / name, images[caption])
     write_whole(out / "table.md", _markdown(title, notes, heads, rows).encode())
@@ -219,9 +160,3 @@ def _markdown(title: str, notes: Sequence[str], heads: Sequence[str], rows: Sequ
     rule = ["---" if head == "normaliser" else "---:" for head in heads]
     lines = "\n".join(f"| {' | '.join(row)} |" for row in (heads, rule, *rows))
     return f"# {title}\n\n{lines}\n\n" + "\n\n".join(notes) + "\n"
-
-
-def _png(figure: Figure) -> bytes:
-    image = io.BytesIO()
-    figure.savefig(image, format="png")
-    return image.getvalue()

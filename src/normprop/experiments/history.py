@@ -6,6 +6,7 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -73,6 +74,14 @@ class Observer:
 
     def ended_epoch(self, row: Row, epochs: int) -> None:
         """An epoch of `epochs` is done."""
+
+
+class Watcher(Observer):
+    """An observer that notes something worth keeping with the run; this one notes nothing."""
+
+    def findings(self) -> tuple[Any, ...]:
+        """Plain values, for JSON."""
+        return ()
 
 
 def to_json_lines(rows: Sequence[Row]) -> bytes:

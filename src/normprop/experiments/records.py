@@ -31,6 +31,7 @@ class Record:
         classes: Number of classes, which says what chance is.
         cpu_seconds: Processor time of all of it, data and evaluation included.
         versions: Of the software it ran with.
+        findings: What a watcher noted, before the first epoch and after each; empty if nobody watched.
     """
 
     recipe: Recipe
@@ -38,6 +39,7 @@ class Record:
     classes: int
     cpu_seconds: float
     versions: Mapping[str, str]
+    findings: tuple[Any, ...] = ()
 
     @property
     def diverged(self) -> bool:
@@ -70,7 +72,7 @@ class Record:
         """
         found: dict[str, Any] = json.loads(line)
         recipe, rows = Recipe(**found.pop("recipe")), tuple(Row(**row) for row in found.pop("rows"))
-        return cls(recipe=recipe, rows=rows, **found)
+        return cls(recipe=recipe, rows=rows, findings=tuple(found.pop("findings", ())), **found)
 
 
 def versions() -> dict[str, str]:

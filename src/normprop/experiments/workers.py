@@ -20,13 +20,22 @@ from filelock import FileLock, Timeout
 from normprop.errors import NormPropError
 from normprop.experiments import records
 from normprop.experiments.datasets import load
+from normprop.experiments.history import Watcher
 from normprop.experiments.images import Images
 from normprop.experiments.recipe import Recipe
 from normprop.experiments.records import RUNS, Record
 from normprop.experiments.training import train
 
+# Who is to watch a run; it may be sent to other processes.
+Watch = Callable[[Recipe, Images], Watcher]
+
 # Seconds between two looks at what has been finished.
 _POLL = 0.5
+
+
+def unwatched(_recipe: Recipe, _images: Images) -> Watcher:
+    """Nobody."""
+    return Watcher()
 
 
 def work(
@@ -35,6 +44,7 @@ def work(
     *,
     images: Images,
     device: str = "cpu",
+    watch: Watch = unwatched,
     finished: Callable[[], None] = lambda: None,
 ) -> None:
     """Do the runs that `folder` lacks, in order, and add each to its runs.jsonl.
@@ -46,6 +56,7 @@ def work(
         folder: Where the results are.
         images: That data set.
         device: Where to compute.
+        watch: Who notes findings in each run.
         finished: Called after each run.
 
     Raises:
@@ -61,19 +72,27 @@ def work(
         with _claimed(recipe, folder) as mine:
             done = {record.recipe for record in records.read(folder / RUNS)}
             if mine and recipe not in done:
-                records.append(folder / RUNS, measured(recipe, images, device))
+                records.append(folder / RUNS, measured(recipe, images, device, watch))
                 finished()
 
 
-def measured(recipe: Recipe, images: Images, device: str) -> Record:
+def measured(recipe: Recipe, images: Images, device: str, watch: Watch = unwatched) -> Record:
     """Train once."""
     began = time.process_time()
-    run = train(recipe, images=images, device=device)
-    return Record(run.recipe, tuple(run.rows), images.classes, time.process_time() - began, records.versions())
+    watcher = watch(recipe, images)
+    run = train(recipe, images=images, device=device, observer=watcher)
+    seconds = time.process_time() - began
+    return Record(run.recipe, tuple(run.rows), images.classes, seconds, records.versions(), watcher.findings())
 
 
 def work_together(
-    recipes: Sequence[Recipe], folder: Path, *, jobs: int, device: str = "cpu", finished: Callable[[], None]
+    recipes: Sequence[Recipe],
+    folder: Path,
+    *,
+    jobs: int,
+    device: str = "cpu",
+    watch: Watch = unwatched,
+    finished: Callable[[], None],
 ) -> None:
     """`work` in so many processes of one thread each; small networks don't fill two cores with one run.
 
@@ -84,17 +103,19 @@ def work_together(
     team = []
     for _ in range(jobs):
         receiver, sender = context.Pipe(duplex=False)
-        team.append((context.Process(target=_worker, args=(recipes, folder, device, sender), daemon=True), receiver))
+        team.append((context.Process(target=_worker, args=(recipes, folder, device, watch, sender), daemon=True), receiver))
     try:
         for process, _ in team:
             process.start()
-        while any(process.is_alive() for process, _ in team):
-            wait([process.sentinel for process, _ in team if process.is_alive()], timeout=_POLL)
+        alive = [process.sentinel for process, _ in team]
+        while alive:
+            wait(alive, timeout=_POLL)
+            # Asked before the exit codes are read: a process that fails in between is noticed in the next round.
+            alive = [process.sentinel for process, _ in team if process.is_alive()]
             finished()
             for process, receiver in team:
                 if process.exitcode:
                     raise NormPropError(_message(receiver, process.exitcode))
-        finished()
     finally:
         for process, _ in team:
             if process.pid:
@@ -113,12 +134,13 @@ def _message(receiver: Connection, code: int) -> str:
     )
 
 
-def _worker(recipes: Sequence[Recipe], folder: Path, device: str, sender: Connection) -> None:
+def _worker(recipes: Sequence[Recipe], folder: Path, device: str, watch: Watch, sender: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent stops its workers
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # unwinds, where the default would just end
     torch.set_num_threads(1)
     try:
-        work(recipes, folder, images=load(recipes[0].data, image_size=recipes[0].image_size), device=device)
+        images = load(recipes[0].data, image_size=recipes[0].image_size)
+        work(recipes, folder, images=images, device=device, watch=watch)
     except NormPropError as error:
         sender.send(str(error))
         raise SystemExit(2) from error
