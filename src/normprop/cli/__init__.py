@@ -16,6 +16,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "demo": ("normprop.cli.demo", "demo", "see it train where BatchNorm can't, in two minutes, without downloads"),
     "train": ("normprop.cli.train", "train", "train a network on a data set with any normaliser"),
     "compare": ("normprop.cli.compare", "compare", "compare normalisers over learning rates, clippings and batch sizes"),
+    "reproduce": ("normprop.cli.reproduce", "reproduce", "run the paper's experiments at three scales"),
     "inspect": ("normprop.cli.inspect", "inspect", "predicted and measured moments of a network; what converts"),
     "moments": ("normprop.cli.moments", "moments", "moments of activations for a Gaussian input"),
     "bench": ("normprop.cli.bench", "bench", "what normalising costs: time and memory beside other normalisers and none"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import multiprocessing
+import os
 import signal
 import sys
 import time
@@ -74,6 +75,33 @@ def work(
             if mine and recipe not in done:
                 records.append(folder / RUNS, measured(recipe, images, device, watch))
                 finished()
+
+
+def work_in_step(
+    recipes: Sequence[Recipe], folder: Path, *, images: Images, device: str, watch: Watch = unwatched, world: int
+) -> list[Recipe]:
+    """`work` in processes that torchrun started, all of them on one run at a time; what they can't share is left out.
+
+    Args:
+        recipes: Resolved, all on one data set.
+        folder: Where the results are; the first process writes them.
+        images: That data set.
+        device: Where to compute, as for `train`.
+        watch: Who notes findings in each run.
+        world: How many processes there are.
+
+    Returns:
+        The runs left out, whose batches can't be divided evenly.
+    """
+    # Read before the first run, which no process can finish until all have come to it.
+    done = {record.recipe for record in records.read(folder / RUNS)}
+    missing = [recipe for recipe in recipes if recipe not in done]
+    for recipe in missing:
+        if recipe.batch_size % world == 0:
+            record = measured(recipe, images, device, watch)
+            if os.environ.get("RANK") == "0":
+                records.append(folder / RUNS, record)
+    return [recipe for recipe in missing if recipe.batch_size % world]
 
 
 def measured(recipe: Recipe, images: Images, device: str, watch: Watch = unwatched) -> Record:

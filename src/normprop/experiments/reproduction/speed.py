@@ -1,0 +1,62 @@
+"""How long an epoch takes with each normaliser: training steps of the whole recipe, timed in turns."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from normprop.benchmark.rounds import Step, measure
+from normprop.experiments.batches import Batches
+from normprop.experiments.images import Images
+from normprop.experiments.optimizer import build_optimizer
+from normprop.experiments.processes import Processes, processes
+from normprop.experiments.recipe import Recipe
+from normprop.experiments.reproduction.runs import NORMS, recipe
+from normprop.experiments.reproduction.scale import Scale
+from normprop.experiments.training import build_model, prepared
+
+RIVAL = "batch"
+
+
+def measure_speed(scale: Scale, images: Images, device: str) -> dict[str, Any]:
+    """Processor seconds of an epoch and the ratio to BatchNorm's for each normaliser, each with its quartiles.
+
+    A step is that of the paper's recipe at batch size 50: standardising the input, forward, backward, SGD, clipping and
+    projection where the recipe has them. On a GPU it is time on the clock.
+    """
+    recipes = {norm: recipe(scale, norm) for norm in NORMS}
+    images = prepared(images, recipes[RIVAL])
+    with processes(device) as group:
+        steps = {norm: _step(run, images, group.device) for norm, run in recipes.items()}
+        rounds = measure(steps, seconds=scale.speed_seconds, device=group.device)
+        clock: Any = "cpu" if group.device.type == "cpu" else "wall"
+    count = len(images.x_train) // recipes[RIVAL].batch_size
+    result: dict[str, Any] = {"clock": clock, "rounds": len(rounds), "steps": count, "threads": torch.get_num_threads()}
+    for norm in NORMS:
+        step, ratio = rounds.seconds(norm, clock), rounds.ratio(norm, RIVAL, clock)
+        result[norm] = {
+            "epoch_seconds": [count * value for value in (step.low, step.median, step.high)],
+            "ratio": [ratio.low, ratio.median, ratio.high],
+        }
+    return result
+
+
+def _step(run: Recipe, images: Images, device: torch.device) -> Step:
+    model = build_model(run, images, Processes(device)).train()
+    optimizer = build_optimizer(run, model)
+    x, y = _first_batch(run, images, device)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+
+    return step
+
+
+def _first_batch(run: Recipe, images: Images, device: torch.device) -> tuple[Tensor, Tensor]:
+    x, y = Batches(images.x_train, images.y_train, batch_size=run.batch_size, seed=run.seed, epoch=0).batch(0)
+    return x.to(device).contiguous(memory_format=torch.channels_last), y.to(device)
