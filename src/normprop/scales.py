@@ -40,7 +40,8 @@ def scales(forms: Sequence[Form], operands: Sequence[Operands]) -> list[Scale]:
     transforms of `torch.func` in plain operations, which give all filters multiplied.
     """
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return [plain_scale(form, one, multiplied=one.weight is not None) for form, one in zip(forms, operands, strict=True)]
+        outputs, *_ = _computed(_buckets(forms, operands, all_at_once=True), operands)
+        return [Scale(*outputs[i : i + 4]) for i in range(0, len(outputs), 4)]
     outputs = _Scales.apply(tuple(forms), *(t for one in operands for t in one))
     return [Scale(*outputs[i : i + 4]) for i in range(0, len(outputs), 4)]
 
@@ -92,31 +93,10 @@ class _Scales(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, forms: tuple[Form, ...], *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
         sites = _sites(tensors)
-        buckets = _buckets(forms, sites)
-        order = [i for bucket in buckets for i in bucket.members]
-        found = [bucket.sums.statistics([sites[i] for i in bucket.members]) for bucket in buckets]
-        first, second = _joined([three[1] for three in found]), _joined([three[2] for three in found])
-        gamma, beta, shift, scale = (_joined([getattr(sites[i], k) for i in order]) for k in Operands._fields[3:])
-        inverse = _inverse_root(scale, second)
-        factor = gamma * inverse
-        first = first + shift
-        offset = torch.addcmul(beta, first, factor, value=-1)
-        ctx.forms, ctx.buckets = forms, buckets
+        ctx.forms, ctx.buckets = forms, _buckets(forms, sites)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors, *(three[0] for three in found), first, second, inverse, factor)
-        outputs: list[Tensor | None] = [None] * (4 * len(sites))
-        sizes = [len(sites[i].gamma) for i in order]
-        for i, f, b in zip(order, factor.split(sizes), offset.split(sizes), strict=True):
-            outputs[4 * i + 1 : 4 * i + 3] = f, b
-        kept: Any
-        for bucket, (kept, *_) in zip(buckets, found, strict=True):
-            filters = bucket.sums.filters(kept, [sites[i] for i in bucket.members], factor[bucket.channels])
-            for i, c in zip(bucket.members, filters, strict=True):
-                outputs[4 * i] = c
-                if bucket.sums.multiplied:
-                    outputs[4 * i + 1] = None
-                elif kept is not None:
-                    outputs[4 * i + 3] = kept[0]
+        outputs, kept, vectors_of = _computed(ctx.buckets, sites)
+        ctx.save_for_backward(*tensors, *kept, *vectors_of)
         return tuple(outputs)
 
     @staticmethod
@@ -169,7 +149,35 @@ class _Bucket(NamedTuple):
     sums: Sums
 
 
-def _buckets(forms: Sequence[Form], sites: Sequence[Operands]) -> list[_Bucket]:
+def _computed(
+    buckets: Sequence[_Bucket], sites: Sequence[Operands]
+) -> tuple[list[Tensor | None], list[Tensor | None], tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """The scales, flat; what each bucket keeps for a backward; E + d, V, r and f of all channels in the buckets' order."""
+    order = [i for bucket in buckets for i in bucket.members]
+    found = [bucket.sums.statistics([sites[i] for i in bucket.members]) for bucket in buckets]
+    gamma, beta, shift, scale = (_joined([getattr(sites[i], k) for i in order]) for k in Operands._fields[3:])
+    first, second = _joined([three[1] for three in found]) + shift, _joined([three[2] for three in found])
+    inverse = _inverse_root(scale, second)
+    factor = gamma * inverse
+    offset = torch.addcmul(beta, first, factor, value=-1)
+    outputs: list[Tensor | None] = [None] * (4 * len(sites))
+    sizes = [len(sites[i].gamma) for i in order]
+    for i, f, b in zip(order, factor.split(sizes), offset.split(sizes), strict=True):
+        outputs[4 * i + 1 : 4 * i + 3] = f, b
+    kept: Any
+    for bucket, (kept, *_) in zip(buckets, found, strict=True):
+        filters = bucket.sums.filters(kept, [sites[i] for i in bucket.members], factor[bucket.channels])
+        for i, c in zip(bucket.members, filters, strict=True):
+            outputs[4 * i] = c
+            if bucket.sums.multiplied:
+                outputs[4 * i + 1] = None
+            elif kept is not None:
+                outputs[4 * i + 3] = kept[0]
+    return outputs, [three[0] for three in found], (first, second, inverse, factor)
+
+
+def _buckets(forms: Sequence[Form], sites: Sequence[Operands], *, all_at_once: bool = False) -> list[_Bucket]:
+    """Who is handled together: small layers of one form and shape; with `all_at_once`, large ones like small ones alone."""
     members: dict[Hashable, list[int]] = {}
     for i, (form, site) in enumerate(zip(forms, sites, strict=True)):
         members.setdefault((form, *_layout(site)) if _together(form, site) else i, []).append(i)
@@ -179,7 +187,7 @@ def _buckets(forms: Sequence[Form], sites: Sequence[Operands]) -> list[_Bucket]:
         end = start + sum(len(sites[i].gamma) for i in few)
         sums: Sums = NoLayer()
         if weight is not None:
-            sums = SmallLayers(form) if _together(form, sites[few[0]]) else LargeLayer(form)
+            sums = SmallLayers(form) if all_at_once or _together(form, sites[few[0]]) else LargeLayer(form)
         buckets.append(_Bucket(few, slice(start, end), sums))
         start = end
     return buckets
