@@ -13,7 +13,7 @@ from matplotlib.ticker import MaxNLocator
 from normprop.experiments.records import Record
 from normprop.experiments.reproduction import layers, published
 from normprop.experiments.reproduction.outcome import Found, bands, interval, last, test_error
-from normprop.experiments.reproduction.runs import BATCH_SIZES, NORMS, TITLES
+from normprop.experiments.reproduction.runs import BATCH_SIZES, CONTENDERS, NORM_OF, TITLES
 from normprop.plot.panels import finish, logarithmic, look_of, make_panels
 
 _ACCURACY = "validation accuracy, %"
@@ -24,7 +24,7 @@ def plot_fig1(found: Found, title: str) -> Figure:
     """Validation accuracy over epochs: a panel for each batch size, dashed for data normalised by mini-batch."""
     figure, panels = make_panels(1, 2, title)
     for axes, size in zip(panels[0], (50, 100), strict=True):
-        for norm in NORMS:
+        for norm in CONTENDERS:
             for mode, style in (("global", "-"), ("batch", "--")):
                 changes = {"label": f"{TITLES[norm]}, {mode} data norm.", "linestyle": style}
                 _band(axes, found[norm, mode, size], _look(norm) | changes)
@@ -60,7 +60,7 @@ def plot_fig3(found: Found, title: str) -> Figure:
     """Validation accuracy over epochs, mean and 95 % confidence interval over seeds; beside it the paper's curves."""
     figure, panels = make_panels(1, 2, title)
     ours, theirs = panels[0]
-    for norm in NORMS:
+    for norm in CONTENDERS:
         _band(ours, found[norm,], _look(norm))
     for norm, readings in published.CURVES.items():
         theirs.plot(list(readings), list(readings.values()), **_look(norm))
@@ -72,11 +72,11 @@ def plot_fig3(found: Found, title: str) -> Figure:
 
 
 def plot_fig4(found: Found, title: str) -> Figure:
-    """Accuracy against the batch size, then the curves of each batch size for both forms of NormProp and BatchNorm."""
-    shown = ("paper", "normprop", "batch")
+    """Accuracy against the batch size, then the curves of each batch size for all that normalise."""
+    shown = CONTENDERS[:-1]
     figure, panels = make_panels(1, 1 + len(shown), title)
     first, *others = panels[0]
-    for norm in NORMS:
+    for norm in CONTENDERS:
         sizes = [size for size in BATCH_SIZES if found.get((norm, size))]
         ends = [interval([last(record) for record in found[norm, size]]) for size in sizes]
         errors = [half if math.isfinite(half) else 0.0 for _, half in ends]
@@ -99,10 +99,10 @@ def plot_table1(found: Found, title: str) -> Figure:
     figure, panels = make_panels(1, 1, title)
     axes = panels[0][0]
     places = list(dict.fromkeys((key[0], key[1]) for key in found))
-    for i, norm in enumerate(NORMS):
+    for i, norm in enumerate(CONTENDERS):
         for j, place in enumerate(places):
             errors = [test_error(record) for record in found[*place, norm]]
-            x = j + (i - 1.5) / 8
+            x = j + (i - len(CONTENDERS) / 2) / 10
             axes.plot([x] * len(errors), errors, **_look(norm) | {"linestyle": "none"})
             reading = published.TEST_ERROR.get(place, {}).get(norm)
             if reading is not None:
@@ -115,12 +115,12 @@ def plot_speed(measured: Mapping[str, Any], title: str) -> Figure:
     """Time per epoch over BatchNorm's: median and quartiles."""
     figure, panels = make_panels(1, 1, title)
     axes = panels[0][0]
-    for i, norm in enumerate(NORMS):
+    for i, norm in enumerate(CONTENDERS):
         low, median, high = measured[norm]["ratio"]
         axes.errorbar([i], [median], [[median - low], [high - median]], capsize=4, **_look(norm))
     seconds = published.EPOCH_SECONDS
     for norm in seconds:
-        axes.plot([NORMS.index(norm)], [seconds[norm] / seconds["batch"]], "kx", label=_PUBLISHED)
+        axes.plot([CONTENDERS.index(norm)], [seconds[norm] / seconds["batch"]], "kx", label=_PUBLISHED)
     axes.axhline(1.0, color="#888888", linewidth=0.8)
     axes.set_xticks([])
     return finish(figure, panels, "time per epoch / BatchNorm's")
@@ -128,7 +128,7 @@ def plot_speed(measured: Mapping[str, Any], title: str) -> Figure:
 
 def plot_bound(found: Found, title: str) -> Figure:
     """Proposition 1 over epochs, mean over hidden layers: its bound, its error, and what is measured."""
-    names = [norm for norm in NORMS if found[norm,] and found[norm,][0].findings]
+    names = [norm for norm in CONTENDERS if found[norm,] and found[norm,][0].findings]
     figure, panels = make_panels(1, max(1, len(names)), title)
     labels = {
         "bound": "bound μ√(m−1)",
@@ -147,7 +147,8 @@ def plot_bound(found: Found, title: str) -> Figure:
 
 
 def _look(norm: str) -> dict[str, Any]:
-    return look_of(norm) | {"label": TITLES[norm], "markersize": 4}
+    changes = {"linestyle": "-."} if norm in NORM_OF else {}
+    return look_of(NORM_OF.get(norm, norm)) | {"label": TITLES[norm], "markersize": 4} | changes
 
 
 def _shade(place: int, count: int) -> tuple[float, float, float]:

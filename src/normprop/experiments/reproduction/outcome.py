@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from normprop.experiments.records import Record
@@ -58,6 +58,12 @@ def last(record: Record) -> float:
 def test_error(record: Record) -> float:
     """Share of test images classified wrong after the last epoch, %; that of a guess after divergence."""
     return 100 * (1 - record.test_accuracy)
+
+
+def shown(records: Sequence[Record], value: Callable[[Record], float]) -> str:
+    """Mean and spread over runs as text, with a word on those that diverged, which count as guesses."""
+    diverged = sum(record.diverged for record in records)
+    return spread([value(record) for record in records]) + (f" ({diverged} diverged)" if diverged else "")
 
 
 def spread(values: Sequence[float], *, digits: int = 1) -> str:

@@ -6,14 +6,17 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from normprop.experiments.normalizers import normalizer
+from normprop.experiments.normalizers import Normalizer, normalizer
 from normprop.experiments.recipe import Recipe
 from normprop.experiments.reproduction.scale import Scale
 
-# The paper's method, this library's default, the paper's rival, and nothing.
-NORMS = ("paper", "normprop", "batch", "none")
+# The paper's method without and with gradient clipping, this library's default, the paper's rival, and nothing.
+CONTENDERS = ("paper", "paper-clip", "normprop", "batch", "none")
+NORM_OF = {"paper-clip": "paper", "none-slow": "none"}
+_CLIPPED = ("paper-clip", "normprop")
 TITLES = {
     "paper": "NormProp as printed",
+    "paper-clip": "NormProp as printed, clipped",
     "normprop": "NormProp, exact moments",
     "batch": "BatchNorm",
     "none": "no normaliser",
@@ -39,14 +42,19 @@ def rate(batch_size: int) -> float:
     return float(f"{0.05 * (batch_size / 50) ** math.log2(0.08 / 0.05):.6g}")
 
 
-def recipe(scale: Scale, norm: str, *, batch_size: int = 50, seed: int = 0, **changes: Any) -> Recipe:
-    """A run at the paper's settings: the paper's own method, BatchNorm and nothing without gradient clipping.
+def norm_of(name: str) -> Normalizer:
+    """The normaliser of a contender."""
+    return normalizer(NORM_OF.get(name, name))
 
-    Exact moments keep this library's default clipping. Without normaliser the rate is lower by the factor that the
-    library's default is.
+
+def recipe(scale: Scale, name: str, *, batch_size: int = 50, seed: int = 0, **changes: Any) -> Recipe:
+    """A contender's run at the paper's settings, which know no gradient clipping.
+
+    Exact moments keep this library's default clipping, and so does the printed form where it says so. Without normaliser
+    the rate is lower by the factor that the library's default is.
     """
     schedule = scale.single if batch_size == 1 else scale.usual
-    lr = rate(batch_size) * normalizer(norm).rate / normalizer("batch").rate
+    lr = rate(batch_size) * norm_of(name).rate / normalizer("batch").rate
     settings: dict[str, Any] = {
         "data": scale.data[0],
         "model": "nin",
@@ -58,10 +66,10 @@ def recipe(scale: Scale, norm: str, *, batch_size: int = 50, seed: int = 0, **ch
         "halve_every": schedule.halve_every,
         "momentum": 0.9,
         "weight_decay": 5e-4,
-        "norm": norm,
+        "norm": norm_of(name).name,
         "batch_size": batch_size,
         "lr": float(f"{lr:.6g}"),
-        "clip": None if norm == "normprop" else 0.0,
+        "clip": None if name in _CLIPPED else 0.0,
         "seed": seed,
     }
     return Recipe(**settings | changes).resolved()
@@ -70,50 +78,50 @@ def recipe(scale: Scale, norm: str, *, batch_size: int = 50, seed: int = 0, **ch
 def _fig1(scale: Scale, _seeds: int) -> Cells:
     schedule = {"epochs": scale.data_norm.epochs, "halve_every": scale.data_norm.halve_every}
     return {
-        (norm, mode, size): [recipe(scale, norm, batch_size=size, data_norm=mode, **schedule)]
-        for norm in NORMS
+        (name, mode, size): [recipe(scale, name, batch_size=size, data_norm=mode, **schedule)]
+        for name in CONTENDERS
         for mode in ("global", "batch")
         for size in (50, 100)
     }
 
 
 def _fig2(scale: Scale, _seeds: int) -> Cells:
-    cells = {(norm,): [recipe(scale, norm)] for norm in NORMS}
-    return cells | {("none-slow",): [recipe(scale, "none", lr=SLOW_RATE)]}
+    cells = {(name,): [recipe(scale, name)] for name in CONTENDERS}
+    return cells | {("none-slow",): [recipe(scale, "none-slow", lr=SLOW_RATE)]}
 
 
 def _fig3(scale: Scale, seeds: int) -> Cells:
-    return {(norm,): [recipe(scale, norm, seed=seed) for seed in range(seeds)] for norm in NORMS}
+    return {(name,): [recipe(scale, name, seed=seed) for seed in range(seeds)] for name in CONTENDERS}
 
 
 def _fig4(scale: Scale, seeds: int) -> Cells:
     return {
-        (norm, size): [recipe(scale, norm, batch_size=size, seed=seed) for seed in range(seeds)]
-        for norm in NORMS
+        (name, size): [recipe(scale, name, batch_size=size, seed=seed) for seed in range(seeds)]
+        for name in CONTENDERS
         for size in BATCH_SIZES
-        if size >= normalizer(norm).smallest_batch
+        if size >= norm_of(name).smallest_batch
     }
 
 
 def _table1(scale: Scale, seeds: int) -> Cells:
     return {
-        (data, flips, norm): [_table_recipe(scale, data, flips, norm, seed) for seed in range(seeds)]
+        (data, flips, name): [_table_recipe(scale, data, flips, name, seed) for seed in range(seeds)]
         for data in scale.data
         for flips in (False, True)
-        for norm in NORMS
+        for name in CONTENDERS
         if not (data == "svhn" and flips)
     }
 
 
-def _table_recipe(scale: Scale, data: str, flips: bool, norm: str, seed: int) -> Recipe:
+def _table_recipe(scale: Scale, data: str, flips: bool, name: str, seed: int) -> Recipe:
     if data != "svhn":
-        return recipe(scale, norm, data=data, flips=flips, seed=seed)
+        return recipe(scale, name, data=data, flips=flips, seed=seed)
     schedule = {"epochs": scale.svhn.epochs, "halve_every": scale.svhn.halve_every}
-    return recipe(scale, norm, batch_size=100, data=data, seed=seed, **schedule)
+    return recipe(scale, name, batch_size=100, data=data, seed=seed, **schedule)
 
 
 def _bound(scale: Scale, _seeds: int) -> Cells:
-    return {(norm,): [recipe(scale, norm)] for norm in NORMS}
+    return {(name,): [recipe(scale, name)] for name in CONTENDERS}
 
 
 _CELLS: dict[str, Callable[[Scale, int], Cells]] = {
@@ -132,7 +140,7 @@ def cells(part: str, scale: Scale, seeds: int) -> Cells:
     Example:
         >>> from normprop.experiments.reproduction.scale import SCALES
         >>> len(cells("fig4", SCALES["full"], 3)), cells("speed", SCALES["full"], 3)
-        (15, {})
+        (19, {})
     """
     return _CELLS[part](scale, seeds) if part in _CELLS else {}
 

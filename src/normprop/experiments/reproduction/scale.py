@@ -75,8 +75,8 @@ SCALES = {
             probed=50,
             speed_seconds=0.5,
         ),
-        # The paper's 200 epochs, halved every 25, become eight halved every one; batch size 1, where an epoch takes ten times
-        # as long, gets two of them.
+        # The paper's 200 epochs, halved every 25, become eight halved every one; batch size 1, where an epoch takes ten
+        # times as long, gets two of them.
         Scale(
             name="quarter",
             data=("cifar10",),

@@ -9,8 +9,8 @@ from typing import Any
 
 from normprop.experiments.records import Record
 from normprop.experiments.reproduction import layers, published
-from normprop.experiments.reproduction.outcome import Found, best, curve, last, spread, test_error
-from normprop.experiments.reproduction.runs import BATCH_SIZES, NORMS, TITLES, rate
+from normprop.experiments.reproduction.outcome import Found, best, curve, last, shown, spread, test_error
+from normprop.experiments.reproduction.runs import BATCH_SIZES, CONTENDERS, TITLES, rate
 from normprop.experiments.reproduction.scale import Scale
 
 PAPER = "the paper"
@@ -29,7 +29,7 @@ class Table:
 def fig1(found: Found, scale: Scale) -> Table:
     """Global against batch data normalisation."""
     places = [(mode, size) for size in (50, 100) for mode in ("global", "batch")]
-    rows = [[TITLES[n], *(spread([best(r) for r in found[n, mode, size]]) for mode, size in places)] for n in NORMS]
+    rows = [[TITLES[n], *(shown(found[n, mode, size], best) for mode, size in places)] for n in CONTENDERS]
     rows.append([f"{PAPER}, NormProp", f"{published.DATA_NORM_BEST} at best, the same for both", "", "", ""])
     return Table(
         ("best validation accuracy, %", *(f"{mode}, batch {size}" for mode, size in places)),
@@ -80,22 +80,18 @@ def _unit_cells(record: Record) -> list[str]:
 def fig3(found: Found, scale: Scale) -> Table:
     """Validation accuracy per epoch."""
     theirs = published.CURVES["paper"]
-    shown = shown_epochs(scale)
-    rows = [
-        [
-            TITLES[norm],
-            *(spread([line[epoch - 1] for line in map(curve, found[norm,]) if len(line) >= epoch]) for epoch in shown),
-        ]
-        for norm in NORMS
-    ]
+    epochs = shown_epochs(scale)
+    rows = [[TITLES[name], *(_reached(found[name,], epoch) for epoch in epochs)] for name in CONTENDERS]
+    for name in ("paper", "paper-clip"):
+        rows.append([f"lead of {TITLES[name]} over BatchNorm", *(_lead(found, name, epoch) for epoch in epochs)])
     readings = "; ".join(
         f"{TITLES[norm]} " + ", ".join(f"{value:g} (epoch {epoch})" for epoch, value in published.CURVES[norm].items())
         for norm in ("paper", "batch")
     )
     lead = {epoch: theirs[epoch] - published.CURVES["batch"][epoch] for epoch in theirs}
     return Table(
-        ("validation accuracy, %", *(f"epoch {epoch}" for epoch in shown)),
-        [*rows, ["lead of NormProp as printed over BatchNorm", *(_lead(found, epoch) for epoch in shown)]],
+        ("validation accuracy, %", *(f"epoch {epoch}" for epoch in epochs)),
+        rows,
         f"Of {scale.usual.epochs} epochs; the paper's run has 200. The paper's figure 3 reads: {readings}. There NormProp "
         "leads by " + ", ".join(f"{value:.1f} (epoch {epoch})" for epoch, value in lead.items()) + " points.",
     )
@@ -111,8 +107,8 @@ def shown_epochs(scale: Scale) -> list[int]:
     """
     epochs = scale.usual.epochs
     theirs = list(published.CURVES["paper"])
-    shown = theirs if epochs >= theirs[-1] else [2**i for i in range(epochs.bit_length()) if 2**i <= epochs]
-    return sorted({*shown, epochs})
+    early = theirs if epochs >= theirs[-1] else [2**i for i in range(epochs.bit_length()) if 2**i <= epochs]
+    return sorted({*early, epochs})
 
 
 def _at(records: Sequence[Record], epoch: int) -> list[float]:
@@ -120,16 +116,21 @@ def _at(records: Sequence[Record], epoch: int) -> list[float]:
     return [line[epoch - 1] for line in map(curve, records) if len(line) >= epoch]
 
 
-def _lead(found: Found, epoch: int) -> str:
-    ours, theirs = _at(found["paper",], epoch), _at(found["batch",], epoch)
+def _reached(records: Sequence[Record], epoch: int) -> str:
+    """Mean and spread after an epoch, with a word on runs that had diverged by then and are left out."""
+    lost = len(records) - len(_at(records, epoch))
+    return spread(_at(records, epoch)) + (f" ({lost} diverged)" if lost else "")
+
+
+def _lead(found: Found, name: str, epoch: int) -> str:
+    ours, theirs = _at(found[name,], epoch), _at(found["batch",], epoch)
     return f"{statistics.mean(ours) - statistics.mean(theirs):+.1f}" if ours and theirs else "–"
 
 
 def fig4(found: Found, scale: Scale) -> Table:
     """Batch sizes."""
-    rows = [
-        [TITLES[norm], *(spread([last(r) for r in found.get((norm, size), ())]) for size in BATCH_SIZES)] for norm in NORMS
-    ]
+    ends = {key: shown(records, last) for key, records in found.items()}
+    rows = [[TITLES[name], *(ends.get((name, size), "–") for size in BATCH_SIZES)] for name in CONTENDERS]
     rows.append([f"{PAPER}, NormProp", *(f"{published.BATCH_SIZES[size]:.1f}" for size in BATCH_SIZES)])
     return Table(
         ("validation accuracy after the last epoch, %", *(f"batch {size}" for size in BATCH_SIZES)),
@@ -145,7 +146,7 @@ def table1(found: Found, scale: Scale) -> Table:
     rows = []
     for data, flips in dict.fromkeys((key[0], key[1]) for key in found):
         theirs = published.TEST_ERROR.get((data, flips), {})
-        ours = [spread([test_error(r) for r in found[data, flips, norm]]) for norm in NORMS]
+        ours = [shown(found[data, flips, name], test_error) for name in CONTENDERS]
         rows.append(
             [data, "flips" if flips else "none", *ours, *(f"{theirs[n]}" if theirs else "–" for n in ("paper", "batch"))]
         )
@@ -153,7 +154,7 @@ def table1(found: Found, scale: Scale) -> Table:
         (
             "test error, %",
             "augmentation",
-            *(TITLES[norm] for norm in NORMS),
+            *(TITLES[name] for name in CONTENDERS),
             f"{PAPER}, NormProp",
             f"{PAPER}, BatchNorm",
         ),
@@ -165,15 +166,15 @@ def table1(found: Found, scale: Scale) -> Table:
 def speed(measured: Mapping[str, Any], _scale: Scale) -> Table:
     """Time per epoch."""
     rows = []
-    for norm in NORMS:
-        seconds, ratio = measured[norm]["epoch_seconds"], measured[norm]["ratio"]
+    for name in CONTENDERS:
+        seconds, ratio = measured[name]["epoch_seconds"], measured[name]["ratio"]
         theirs = published.EPOCH_SECONDS
         rows.append(
             [
-                TITLES[norm],
+                TITLES[name],
                 f"{seconds[1]:.3g}",
                 f"{ratio[1]:.2f} [{ratio[0]:.2f}–{ratio[2]:.2f}]",
-                f"{theirs[norm] / theirs['batch']:.3g} ({theirs[norm]:g} s)" if norm in theirs else "–",
+                f"{theirs[name] / theirs['batch']:.3g} ({theirs[name]:g} s)" if name in theirs else "–",
             ]
         )
     clock = "processor time" if measured["clock"] == "cpu" else "time on the clock"
@@ -187,13 +188,13 @@ def speed(measured: Mapping[str, Any], _scale: Scale) -> Table:
 
 def bound(found: Found, _scale: Scale) -> Table:
     """Proposition 1, layer by layer."""
-    records = found[("paper",)]
+    name = next((name for name in ("paper", "paper-clip") if _lasts(found[name,])), None)
     rows = []
-    if records and records[0].findings:
-        start, end = records[0].findings[0]["layers"], records[0].findings[-1]["layers"]
+    if name:
+        start, end = (found[name,][0].findings[i]["layers"] for i in (0, -1))
         names = ("coherence", "bound", "error", "correlation", "deviation")
         rows = [
-            [str(i), *(f"{before[name]:.3g} → {after[name]:.3g}" for name in names)]
+            [str(i), *(f"{before[quantity]:.3g} → {after[quantity]:.3g}" for quantity in names)]
             for i, (before, after) in enumerate(zip(start, end, strict=True), 1)
         ]
     return Table(
@@ -206,11 +207,16 @@ def bound(found: Found, _scale: Scale) -> Table:
             "all that is neglected",
         ),
         rows,
-        "NormProp as printed, before training → after the last epoch; Frobenius norms as shares of the diagonal's, which is "
-        "what the method keeps. Error: the proposition's left side, the cosines between filters. Measured correlation: the "
+        f"{TITLES[name or 'paper']}, before training → after the last epoch; Frobenius norms as shares of the diagonal's, "
+        "which is what the method keeps. Error: the proposition's left side, the cosines between filters. Measured correlation: the "
         "same of the units on validation images, whose inputs are correlated. All that is neglected: ‖Cov u − diag γ²‖ / "
         "‖diag γ²‖. The paper says that the error is small and shows no figure.",
     )
+
+
+def _lasts(records: Sequence[Record]) -> bool:
+    """Whether there is a run with findings that didn't diverge."""
+    return bool(records) and not records[0].diverged and bool(records[0].findings)
 
 
 def _epochs(count: int) -> str:

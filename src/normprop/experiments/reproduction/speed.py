@@ -14,7 +14,7 @@ from normprop.experiments.images import Images
 from normprop.experiments.optimizer import build_optimizer
 from normprop.experiments.processes import Processes, processes
 from normprop.experiments.recipe import Recipe
-from normprop.experiments.reproduction.runs import NORMS, recipe
+from normprop.experiments.reproduction.runs import CONTENDERS, recipe
 from normprop.experiments.reproduction.scale import Scale
 from normprop.experiments.training import build_model, prepared
 
@@ -27,17 +27,17 @@ def measure_speed(scale: Scale, images: Images, device: str) -> dict[str, Any]:
     A step is that of the paper's recipe at batch size 50: standardising the input, forward, backward, SGD, clipping and
     projection where the recipe has them. On a GPU it is time on the clock.
     """
-    recipes = {norm: recipe(scale, norm) for norm in NORMS}
+    recipes = {name: recipe(scale, name) for name in CONTENDERS}
     images = prepared(images, recipes[RIVAL])
     with processes(device) as group:
-        steps = {norm: _step(run, images, group.device) for norm, run in recipes.items()}
+        steps = {name: _step(run, images, group.device) for name, run in recipes.items()}
         rounds = measure(steps, seconds=scale.speed_seconds, device=group.device)
         clock: Any = "cpu" if group.device.type == "cpu" else "wall"
     count = len(images.x_train) // recipes[RIVAL].batch_size
     result: dict[str, Any] = {"clock": clock, "rounds": len(rounds), "steps": count, "threads": torch.get_num_threads()}
-    for norm in NORMS:
-        step, ratio = rounds.seconds(norm, clock), rounds.ratio(norm, RIVAL, clock)
-        result[norm] = {
+    for name in CONTENDERS:
+        step, ratio = rounds.seconds(name, clock), rounds.ratio(name, RIVAL, clock)
+        result[name] = {
             "epoch_seconds": [count * value for value in (step.low, step.median, step.high)],
             "ratio": [ratio.low, ratio.median, ratio.high],
         }
