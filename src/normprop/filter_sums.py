@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -205,7 +206,7 @@ class LargeLayer:
         assert site.weight is not None
         rows, mean, var = self._operands(sites)
         e, v = vectors_of.first * self.form.share, vectors_of.second * self.form.share
-        grad = rows.new_empty(0)
+        grad: Tensor | None = None
         if need[0][0]:
             grad = torch.zeros_like(rows) if G is None else to_rows(G, self.form, like=site.weight)[0]
         even, basis = self._even(rows, mean, var, average, vectors_of.average, e, v)
@@ -218,7 +219,7 @@ class LargeLayer:
                 d_var.addmv_(torch.mul(w, w, out=block).t(), v_)
             if x is not None:
                 d_var.addmv_(w.t(), x, alpha=-2.0)
-            if need[0][0]:
+            if g is not None:
                 torch.mul(w, v_.unsqueeze(1), out=block)
                 if var is None:
                     g.add_(block, alpha=2.0)
@@ -231,7 +232,7 @@ class LargeLayer:
         if average is not None:
             d_mean -= torch.dot(average[0], e)
             d_var += torch.dot(average[0].square(), v)
-        weight = from_rows(grad.unsqueeze(0), site.weight, self.form) if need[0][0] else None
+        weight = None if grad is None else from_rows(grad.unsqueeze(0), site.weight, self.form)
         by_mean, by_var = (
             per_channel(d.unsqueeze(0), self.form, site.weight, [like])[0] if like is not None and needed else None
             for d, like, needed in ((d_mean, site.mean, need[0][1]), (d_var, site.var, need[0][2]))
@@ -248,11 +249,10 @@ class LargeLayer:
     def _blocks(self, rows: Tensor, *others: Tensor | None) -> Iterator[tuple[Any, ...]]:
         """Runs of filters with what belongs to them, and memory for as many numbers."""
         step = max(1, _BLOCK * torch.get_num_threads() // max(1, rows.shape[1]))
-        scratch = rows.new_empty(min(step, len(rows)), rows.shape[1])
-        for i, w in enumerate(rows.split(step)):
-            part = slice(i * step, i * step + len(w))
-            few = (None if t is None else t[part] for t in others)
-            yield (w, *few, scratch[: len(w)])
+        block = rows.new_empty(min(step, len(rows)), rows.shape[1])
+        runs = [itertools.repeat(None) if t is None else t.split(step) for t in others]
+        for w, *few in zip(rows.split(step), *runs):  # noqa: B905  without end where there is nothing
+            yield (w, *few, block if len(w) == len(block) else block[: len(w)])
 
     @staticmethod
     def _even(
