@@ -45,7 +45,7 @@ def fig2(found: Found, _scale: Scale) -> Table:
     rows = []
     for (name,), records in found.items():
         theirs = {"none-slow": "tens"}.get(name) or f"{published.UNIT_MEAN.get(name, '–')}"
-        rows.append([TITLES[name], *(_unit_cells(records[0]) if records else ["–"] * 7), theirs])
+        rows.append([TITLES[name], *(_unit_cells(records[0]) if records and records[0].findings else ["–"] * 7), theirs])
     return Table(
         (
             "after the last epoch",
@@ -208,9 +208,9 @@ def bound(found: Found, _scale: Scale) -> Table:
         ),
         rows,
         f"{TITLES[name or 'paper']}, before training → after the last epoch; Frobenius norms as shares of the diagonal's, "
-        "which is what the method keeps. Error: the proposition's left side, the cosines between filters. Measured correlation: the "
-        "same of the units on validation images, whose inputs are correlated. All that is neglected: ‖Cov u − diag γ²‖ / "
-        "‖diag γ²‖. The paper says that the error is small and shows no figure.",
+        "which is what the method keeps. Error: the proposition's left side, the cosines between filters. Measured "
+        "correlation: the same of the units on validation images, whose inputs are correlated. All that is neglected: "
+        "‖Cov u − diag γ²‖ / ‖diag γ²‖. The paper says that the error is small and shows no figure.",
     )
 
 
