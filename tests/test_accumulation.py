@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -114,3 +115,30 @@ def test_an_error_inside_leaves_the_model_as_it_was() -> None:
 def test_nothing_to_share() -> None:
     with pytest.raises(NormPropError, match="no converted network"), normprop.accumulate(network()):
         pass
+
+
+def in_two_processes(rank: int, address: str, path: str) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
+    torch.manual_seed(0)
+    parallel = nn.parallel.DistributedDataParallel(normprop.convert(network()).double())
+    torch.manual_seed(1)
+    batches = torch.randn(2, 3, 2, 4, dtype=torch.float64)[rank]
+    with normprop.accumulate(parallel):
+        with parallel.no_sync():
+            passes(parallel, batches[:-1])
+        passes(parallel, batches[-1:])
+    if rank == 0:
+        torch.save(gradients(parallel.module), path)
+    torch.distributed.destroy_process_group()
+
+
+def test_data_parallel_processes_see_all_gradients(tmp_path: Path) -> None:
+    address, path = f"file://{tmp_path}/rendezvous", str(tmp_path / "gradients.pt")
+    torch.multiprocessing.spawn(in_two_processes, (address, path), nprocs=2)
+    torch.manual_seed(0)
+    model = normprop.convert(network()).double()
+    torch.manual_seed(1)
+    passes(model, torch.randn(2, 3, 2, 4, dtype=torch.float64).flatten(0, 1))
+    for name, found in torch.load(path).items():
+        torch.testing.assert_close(found, model.get_parameter(name).grad / 2, rtol=1e-9, atol=1e-9)
