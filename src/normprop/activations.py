@@ -147,19 +147,31 @@ def expectations(name: str, mean: Tensor, std: Tensor, parameters: dict[str, Any
     if key not in FORMS:
         fn, points = torch_function(name), _points(name)
         return integrate(functools.partial(fn, **parameters) if parameters else fn, mean, std, points)
-    unknown = sorted(set(parameters) - set(_PARAMETERS[key]))
-    if unknown:
-        raise NormPropError(f"{key} has no parameter {', '.join(unknown)}; it has: {', '.join(_PARAMETERS[key]) or 'none'}")
-    given = (mean, std) if key in _ELEMENTARY else ()
-    try:
-        form = FORMS[key](*given, **parameters)
-    except TypeError as reason:
-        raise NormPropError(f"{key} needs its parameters: {', '.join(_PARAMETERS[key])}") from reason
+    form = _form(key, parameters, (mean, std) if key in _ELEMENTARY else ())
     if isinstance(form, Expectations):
         return form
     if isinstance(form, Piecewise):
         return piecewise_moments(form, mean, std)
     return integrate_slope(form.value, form.slope, mean, std, points=form.points, rate=form.rate(mean), order=order)
+
+
+def known_form(name: str, parameters: dict[str, Any]) -> Piecewise | Smooth | None:
+    """The named activation as a piecewise polynomial or by its slope; None if it is neither."""
+    key = ALIASES.get(name, name)
+    if key not in FORMS or key in _ELEMENTARY:
+        return None
+    form = _form(key, {k: v for k, v in parameters.items() if k not in _IGNORED}, ())
+    return None if isinstance(form, Expectations) else form
+
+
+def _form(key: str, parameters: dict[str, Any], given: tuple[Tensor, ...]) -> Piecewise | Smooth | Expectations:
+    unknown = sorted(set(parameters) - set(_PARAMETERS[key]))
+    if unknown:
+        raise NormPropError(f"{key} has no parameter {', '.join(unknown)}; it has: {', '.join(_PARAMETERS[key]) or 'none'}")
+    try:
+        return FORMS[key](*given, **parameters)
+    except TypeError as reason:
+        raise NormPropError(f"{key} needs its parameters: {', '.join(_PARAMETERS[key])}") from reason
 
 
 def torch_function(name: str) -> Callable[..., Tensor]:

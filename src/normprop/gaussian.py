@@ -121,4 +121,4 @@ def _scaled_tail(t: Tensor) -> Tensor:
 
 
 _TABLE = _table()
-_LEGENDRE = {count: _legendre(count) for count in range(4, 25)}
+_LEGENDRE = {count: _legendre(count) for count in (*range(4, 25), 28, 34)}

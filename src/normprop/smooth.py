@@ -20,7 +20,7 @@ class Smooth:
 
     value, slope: f and f'. rate: a bound on |d log f'² / du| at the mean, which tells how far from the mean the mass
     of f'² φ may lie. scale: how far from 0 the bend reaches. algebraic: whether f approaches its asymptotes only as a
-    power of u.
+    power of u. straight: beyond that many scales, f differs from its asymptotes by 1e-10 at most.
     """
 
     value: Function
@@ -28,6 +28,7 @@ class Smooth:
     rate: Function
     scale: float = 1.0
     algebraic: bool = False
+    straight: float = 24.0
 
     @property
     def points(self) -> list[float]:
@@ -51,7 +52,7 @@ def sigmoid() -> Smooth:
 
 def tanh() -> Smooth:
     """tanh u; its slope is 4σ(2u)σ(−2u), which unlike 1 − tanh² keeps its digits."""
-    return Smooth(torch.tanh, lambda u: 4 * _bell(2 * u), _constant(4.0))
+    return Smooth(torch.tanh, lambda u: 4 * _bell(2 * u), _constant(4.0), straight=12.0)
 
 
 def silu() -> Smooth:
@@ -109,7 +110,8 @@ def _exponential(scale: float, alpha: float, width: float) -> Smooth:
 def gelu(approximate: str = "none") -> Smooth:
     """u Φ(u), or with approximate="tanh" u σ(2√(2/π)(u + 0.044715 u³))."""
     if approximate == "none":
-        return Smooth(lambda u: u * _normal(u), lambda u: _normal(u) + u * density(u), lambda mean: 2 * mean.abs() + 2)
+        rate: Function = lambda mean: 2 * mean.abs() + 2
+        return Smooth(lambda u: u * _normal(u), lambda u: _normal(u) + u * density(u), rate, straight=8.0)
     if approximate != "tanh":
         raise NormPropError(f"gelu: approximate must be 'none' or 'tanh', not {approximate!r}")
     c, cubic = 2 * math.sqrt(2 / math.pi), 0.044715
@@ -121,17 +123,18 @@ def gelu(approximate: str = "none") -> Smooth:
         w = gate(u)
         return torch.sigmoid(w) * (1 + u * c * (1 + 3 * cubic * u * u) * torch.sigmoid(-w))
 
-    return Smooth(lambda u: u * torch.sigmoid(gate(u)), slope, lambda mean: 2 * c * (1 + 3 * cubic * mean * mean))
+    steepest: Function = lambda mean: 2 * c * (1 + 3 * cubic * mean * mean)
+    return Smooth(lambda u: u * torch.sigmoid(gate(u)), slope, steepest, straight=8.0)
 
 
 def erf() -> Smooth:
     """2/√π ∫_0^u e^{−x²} dx."""
-    return Smooth(torch.erf, _erf_slope, lambda mean: 4 * mean.abs() + 2, 0.5)
+    return Smooth(torch.erf, _erf_slope, lambda mean: 4 * mean.abs() + 2, 0.5, straight=10.0)
 
 
 def erfc() -> Smooth:
     """1 − erf u."""
-    return Smooth(torch.erfc, lambda u: -_erf_slope(u), lambda mean: 4 * mean.abs() + 2, 0.5)
+    return Smooth(torch.erfc, lambda u: -_erf_slope(u), lambda mean: 4 * mean.abs() + 2, 0.5, straight=10.0)
 
 
 def softsign() -> Smooth:
@@ -147,7 +150,7 @@ def tanhshrink() -> Smooth:
         near = (torch.tanh(u.clamp(-1, 1)[..., None] * nodes).square() * weights).sum(-1) * u
         return torch.where(u.abs() < 1, near, u - torch.tanh(u))
 
-    return Smooth(value, lambda u: torch.tanh(u).square(), _constant(4.0))
+    return Smooth(value, lambda u: torch.tanh(u).square(), _constant(4.0), straight=12.0)
 
 
 def _normal(u: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from normprop.activation_lane import lane_moments
 from normprop.activation_moments import ActivationMoments, activation_moments, canonical, moments
 from normprop.channel_moments import Moments
 from normprop.rectifier_lane import rectified_moments
@@ -73,20 +74,25 @@ def named_activation_moments(
     name: str, parameters: tuple[str, ...], x: Moments, *args: Any, **kwargs: Any
 ) -> ActivationMoments:
     """All moments of a named activation called as in torch: ``F.leaky_relu(x, 0.2)``."""
+    return activation_moments(name, x.mean, x.std, **_given(parameters, x, args, kwargs))
+
+
+def _given(parameters: tuple[str, ...], x: Moments, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The parameters of a call by their names, without what says how to run it."""
     given = dict(zip(parameters, args, strict=False)) | kwargs
-    for how in ("inplace", "training"):
-        given.pop(how, None)
-    return activation_moments(name, x.mean, x.std, **{k: _fitting(v, x) for k, v in given.items()})
+    return {k: _fitting(v, x) for k, v in given.items() if k not in ("inplace", "training")}
 
 
 def named_activation(name: str, parameters: tuple[str, ...], x: Moments, *args: Any, **kwargs: Any) -> Moments:
     """``E f(u)`` and ``Var f(u)`` for u ~ N(m, v) ([P] remark 1 and eq. 12, at the channel's own m and v [SF, PN])."""
-    given = dict(zip(parameters, args, strict=False)) | kwargs
-    slope = _rectifier_slope(name, given)
+    return _activation(name, x, _given(parameters, x, args, kwargs))
+
+
+def _activation(name: str, x: Moments, parameters: Mapping[str, Any]) -> Moments:
+    slope = _rectifier_slope(name, parameters)
     if slope is not None:
         return _rectified(x, slope)
-    result = named_activation_moments(name, parameters, x, *args, **kwargs)
-    return Moments(result.mean, result.var)
+    return Moments(*lane_moments(name, x.mean, x.var, parameters))
 
 
 def _rectifier_slope(name: str, parameters: Mapping[str, Any]) -> float | None:
@@ -115,11 +121,11 @@ def module_activation_moments(module: nn.Module, x: Moments) -> ActivationMoment
 def module_activation(module: nn.Module, x: Moments) -> Moments:
     """As `named_activation`; learned parameters (PReLU's slopes) take part in the gradient ([P] remark 2)."""
     known = canonical(module)
-    slope = None if known is None else _rectifier_slope(*known)
-    if slope is not None:
-        return _rectified(x, slope)
-    result = module_activation_moments(module, x)
-    return Moments(result.mean, result.var)
+    if known is None:
+        result = moments(module, x.mean, x.std)
+        return Moments(result.mean, result.var)
+    name, parameters = known
+    return _activation(name, x, {k: _fitting(v, x) for k, v in parameters.items()})
 
 
 for _name, (_parameters, _keys) in FUNCTIONS.items():

@@ -1,0 +1,204 @@
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import normprop
+from normprop import Moments
+from normprop.activation_lane import lane_moments
+from normprop.activation_moments import activation_moments
+from normprop.gaussian import working_dtype
+from normprop.panels import SINGLE, lane_panels
+from normprop.rules.elementwise import module_activation, named_activation
+
+QUICK: list[tuple[str, dict[str, Any]]] = [
+    *((name, {}) for name in ("silu", "gelu", "mish", "sigmoid", "tanh", "softplus", "logsigmoid", "elu", "selu", "celu")),
+    *((name, {}) for name in ("erf", "erfc", "tanhshrink", "hardswish", "relu6", "hardtanh", "hardsigmoid", "softshrink")),
+    *((name, {}) for name in ("abs", "rrelu")),
+    ("gelu", {"approximate": "tanh"}),
+    ("elu", {"alpha": 0.5}),
+    ("celu", {"alpha": 0.3}),
+    ("softplus", {"beta": 3.0}),
+    ("clamp", {"min": -0.5}),
+    ("clamp_max", {"max": 2.0}),
+    ("hardtanh", {"min_val": -3.0, "max_val": 0.01}),
+]
+# Those that the function does not take: learned, without bend or slow to straighten, with jumps, with a closed form.
+OTHERS: list[tuple[str, dict[str, Any]]] = [
+    ("prelu", {"weight": torch.tensor(0.2)}),
+    ("square", {}),
+    ("softsign", {}),
+    ("hardshrink", {}),
+    ("exp", {}),
+]
+
+
+def title(case: tuple[str, dict[str, Any]]) -> str:
+    return " ".join([case[0], *(f"{k}={float(v) if k == 'weight' else v}" for k, v in case[1].items())])
+
+
+def grid(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Means and variances, leaves."""
+    size = torch.logspace(-3, 3, 13, dtype=torch.float64)
+    mean = torch.cat([-size.flip(0), torch.zeros(1, dtype=torch.float64), size])[:, None]
+    std = torch.logspace(-3, 3, 17, dtype=torch.float64)[None]
+    both = torch.broadcast_tensors(mean, std.square())
+    return both[0].reshape(-1).to(dtype).requires_grad_(), both[1].reshape(-1).to(dtype).requires_grad_()
+
+
+def with_gradients(mean: Tensor, var: Tensor, first: Tensor, second: Tensor) -> list[Tensor]:
+    """E and Var, then their derivatives by mean and var."""
+    derivatives = [d for x in (first, second) for d in torch.autograd.grad(x.sum(), (mean, var), retain_graph=True)]
+    return [x.detach().double() for x in (first, second, *derivatives)]
+
+
+@pytest.mark.parametrize("case", QUICK, ids=title)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-6)])
+def test_values_and_gradients_are_those_of_activation_moments(
+    case: tuple[str, dict[str, Any]], dtype: torch.dtype, tolerance: float
+) -> None:
+    name, parameters = case
+    mean, var = grid(dtype)
+    m, v = (x.detach().double().requires_grad_() for x in (mean, var))
+    found = with_gradients(mean, var, *lane_moments(name, mean, var, parameters))
+    exact = activation_moments(name, m, v.sqrt(), **parameters)
+    expected = with_gradients(m, v, exact.mean, exact.var)
+    std = v.detach().sqrt()
+    one = torch.ones_like(std)
+    size = (m.detach().square() + v.detach()).sqrt() + expected[0].abs()
+    # The scale of an input's spread, beside which the rounding of the mean counts, too.
+    rounding = 4 * torch.finfo(torch.float64).eps * m.detach().abs() / std
+    for a, b, scale in zip(found, expected, (size, std.square(), one, 1 / std, std, one), strict=True):
+        assert float(((a - b).abs() / scale - rounding).max()) < tolerance
+
+
+@pytest.mark.parametrize("case", OTHERS, ids=title)
+def test_the_rest_is_activation_moments(case: tuple[str, dict[str, Any]]) -> None:
+    name, parameters = case
+    mean, var = torch.tensor([-1.0, 0.3]), torch.tensor([0.5, 2.0])
+    expected = activation_moments(name, mean, var.sqrt(), **parameters)
+    first, second = lane_moments(name, mean, var, parameters)
+    assert torch.equal(first, expected.mean)
+    assert torch.equal(second, expected.var)
+
+
+@pytest.mark.parametrize("case", [("silu", {}), ("gelu", {}), ("elu", {"alpha": 0.5}), ("hardswish", {})], ids=title)
+def test_first_and_second_derivatives(case: tuple[str, dict[str, Any]]) -> None:
+    mean = torch.tensor([-1.5, 0.1, 0.4, 3.1], dtype=torch.float64, requires_grad=True)
+    var = torch.tensor([0.5, 1.0, 2.0, 0.1], dtype=torch.float64, requires_grad=True)
+    function = lambda m, v: lane_moments(case[0], m, v, case[1])
+    assert torch.autograd.gradcheck(function, (mean, var))
+    assert torch.autograd.gradgradcheck(function, (mean, var))
+
+
+def test_a_gradient_by_one_of_the_two_differentiates_again() -> None:
+    mean, var = torch.tensor([0.3]), torch.tensor([1.5], requires_grad=True)
+    first, second = lane_moments("silu", mean, var, {})
+    (slope,) = torch.autograd.grad((first + second).sum(), var, create_graph=True)
+    (bend,) = torch.autograd.grad(slope.sum(), var)
+    step = torch.tensor([0.01])
+    with torch.no_grad():
+        low, middle, high = (sum(lane_moments("silu", mean.double(), var + h, {})) for h in (-step, 0 * step, step))
+    torch.testing.assert_close(bend.double(), ((low + high - 2 * middle) / step.square()).double(), rtol=1e-2, atol=0.0)
+
+
+@pytest.mark.parametrize("name", ["silu", "gelu", "elu", "hardswish", "relu6"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_no_variance(name: str, dtype: torch.dtype) -> None:
+    mean = torch.tensor([-2.0, 0.0, 2.0], dtype=dtype, requires_grad=True)
+    var = torch.zeros(3, dtype=dtype, requires_grad=True)
+    first, second = lane_moments(name, mean, var, {})
+    value = getattr(nn.functional, name)(mean.detach())
+    torch.testing.assert_close(first.detach(), value)
+    assert float(second.detach().abs().max()) == 0.0
+    by_mean, by_var = torch.autograd.grad(second.sum(), (mean, var), retain_graph=True)
+    assert float(by_mean.abs().max()) == 0.0
+    slope = torch.func.vmap(torch.func.grad(getattr(nn.functional, name)))(mean.detach())
+    torch.testing.assert_close(by_var[[0, 2]], slope[[0, 2]].square(), rtol=1e-4, atol=1e-6)
+    assert all(bool(g.isfinite().all()) for g in torch.autograd.grad(first.sum(), (mean, var)))
+
+
+def test_half_precision_gives_single() -> None:
+    mean, var = (x.bfloat16().requires_grad_() for x in (torch.tensor([0.5, -1.0]), torch.tensor([1.0, 2.0])))
+    first, second = lane_moments("silu", mean, var, {})
+    expected = activation_moments("silu", mean, var.double().sqrt())
+    assert first.dtype == second.dtype == torch.float32
+    torch.testing.assert_close(second, expected.var.float())
+    assert {g.dtype for g in torch.autograd.grad((first + second).sum(), (mean, var))} == {torch.bfloat16}
+
+
+def test_shapes_broadcast_and_may_be_empty_or_without_values() -> None:
+    first, second = lane_moments("silu", torch.zeros(1, 3, 1, 1), torch.ones(1, 1, 2, 1), {})
+    assert first.shape == second.shape == (1, 3, 2, 1)
+    assert lane_moments("silu", torch.zeros(1, 0), torch.ones(1, 0), {})[0].shape == (1, 0)
+    assert lane_moments("hardswish", torch.zeros(4, device="meta"), torch.ones(4, device="meta"), {})[1].shape == (4,)
+
+
+def test_many_channels_are_those_one_by_one() -> None:
+    mean, var = torch.randn(1500), torch.rand(1500) + 0.1
+    whole = lane_moments("gelu", mean, var, {})
+    for i in (0, 700, 1499):
+        for a, b in zip(whole, lane_moments("gelu", mean[i], var[i], {}), strict=True):
+            torch.testing.assert_close(a[i], b)
+
+
+def test_single_precision_throughout(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on Metal, which has no float64."""
+    monkeypatch.setattr("normprop.activation_lane.working_dtype", lambda device: torch.float32)
+    mean, var = torch.tensor([-2.0, 0.0, 0.7, 5.0]), torch.tensor([0.5, 1.0, 2.0, 0.01])
+    found = lane_moments("silu", mean, var, {})
+    monkeypatch.undo()
+    assert working_dtype(mean.device) == torch.float64
+    for a, b in zip(found, lane_moments("silu", mean, var, {}), strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["silu", "hardswish"])
+def test_vmap(name: str) -> None:
+    mean, var = torch.randn(4, 3), torch.rand(3) + 0.1
+    total = lambda m: sum(t.sum() for t in lane_moments(name, m, var, {}))
+    together = torch.func.vmap(torch.func.grad(total))(mean)
+    rows = mean.clone().requires_grad_()
+    (alone,) = torch.autograd.grad(total(rows), rows)
+    torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-6)
+
+
+def test_the_rules_take_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*args: object, **kwargs: object) -> None:
+        raise AssertionError("all moments were computed")
+
+    monkeypatch.setattr("normprop.activation_lane.activation_moments", never)
+    x = Moments(torch.zeros(1, 4, 1, 1), torch.ones(1, 4, 1, 1))
+    by_module = module_activation(nn.Hardtanh(-0.5, 2.0), x)
+    by_name = named_activation("hardtanh", ("min_val", "max_val"), x, -0.5, max_val=2.0, inplace=True)
+    assert torch.equal(by_module.var, by_name.var)
+    assert lane_panels("hardtanh", (("max_val", 2.0), ("min_val", -0.5)), SINGLE) is not None
+
+
+@pytest.fixture
+def small() -> nn.Module:
+    torch.manual_seed(0)
+    layers: list[nn.Module] = []
+    for i, activation in enumerate((nn.SiLU(), nn.GELU(), nn.Hardswish())):
+        layers += [nn.Conv2d(3 if i == 0 else 6, 6, 3), nn.BatchNorm2d(6), activation, nn.Conv2d(6, 6, 1)]
+    return normprop.convert(nn.Sequential(*layers, nn.BatchNorm2d(6)))
+
+
+def test_a_network_compiles(small: nn.Module) -> None:
+    x = torch.randn(2, 3, 9, 9)
+    compiled = torch.compile(copy.deepcopy(small), fullgraph=True, backend="eager")
+    for model in (small, compiled):
+        model(x).square().sum().backward()
+    torch.testing.assert_close(compiled(x), small(x), rtol=1e-4, atol=1e-5)
+    for a, b in zip(small.parameters(), compiled.parameters(), strict=True):
+        if a.grad is not None:
+            torch.testing.assert_close(a.grad, b.grad, rtol=1e-3, atol=1e-4)
+
+
+def test_a_network_exports(small: nn.Module) -> None:
+    x = torch.randn(2, 3, 9, 9)
+    torch.testing.assert_close(torch.export.export(small, (x,)).module()(x), small(x), rtol=1e-4, atol=1e-5)
