@@ -127,7 +127,7 @@ def _train(job: _Job, jobs: int | None) -> None:
     for data, group in groupby(job.runs(), key=lambda run: run.data):
         recipes, images = list(group), load(data)
         if world > 1:
-            left = work_in_step(recipes, job.out, images=images, device=job.device, watch=watch, world=world)
+            left = work_in_step(recipes, job.out, images=images, device=job.device, watch=watch)
             if left and os.environ["RANK"] == "0":
                 job.screen.print(f"{len(left)} runs can't share batches among {world} processes: run them in one.")
             continue

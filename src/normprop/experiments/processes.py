@@ -50,7 +50,7 @@ class Processes:
 
 @contextmanager
 def processes(device: str = "auto") -> Iterator[Processes]:
-    """Join the processes that torchrun started, or be alone.
+    """Join the processes that torchrun started, or be alone; within another such block, stay joined.
 
     Args:
         device: `auto` (CUDA where there is one, else CPU) or a torch device.
@@ -70,6 +70,9 @@ def processes(device: str = "auto") -> Iterator[Processes]:
         raise NormPropError(f"Device {name!r} can't be used: {reason}\nUse --device cpu.") from error
     if "RANK" not in os.environ or world == 1:
         yield Processes(chosen)
+        return
+    if dist.is_initialized():
+        yield Processes(chosen, rank, world)
         return
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import multiprocessing
-import os
 import signal
 import sys
 import time
@@ -23,6 +22,7 @@ from normprop.experiments import records
 from normprop.experiments.datasets import load
 from normprop.experiments.history import Watcher
 from normprop.experiments.images import Images
+from normprop.experiments.processes import processes
 from normprop.experiments.recipe import Recipe
 from normprop.experiments.records import RUNS, Record
 from normprop.experiments.training import train
@@ -78,7 +78,7 @@ def work(
 
 
 def work_in_step(
-    recipes: Sequence[Recipe], folder: Path, *, images: Images, device: str, watch: Watch = unwatched, world: int
+    recipes: Sequence[Recipe], folder: Path, *, images: Images, device: str, watch: Watch = unwatched
 ) -> list[Recipe]:
     """`work` in processes that torchrun started, all of them on one run at a time; what they can't share is left out.
 
@@ -88,20 +88,20 @@ def work_in_step(
         images: That data set.
         device: Where to compute, as for `train`.
         watch: Who notes findings in each run.
-        world: How many processes there are.
 
     Returns:
         The runs left out, whose batches can't be divided evenly.
     """
-    # Read before the first run, which no process can finish until all have come to it.
-    done = {record.recipe for record in records.read(folder / RUNS)}
-    missing = [recipe for recipe in recipes if recipe not in done]
-    for recipe in missing:
-        if recipe.batch_size % world == 0:
-            record = measured(recipe, images, device, watch)
-            if os.environ.get("RANK") == "0":
-                records.append(folder / RUNS, record)
-    return [recipe for recipe in missing if recipe.batch_size % world]
+    with processes(device) as group:  # once for all runs: leaving and joining again is not safe
+        done = {record.recipe for record in records.read(folder / RUNS)}
+        group.wait()
+        missing = [recipe for recipe in recipes if recipe not in done]
+        for recipe in missing:
+            if recipe.batch_size % group.world == 0:
+                record = measured(recipe, images, device, watch)
+                if group.writes:
+                    records.append(folder / RUNS, record)
+        return [recipe for recipe in missing if recipe.batch_size % group.world]
 
 
 def measured(recipe: Recipe, images: Images, device: str, watch: Watch = unwatched) -> Record:

@@ -12,7 +12,7 @@ from normprop.benchmark.rounds import Step, measure
 from normprop.experiments.batches import Batches
 from normprop.experiments.images import Images
 from normprop.experiments.optimizer import build_optimizer
-from normprop.experiments.processes import Processes, processes
+from normprop.experiments.processes import Processes
 from normprop.experiments.recipe import Recipe
 from normprop.experiments.reproduction.runs import CONTENDERS, recipe
 from normprop.experiments.reproduction.scale import Scale
@@ -29,10 +29,10 @@ def measure_speed(scale: Scale, images: Images, device: str) -> dict[str, Any]:
     """
     recipes = {name: recipe(scale, name) for name in CONTENDERS}
     images = prepared(images, recipes[RIVAL])
-    with processes(device) as group:
-        steps = {name: _step(run, images, group.device) for name, run in recipes.items()}
-        rounds = measure(steps, seconds=scale.speed_seconds, device=group.device)
-        clock: Any = "cpu" if group.device.type == "cpu" else "wall"
+    place = torch.device(device)
+    steps = {name: _step(run, images, place) for name, run in recipes.items()}
+    rounds = measure(steps, seconds=scale.speed_seconds, device=place)
+    clock: Any = "cpu" if place.type == "cpu" else "wall"
     count = len(images.x_train) // recipes[RIVAL].batch_size
     result: dict[str, Any] = {"clock": clock, "rounds": len(rounds), "steps": count, "threads": torch.get_num_threads()}
     for name in CONTENDERS:
