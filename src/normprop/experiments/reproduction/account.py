@@ -19,8 +19,8 @@ def setting(scale: Scale, recipes: Sequence[Recipe], records: Sequence[Record], 
     software = "; ".join(sorted({", ".join(f"{k} {v}" for k, v in record.versions.items()) for record in mine}))
     return (
         f"Scale `{scale.name}`: the paper's network at width ×{scale.width:g} on {' and '.join(scale.data)}, {images} with "
-        f"{scale.validation:,} more held out, {usual.epochs} epochs with the rate halved every {usual.halve_every} (the "
-        "paper: width ×1, all images, 200 epochs, halved every 25). SGD, momentum 0.9, weight decay 5e-4, no clipping but "
+        f"{scale.validation:,} more held out, {usual.epochs} epochs, the rate halved after every {usual.halve_every} (the "
+        "paper: width ×1, all images, 200 epochs, after every 25). SGD, momentum 0.9, weight decay 5e-4, no clipping but "
         "where it says so and for exact moments, which keep this library's default; filters of the printed form are brought "
         "to unit length after each step. Mean ± standard deviation over seeds.\n\n"
         f"{len(mine)} of {len(recipes)} runs are finished, {hours:.1f} processor hours"
@@ -32,7 +32,7 @@ def progress(part: str, scale: Scale, seeds: int, records: Sequence[Record]) -> 
     """How much of an experiment is finished; nothing to say if all of it is."""
     wanted = {run for runs in cells(part, scale, seeds).values() for run in runs}
     done = len(wanted & {record.recipe for record in records})
-    return "" if done == len(wanted) else f"**Not finished: {done} of {len(wanted)} runs.**"
+    return "" if done == len(wanted) else f"**Not finished: {done} of {len(wanted)} runs are done.**"
 
 
 def not_run(scale: Scale, seeds: int, records: Sequence[Record], *, timed: bool) -> str:
