@@ -83,6 +83,6 @@ def _overview() -> str:
     return (
         "normprop: networks normalised by arithmetic instead of by batch statistics\n\n"
         f"usage: normprop COMMAND [options]\n\n{rows}\n\n"
-        "normprop COMMAND --help shows a command's options. Under torchrun, train shares each batch among processes:\n"
+        "normprop COMMAND --help shows a command's options. Under torchrun, train and reproduce share each batch:\n"
         "torchrun --nproc-per-node 2 -m normprop train …"
     )

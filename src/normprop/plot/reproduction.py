@@ -147,7 +147,7 @@ def plot_bound(found: Found, title: str) -> Figure:
 
 
 def _look(norm: str) -> dict[str, Any]:
-    changes = {"linestyle": "-."} if norm in NORM_OF else {}
+    changes = {"color": "#CC79A7", "marker": "D"} if norm in NORM_OF else {}
     return look_of(NORM_OF.get(norm, norm)) | {"label": TITLES[norm], "markersize": 4} | changes
 
 
