@@ -12,7 +12,7 @@ from matplotlib.ticker import MaxNLocator
 
 from normprop.experiments.records import Record
 from normprop.experiments.reproduction import layers, published
-from normprop.experiments.reproduction.outcome import Found, bands, interval, last, test_error
+from normprop.experiments.reproduction.outcome import Found, bands, error_rate, interval, last
 from normprop.experiments.reproduction.runs import BATCH_SIZES, CONTENDERS, NORM_OF, TITLES
 from normprop.plot.panels import finish, logarithmic, look_of, make_panels
 
@@ -101,7 +101,7 @@ def plot_table1(found: Found, title: str) -> Figure:
     places = list(dict.fromkeys((key[0], key[1]) for key in found))
     for i, norm in enumerate(CONTENDERS):
         for j, place in enumerate(places):
-            errors = [test_error(record) for record in found[*place, norm]]
+            errors = [error_rate(record) for record in found[*place, norm]]
             x = j + (i - len(CONTENDERS) / 2) / 10
             axes.plot([x] * len(errors), errors, **_look(norm) | {"linestyle": "none"})
             reading = published.TEST_ERROR.get(place, {}).get(norm)

@@ -55,7 +55,7 @@ def last(record: Record) -> float:
     return 100 * record.validation_accuracy
 
 
-def test_error(record: Record) -> float:
+def error_rate(record: Record) -> float:
     """Share of test images classified wrong after the last epoch, %; that of a guess after divergence."""
     return 100 * (1 - record.test_accuracy)
 
@@ -90,7 +90,7 @@ def plain(found: Found) -> list[dict[str, Any]]:
             "epochs": record.recipe.epochs,
             "halve_every": record.recipe.halve_every,
             "validation_accuracy": [round(value, 3) for value in curve(record)],
-            "test_error": None if record.diverged else round(test_error(record), 3),
+            "test_error": None if record.diverged else round(error_rate(record), 3),
             "diverged": record.diverged,
             "cpu_seconds": round(record.cpu_seconds, 1),
         }

@@ -9,7 +9,7 @@ from typing import Any
 
 from normprop.experiments.records import Record
 from normprop.experiments.reproduction import layers, published
-from normprop.experiments.reproduction.outcome import Found, best, curve, last, shown, spread, test_error
+from normprop.experiments.reproduction.outcome import Found, best, curve, error_rate, last, shown, spread
 from normprop.experiments.reproduction.runs import BATCH_SIZES, CONTENDERS, TITLES, rate
 from normprop.experiments.reproduction.scale import Scale
 
@@ -146,7 +146,7 @@ def table1(found: Found, scale: Scale) -> Table:
     rows = []
     for data, flips in dict.fromkeys((key[0], key[1]) for key in found):
         theirs = published.TEST_ERROR.get((data, flips), {})
-        ours = [shown(found[data, flips, name], test_error) for name in CONTENDERS]
+        ours = [shown(found[data, flips, name], error_rate) for name in CONTENDERS]
         rows.append(
             [data, "flips" if flips else "none", *ours, *(f"{theirs[n]}" if theirs else "–" for n in ("paper", "batch"))]
         )
