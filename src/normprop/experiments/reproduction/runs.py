@@ -139,8 +139,8 @@ def cells(part: str, scale: Scale, seeds: int) -> Cells:
 
     Example:
         >>> from normprop.experiments.reproduction.scale import SCALES
-        >>> len(cells("fig4", SCALES["full"], 3)), cells("speed", SCALES["full"], 3)
-        (19, {})
+        >>> len(cells("fig4", SCALES["full"], 3)), len(cells("speed", SCALES["full"], 3))
+        (19, 0)
     """
     return _CELLS[part](scale, seeds) if part in _CELLS else {}
 

@@ -102,8 +102,10 @@ def shown_epochs(scale: Scale) -> list[int]:
 
     Example:
         >>> from normprop.experiments.reproduction.scale import SCALES
-        >>> shown_epochs(SCALES["quarter"]), shown_epochs(SCALES["full"])
-        ([1, 2, 4, 8], [5, 10, 20, 29, 50, 200])
+        >>> shown_epochs(SCALES["quarter"])
+        [1, 2, 4, 8]
+        >>> shown_epochs(SCALES["full"])
+        [5, 10, 20, 29, 50, 200]
     """
     epochs = scale.usual.epochs
     theirs = list(published.CURVES["paper"])
