@@ -6,13 +6,16 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import normprop
 from normprop import Moments
 from normprop.activation_lane import lane_moments
 from normprop.activation_moments import activation_moments
+from normprop.batch import composed_activations
 from normprop.gaussian import working_dtype
 from normprop.panels import SINGLE, lane_panels
+from normprop.rules.composed import _known
 from normprop.rules.elementwise import module_activation, named_activation
 
 QUICK: list[tuple[str, dict[str, Any]]] = [
@@ -106,6 +109,17 @@ def test_a_gradient_by_one_of_the_two_differentiates_again() -> None:
     torch.testing.assert_close(bend.double(), ((low + high - 2 * middle) / step.square()).double(), rtol=1e-2, atol=0.0)
 
 
+@pytest.mark.parametrize("std", [1e-5, 1e-7, 1e-9])
+@pytest.mark.parametrize("name", ["silu", "selu", "sigmoid", "hardswish", "relu6"])
+def test_hardly_any_variance(name: str, std: float) -> None:
+    """At knots, too, E f − f(m) and Var f keep to their own scale: s where f has a kink, s² elsewhere."""
+    mean = torch.tensor([-3.0, 0.0, 0.7, 6.0], dtype=torch.float64)
+    first, second = lane_moments(name, mean, torch.full_like(mean, std**2), {})
+    exact = activation_moments(name, mean, torch.full_like(mean, std))
+    torch.testing.assert_close(first, exact.mean, rtol=1e-10, atol=1e-13)
+    torch.testing.assert_close(second, exact.var, rtol=1e-6, atol=0.0)
+
+
 @pytest.mark.parametrize("name", ["silu", "gelu", "elu", "hardswish", "relu6"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_no_variance(name: str, dtype: torch.dtype) -> None:
@@ -136,6 +150,13 @@ def test_shapes_broadcast_and_may_be_empty_or_without_values() -> None:
     assert first.shape == second.shape == (1, 3, 2, 1)
     assert lane_moments("silu", torch.zeros(1, 0), torch.ones(1, 0), {})[0].shape == (1, 0)
     assert lane_moments("hardswish", torch.zeros(4, device="meta"), torch.ones(4, device="meta"), {})[1].shape == (4,)
+
+
+def test_fake_tensors_leave_nothing_behind() -> None:
+    with FakeTensorMode() as fake:
+        mean = fake.from_tensor(torch.zeros(2))
+        assert lane_moments("celu", mean, mean + 1, {"alpha": 0.7})[0].shape == (2,)
+    assert float(lane_moments("celu", torch.zeros(1), torch.ones(1), {"alpha": 0.7})[1]) > 0.0
 
 
 def test_many_channels_are_those_one_by_one() -> None:
@@ -202,3 +223,49 @@ def test_a_network_compiles(small: nn.Module) -> None:
 def test_a_network_exports(small: nn.Module) -> None:
     x = torch.randn(2, 3, 9, 9)
     torch.testing.assert_close(torch.export.export(small, (x,)).module()(x), small(x), rtol=1e-4, atol=1e-5)
+
+
+class WrittenOut(nn.Module):
+    """Two branches of equal width, each with hardswish, the exact GELU or a SiLU that nobody knows, written out."""
+
+    def __init__(self, which: str) -> None:
+        super().__init__()
+        self.which = which
+        self.first, self.second = nn.Conv2d(3, 6, 1), nn.Conv2d(3, 6, 1)
+        self.norms = nn.ModuleList(nn.BatchNorm2d(6) for _ in range(3))
+        self.last = nn.Conv2d(6, 6, 1)
+
+    def activation(self, u: Tensor) -> Tensor:
+        if self.which == "hardswish":
+            return u * nn.functional.relu6(u + 3) / 6
+        return u * torch.sigmoid(1.702 * u) if self.which == "quick" else 0.5 * u * (1 + torch.erf(u * 2**-0.5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        both = self.activation(self.norms[0](self.first(x))) + self.activation(self.norms[1](self.second(x)))
+        result: Tensor = self.norms[2](self.last(both))
+        return result
+
+
+@pytest.mark.parametrize("which", ["hardswish", "gelu", "quick"])
+def test_activations_written_out(which: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two that do not wait for each other are one call, and known ones take the function of the known one."""
+    torch.manual_seed(0)
+    model = normprop.convert(WrittenOut(which).double())
+    assert [node.target for node in model.graph.nodes].count(composed_activations) == 1
+    x = torch.randn(2, 3, 4, 4, dtype=torch.float64)
+    model(x).square().sum().backward()
+    found = [p.grad for p in model.parameters()]
+    model.zero_grad()
+    monkeypatch.setattr("normprop.rules.composed._known", lambda program: None)
+    model(x).square().sum().backward()
+    for a, b in zip(found, (p.grad for p in model.parameters()), strict=True):
+        assert (a is None) == (b is None)
+        if a is not None and b is not None:
+            torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-9)
+
+
+def test_what_is_written_out_is_found() -> None:
+    silu = (("sigmoid", ("%0",), ()), ("mul", ("%0", "%1"), ()))
+    quick = (("mul", ("%0", 1.702), ()), ("sigmoid", ("%1",), ()), ("mul", ("%0", "%2"), ()))
+    assert _known(silu) == ("silu", ())
+    assert _known(quick) is None

@@ -44,7 +44,7 @@ def lane_moments(name: str, mean: Tensor, var: Tensor, parameters: Mapping[str, 
         found = activation_moments(name, mean, safe_sqrt(var), **parameters)
         return found.mean, found.var
 
-    if not (_eager(mean) and _eager(var)) or any(isinstance(value, Tensor) for value in parameters.values()):
+    if not (eager(mean) and eager(var)) or any(isinstance(value, Tensor) for value in parameters.values()):
         return plain(mean, var)
     exact = torch.promote_types(mean.dtype, var.dtype) == torch.float64
     panels = lane_panels(name, tuple(sorted(parameters.items())), DOUBLE if exact else SINGLE)
@@ -54,9 +54,9 @@ def lane_moments(name: str, mean: Tensor, var: Tensor, parameters: Mapping[str, 
     return first, second
 
 
-def _eager(x: Tensor) -> bool:
-    """Whether no compiler and no transform looks on, and no subclass has operations of its own."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+def eager(x: Tensor) -> bool:
+    """Whether no compiler, transform or mode (fake tensors) looks on, and no subclass has operations of its own."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack():
         return False
     return type(x) in (Tensor, nn.Parameter)
 
@@ -103,23 +103,25 @@ def _sums(panels: Panels, mean: Tensor, var: Tensor, slopes: bool) -> list[Tenso
     """E f and Var f, and if wanted ∂E/∂m, ∂E/∂v, ∂Var/∂m and ∂Var/∂v, ``(n,)`` each.
 
     The value at the mean is taken off f, then E f, and E f' off f', so that little cancels where s is small. Below
-    s = ε^{1/3} (1 + |m|) the sums are those at that s: there derivatives are at their limits, E f − f(m) goes down with s
-    and Var f with s².
+    s = ε^p (|m| + |f(m)|) + ε^{2/3} the sums are those at that s: there derivatives are at their limits, Var f goes down
+    with s², and E f − f(m) with s², or with s where f has a kink. With p = 1/3, or 1/2 at a kink, rounding and what the limits
+    leave out are equally small. At s = 0 a kink makes ∂E/∂v infinite: it is 0.
     """
-    smallest = (mean.abs() + 1.0).mul_(torch.finfo(mean.dtype).eps ** (1 / 3))
+    center = panels.center(mean)
+    rounding = torch.finfo(mean.dtype).eps
+    smallest = (mean.abs() + center.abs()).mul_(rounding ** (1 / 2 if panels.kinked else 1 / 3)).add_(rounding ** (2 / 3))
     root = var.sqrt()
     std = torch.maximum(root, smallest)
     ratio = root / std
     z, weight = panels.nodes(mean, std)
     u = torch.addcmul(mean.unsqueeze(1), std.unsqueeze(1), z)
-    center = panels.center(mean)
     f = panels.value(u).sub_(center.unsqueeze(1))
     weighted = weight * f
     average = weighted.sum(-1)
     f.sub_(average.unsqueeze(1))
     second = torch.mul(weight, f, out=weighted).mul_(f).sum(-1)
     shrunk = ratio.square()
-    found = [torch.addcmul(center, average, ratio), second * shrunk]
+    found = [torch.addcmul(center, average, ratio if panels.kinked else shrunk), second * shrunk]
     if not slopes:
         return found
     slope = panels.slope(u)
@@ -131,4 +133,10 @@ def _sums(panels: Panels, mean: Tensor, var: Tensor, slopes: bool) -> list[Tenso
     bend = weight.sum(-1)
     # E (f − E f) z = s E f', so that the part of f' that was taken off comes back as its square.
     tilt = weight.mul_(f).sum(-1)
-    return [*found, expected, bend / (2 * std), 2 * along * shrunk, torch.addcmul(tilt / std, expected, expected)]
+    return [
+        *found,
+        expected,
+        torch.where(var > 0, bend / (2 * std), 0.0),
+        2 * along * shrunk,
+        torch.addcmul(tilt / std, expected, expected),
+    ]

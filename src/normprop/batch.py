@@ -11,6 +11,7 @@ from torch import fx, nn
 
 from normprop.channel_moments import Moments
 from normprop.lane import lane_nodes
+from normprop.rules.composed import Program, composed
 from normprop.rules.elementwise import module_activation, named_activation
 from normprop.sites import site_moments, site_scales
 
@@ -42,6 +43,13 @@ def named_activations(
 ) -> list[Moments]:
     """`named_activation` of several tensors."""
     return _apart(named_activation(name, parameters, _together(xs), *args, **kwargs), xs)
+
+
+def composed_activations(
+    xs: Sequence[Moments], program: Program, bends: tuple[float, ...], jumps: tuple[float, ...]
+) -> list[Moments]:
+    """`composed` of several tensors, without operands."""
+    return _apart(composed(_together(xs), program, bends, jumps), xs)
 
 
 def _together(xs: Sequence[Moments]) -> Moments:
@@ -100,6 +108,8 @@ class _Group:
             return
         if first.target is module_activation:
             call = graph.call_function(module_activations, (args[0][0], *(a[1] for a in args)))
+        elif first.target is composed:
+            call = graph.call_function(composed_activations, (tuple(a[0] for a in args), *args[0][1:]))
         else:
             name, parameters, _, *rest = args[0]
             call = graph.call_function(
@@ -159,6 +169,8 @@ def _activation_key(node: fx.Node, root: nn.Module) -> Hashable:
         return type(module), repr(sorted(settings.items()))
     if node.target is named_activation and len(node.all_input_nodes) == 1:
         return "", repr((*node.args[:2], *node.args[3:], sorted(node.kwargs.items())))
+    if node.target is composed and len(node.all_input_nodes) == 1:
+        return "composed", repr(node.args[1:])
     return None
 
 

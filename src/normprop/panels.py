@@ -43,6 +43,7 @@ class Panels:
         center: f at the means, ``(n,)`` → ``(n,)``.
         value: f at the nodes, ``(n, nodes)`` → ``(n, nodes)``.
         slope: f' at the nodes.
+        kinked: whether f' jumps anywhere but at 0.
     """
 
     ends: Callable[[Tensor, Tensor], Tensor]
@@ -51,6 +52,7 @@ class Panels:
     center: Function
     value: Function
     slope: Function
+    kinked: bool
 
     def nodes(self, mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
         """Nodes z in standard deviations from the mean and their weights under N(0, 1), ``(n, nodes)`` each."""
@@ -92,7 +94,7 @@ def _smooth_panels(f: Smooth, precision: Precision) -> Panels:
     wide, near = _legendre(precision.wide), _legendre(precision.near)
     graded = near[0].square(), 2 * near[0] * near[1]
     mirrored = (1 - graded[0]).flip(0), graded[1].flip(0)
-    return Panels(ends, *_matrices([wide, mirrored, graded, wide]), f.value, f.value, f.slope)
+    return Panels(ends, *_matrices([wide, mirrored, graded, wide]), f.value, f.value, f.slope, kinked=False)
 
 
 def _piecewise_panels(f: Piecewise, precision: Precision) -> Panels:
@@ -121,7 +123,8 @@ def _piecewise_panels(f: Piecewise, precision: Precision) -> Panels:
     def slope(u: Tensor) -> Tensor:
         return torch.addcmul(tilt.to(u), u, 2 * c2.to(u)) if curved else tilt.to(u).expand_as(u).clone()
 
-    return Panels(ends, *_matrices([rule] * len(f.pieces)), functools.partial(_center, f.pieces, f.knots), value, slope)
+    center = functools.partial(_center, f.pieces, f.knots)
+    return Panels(ends, *_matrices([rule] * len(f.pieces)), center, value, slope, kinked=True)
 
 
 def _center(pieces: Sequence[Polynomial], knots: Sequence[float], u: Tensor) -> Tensor:
