@@ -1,7 +1,7 @@
 """Run every benchmark of docs/cost.md and write its tables.
 
     python benchmarks/cost.py                    # what has no result yet, then the page
-    python benchmarks/cost.py --fresh            # all of it: about an hour on two idle cores
+    python benchmarks/cost.py --fresh            # all of it: about half an hour on two idle cores
     python benchmarks/cost.py --only resnet20    # that one again
     python benchmarks/cost.py --report           # the page alone, from benchmarks/results/cost
 
@@ -29,8 +29,8 @@ RESULTS = Path("benchmarks", "results", "cost")
 GROWTH = Path("benchmarks", "results", "lane_growth.json")
 PAGE = ROOT / "docs" / "cost.md"
 
-_ALL = "--against plain batch group layer --threads 2 --seconds 30"
-_COMPILED = "--against plain batch --threads 2 --seconds 30 --compile --skip-memory"
+_ALL = "--against plain batch group layer --threads 2 --seconds 8"
+_COMPILED = "--against plain batch --threads 2 --seconds 8 --compile --skip-memory"
 RUNS = {
     "resnet20": f"resnet20 --batch-size 1 8 64 {_ALL}",
     "resnet18": f"resnet18 --batch-size 1 8 64 {_ALL}",
@@ -38,10 +38,10 @@ RUNS = {
     "resnet20-compiled": f"resnet20 --batch-size 1 8 64 {_COMPILED}",
     "resnet18-compiled": f"resnet18 --batch-size 1 8 64 {_COMPILED}",
     "resnet50-compiled": f"torchvision:resnet50 --batch-size 4 {_COMPILED}",
-    "resnet20-accumulated": "resnet20 --batch-size 1 --accumulate 8 --against plain --threads 2 --seconds 30 --skip-memory",
-    "resnet18-accumulated": "resnet18 --batch-size 1 --accumulate 8 --against plain --threads 2 --seconds 30 --skip-memory",
+    "resnet20-accumulated": "resnet20 --batch-size 1 --accumulate 8 --against plain --threads 2 --seconds 8 --skip-memory",
+    "resnet18-accumulated": "resnet18 --batch-size 1 --accumulate 8 --against plain --threads 2 --seconds 8 --skip-memory",
 }
-GROWTH_COMMAND = "--seconds 5 --threads 1"
+GROWTH_COMMAND = "--seconds 1 --threads 1"
 
 
 @dataclass(frozen=True)
