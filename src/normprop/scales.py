@@ -40,8 +40,8 @@ def scales(forms: Sequence[Form], operands: Sequence[Operands]) -> list[Scale]:
     transforms of `torch.func` in plain operations, which give all filters multiplied.
     """
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        outputs, *_ = _computed(_buckets(forms, operands, all_at_once=True), operands)
-        return [Scale(*outputs[i : i + 4]) for i in range(0, len(outputs), 4)]
+        flat: Any = _computed(_buckets(forms, operands, all_at_once=True), operands)[0]
+        return [Scale(*flat[i : i + 4]) for i in range(0, len(flat), 4)]
     outputs = _Scales.apply(tuple(forms), *(t for one in operands for t in one))
     return [Scale(*outputs[i : i + 4]) for i in range(0, len(outputs), 4)]
 
