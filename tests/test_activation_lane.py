@@ -269,3 +269,18 @@ def test_what_is_written_out_is_found() -> None:
     quick = (("mul", ("%0", 1.702), ()), ("sigmoid", ("%1",), ()), ("mul", ("%0", "%2"), ()))
     assert _known(silu) == ("silu", ())
     assert _known(quick) is None
+
+
+@pytest.mark.parametrize("name", ["silu", "relu6"])
+def test_what_is_kept_is_fit_for_any_later_call(name: str) -> None:
+    mean, var = torch.zeros(3), torch.ones(3)
+    lane_panels.cache_clear()
+    with torch.device("meta"):
+        lane_moments(name, torch.zeros(3), torch.ones(3), {})
+    lane_moments(name, mean, var, {})
+    lane_panels.cache_clear()
+    with torch.inference_mode():
+        lane_moments(name, mean, var, {})
+    first, second = lane_moments(name, mean.requires_grad_(), var.requires_grad_(), {})
+    (first + second).sum().backward()
+    assert mean.grad is not None

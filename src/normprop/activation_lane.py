@@ -104,8 +104,8 @@ def _sums(panels: Panels, mean: Tensor, var: Tensor, slopes: bool) -> list[Tenso
 
     The value at the mean is taken off f, then E f, and E f' off f', so that little cancels where s is small. Below
     s = ε^p (|m| + |f(m)|) + ε^{2/3} the sums are those at that s: there derivatives are at their limits, Var f goes down
-    with s², and E f − f(m) with s², or with s where f has a kink. With p = 1/3, or 1/2 at a kink, rounding and what the limits
-    leave out are equally small. At s = 0 a kink makes ∂E/∂v infinite: it is 0.
+    with s², and E f − f(m) with s², or with s where f has a kink. With p = 1/3, or 1/2 at a kink, rounding and what the
+    limits leave out are equally small. At s = 0 a kink makes ∂E/∂v infinite: it is 0.
     """
     center = panels.center(mean)
     rounding = torch.finfo(mean.dtype).eps

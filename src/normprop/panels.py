@@ -71,10 +71,14 @@ def lane_panels(name: str, parameters: tuple[tuple[str, Any], ...], precision: P
         parameters: of the activation, hashable.
         precision: `DOUBLE` or `SINGLE`.
     """
-    form = known_form(name, dict(parameters))
-    if isinstance(form, Smooth) and not form.algebraic:
-        return _smooth_panels(form, precision)
-    return _piecewise_panels(form, precision) if isinstance(form, Piecewise) and form.knots and form.continuous else None
+    # Kept for all later calls: on no device that happens to be the default now, and fit for gradients.
+    with torch.device("cpu"), torch.inference_mode(False):
+        form = known_form(name, dict(parameters))
+        if isinstance(form, Smooth) and not form.algebraic:
+            return _smooth_panels(form, precision)
+        if isinstance(form, Piecewise) and form.knots and form.continuous:
+            return _piecewise_panels(form, precision)
+        return None
 
 
 def _smooth_panels(f: Smooth, precision: Precision) -> Panels:
