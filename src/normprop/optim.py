@@ -81,8 +81,8 @@ class UnitNormProjection:
     >>> projection = UnitNormProjection(optimizer)
     >>> model(torch.ones(1, 4)).sum().backward()
     >>> optimizer.step()
-    >>> model.weight.norm(dim=1)
-    tensor([1.0000, 1.0000, 1.0000], grad_fn=<LinalgVectorNormBackward0>)
+    >>> [f"{norm:.4f}" for norm in model.weight.norm(dim=1).tolist()]
+    ['1.0000', '1.0000', '1.0000']
     """
 
     def __init__(
