@@ -14,6 +14,7 @@ import platform
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -134,7 +135,7 @@ def timed(rule: Rule, mean: Tensor, var: Tensor) -> float:
     return time.process_time() - start
 
 
-def show(rows: list[dict[str, object]]) -> None:
+def show(rows: list[dict[str, Any]]) -> None:
     """The table."""
     table = Table(title="moment lane: forward and backward, CPU ms, one thread")
     for heading in ("activation", "channels", "dtype", "general", "lane", "ratio (quartiles)"):
