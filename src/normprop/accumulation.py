@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 
 from normprop.converted import ConvertedModule
 from normprop.errors import NormPropError
-from normprop.lane import lane_nodes
+from normprop.lane import lane_graph, lane_nodes, read_by_data
 
 _Split = tuple[Callable[..., Any], Callable[..., Any]]
 _SPLITS: WeakKeyDictionary[fx.Graph, _Split] = WeakKeyDictionary()
@@ -111,31 +111,21 @@ class _SharedLane:
 def _split(graph: fx.Graph) -> _Split:
     """The lane of a graph, a function of the network, and the rest, one of the network, the lane's values and the data."""
     if graph not in _SPLITS:
-        nodes = lane_nodes(graph)
-        read = [n for n in graph.nodes if n in nodes and n.op != "get_attr" and any(user not in nodes for user in n.users)]
-        _SPLITS[graph] = _function(_lane_graph(graph, nodes, read)), _function(_data_graph(graph, nodes, read))
+        _SPLITS[graph] = _function(lane_graph(graph)), _function(_data_graph(graph))
     return _SPLITS[graph]
 
 
-def _lane_graph(graph: fx.Graph, nodes: set[fx.Node], read: list[fx.Node]) -> fx.Graph:
-    lane = fx.Graph()
-    copies: dict[fx.Node, fx.Node] = {}
-    for node in graph.nodes:
-        if node in nodes:
-            copies[node] = lane.node_copy(node, copies.__getitem__)
-    lane.output(tuple(copies[node] for node in read))
-    return lane
-
-
-def _data_graph(graph: fx.Graph, nodes: set[fx.Node], read: list[fx.Node]) -> fx.Graph:
+def _data_graph(graph: fx.Graph) -> fx.Graph:
+    nodes = lane_nodes(graph)
+    places = {node: i for i, node in enumerate(read_by_data(graph, nodes))}
     data = fx.Graph()
     values = data.placeholder("lane_values")
     copies: dict[fx.Node, fx.Node] = {}
     for node in graph.nodes:
         if node not in nodes or (node.op == "get_attr" and any(user not in nodes for user in node.users)):
             copies[node] = data.node_copy(node, copies.__getitem__)
-        elif node in read:
-            copies[node] = data.call_function(operator.getitem, (values, read.index(node)))
+        elif node in places:
+            copies[node] = data.call_function(operator.getitem, (values, places[node]))
     return data
 
 

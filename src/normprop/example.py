@@ -58,7 +58,7 @@ class MetaRun(fx.Interpreter):
         self,
         target: Any,
         args: tuple[Any, ...],  # noqa: ARG002  fx's signature
-        kwargs: dict[str, Any],  # noqa: ARG002
+        kwargs: dict[str, Any],  # noqa: ARG002  fx's signature
     ) -> Any:
         """Parameters and buffers as meta tensors."""
         value = self.fetch_attr(target)

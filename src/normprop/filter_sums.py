@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -250,8 +249,9 @@ class LargeLayer:
         """Runs of filters with what belongs to them, and memory for as many numbers."""
         step = max(1, _BLOCK * torch.get_num_threads() // max(1, rows.shape[1]))
         block = rows.new_empty(min(step, len(rows)), rows.shape[1])
-        runs = [itertools.repeat(None) if t is None else t.split(step) for t in others]
-        for w, *few in zip(rows.split(step), *runs):  # noqa: B905  without end where there is nothing
+        count = -(-len(rows) // step)
+        runs = [[None] * count if t is None else t.split(step) for t in others]
+        for w, *few in zip(rows.split(step), *runs, strict=True):
             yield (w, *few, block if len(w) == len(block) else block[: len(w)])
 
     @staticmethod

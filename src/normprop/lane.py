@@ -74,6 +74,23 @@ def lane_nodes(graph: fx.Graph) -> set[fx.Node]:
     return lane
 
 
+def read_by_data(graph: fx.Graph, lane: set[fx.Node]) -> list[fx.Node]:
+    """The nodes of the lane, parameters aside, that something outside it reads."""
+    return [n for n in graph.nodes if n in lane and n.op != "get_attr" and any(user not in lane for user in n.users)]
+
+
+def lane_graph(graph: fx.Graph) -> fx.Graph:
+    """The moment lane alone: no input, and what `read_by_data` names as a tuple."""
+    lane = lane_nodes(graph)
+    alone = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        if node in lane and (node.op != "get_attr" or any(user in lane for user in node.users)):
+            copies[node] = alone.node_copy(node, copies.__getitem__)
+    alone.output(tuple(copies[node] for node in read_by_data(graph, lane)))
+    return alone
+
+
 def last_uses(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
     """node → values that nothing after it reads."""
     seen: set[fx.Node] = set()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -144,12 +145,7 @@ def _outputs(x: Tensor, channels: int, dims: int, growth: float) -> float:
 
 
 def _product(stride: int | tuple[int, ...], dims: int) -> int:
-    if isinstance(stride, int):
-        return int(stride**dims)
-    product = 1
-    for s in stride:
-        product *= s
-    return product
+    return int(stride**dims) if isinstance(stride, int) else math.prod(stride)
 
 
 def _like(parameter: Tensor, x: Tensor) -> Tensor:

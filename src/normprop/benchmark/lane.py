@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from normprop.benchmark.rounds import Step
-from normprop.lane import lane_nodes
+from normprop.lane import lane_graph
 
 
 class Lane(nn.Module):
@@ -28,24 +28,11 @@ class Lane(nn.Module):
 
     def __init__(self, model: fx.GraphModule) -> None:
         super().__init__()
-        self.graph_module = _cut_out(model)
+        self.graph_module = fx.GraphModule(model, lane_graph(model.graph), "Lane")
 
     def forward(self) -> tuple[Tensor, ...]:
         """Filters, factors, offsets and averages of every site, as far as it has them."""
         return tuple(t for value in self.graph_module() for t in _tensors(value))
-
-
-def _cut_out(model: fx.GraphModule) -> fx.GraphModule:
-    lane = lane_nodes(model.graph)
-    graph = fx.Graph()
-    copies: dict[fx.Node, fx.Node] = {}
-    for node in model.graph.nodes:
-        if node in lane:
-            copies[node] = graph.node_copy(node, copies.__getitem__)
-    read = [n for n in copies if n.op != "get_attr" and any(user not in lane for user in n.users)]
-    graph.output(tuple(copies[n] for n in read))
-    graph.eliminate_dead_code()
-    return fx.GraphModule(model, graph, "Lane")
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
@@ -59,6 +46,7 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 def lane_step(lane: Lane, *, compiled: bool = False) -> Step:
     """Forward of the lane, and backward with a random gradient for each of its results."""
     run = torch.compile(lane, fullgraph=True, dynamic=False) if compiled else lane
+    # A large layer's gradient is written into its cotangent, which therefore grows a little each time.
     cotangents = [torch.randn_like(t) for t in lane() if t.requires_grad]
 
     def step() -> None:

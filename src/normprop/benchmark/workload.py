@@ -89,7 +89,7 @@ class Workload:
 
     def run(self, network: nn.Module) -> nn.Module:
         """The network as it is called: itself, or compiled."""
-        return torch.compile(network, fullgraph=True, dynamic=False) if self.compiled else network  # type: ignore[return-value]
+        return torch.compile(network, fullgraph=True, dynamic=False) if self.compiled else network  # type: ignore[return-value]  # torch types it as any callable
 
     def training_step(self, network: nn.Module, batch_size: int) -> Step:
         """A whole step: gradients to zero, forward, cross-entropy, backward, SGD with momentum and weight decay."""

@@ -32,7 +32,7 @@ class FrozenBatchNorm(_BatchNorm):
     def _check_input_dim(self, input: Tensor) -> None:
         """Any number of spatial dimensions will do."""
 
-    def train(self, mode: bool = True) -> Self:  # noqa: ARG002
+    def train(self, mode: bool = True) -> Self:  # noqa: ARG002  torch's signature
         """Stay in evaluation mode, whatever the rest of the network does."""
         return super().train(False)
 

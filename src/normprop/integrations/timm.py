@@ -32,7 +32,8 @@ rule(AvgPool2dSame, standing="approximate", reason="as AvgPool2d")(pooling.avera
 rule(MaxPool2dSame, standing="approximate", reason="as MaxPool2d")(pooling.max_pool)
 
 
-_FUNCTIONS: tuple[Callable[..., Any], ...] = tuple(f for f in get_notrace_functions() if callable(f))  # type: ignore[no-untyped-call]
+_NO_TRACE: list[Any] = get_notrace_functions()  # type: ignore[no-untyped-call]  # timm has no types for it
+_FUNCTIONS: tuple[Callable[..., Any], ...] = tuple(f for f in _NO_TRACE if callable(f))
 
 for _function in _FUNCTIONS:
     if getattr(_function, "__name__", "").startswith(("window_reverse", "grid_reverse", "deblockify")):

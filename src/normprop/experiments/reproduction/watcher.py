@@ -50,12 +50,12 @@ class ProbeWatcher(Watcher):
         self.model: nn.Module = nn.Identity()
         self.found: list[dict[str, Any]] = []
 
-    def started(self, recipe: Recipe, model: nn.Module, *, train: int, test: int) -> None:  # noqa: ARG002
+    def started(self, recipe: Recipe, model: nn.Module, *, train: int, test: int) -> None:  # noqa: ARG002  Observer's signature
         """Note the network as it is initialised."""
         self.model = model
         self._note(0)
 
-    def ended_epoch(self, row: Row, epochs: int) -> None:  # noqa: ARG002
+    def ended_epoch(self, row: Row, epochs: int) -> None:  # noqa: ARG002  Observer's signature
         """Note the network after an epoch."""
         if not row.diverged:
             self._note(row.epoch)
