@@ -1,5 +1,6 @@
 """What the normalised layers share: unit filters, a gain, an activation and its standardisation."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import Any, Literal, cast
 
@@ -16,7 +17,7 @@ Method = Literal["paper", "exact"]
 Center = bool | Literal["auto"]
 
 
-class NormalizedLayer(torch.nn.Module):
+class NormalizedLayer(torch.nn.Module, ABC):
     """Mixed into a torch layer, makes it eq. 9 or 11 of Normalization Propagation (Arpit et al., 2016) with its σ.
 
     Assumes inputs that are standardised and uncorrelated, as the outputs then are. For filter i, of which `weight`,
@@ -158,12 +159,12 @@ class NormalizedLayer(torch.nn.Module):
         """What ‖W‖ is larger than the standard deviation of an output by."""
         return 1.0
 
-    def _in_channels(self) -> int:
-        raise NotImplementedError
+    @abstractmethod
+    def _in_channels(self) -> int: ...
 
-    def _channels(self) -> int:
-        raise NotImplementedError
+    @abstractmethod
+    def _channels(self) -> int: ...
 
+    @abstractmethod
     def _plain(self) -> torch.nn.Module:
         """torch's own layer on the meta device, waiting for its parameters."""
-        raise NotImplementedError
