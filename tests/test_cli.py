@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +17,10 @@ from normprop.experiments.history import Row
 from normprop.plot.curves import Curve, plot_curves
 
 TINY = ("--model", "resnet8", "--width", "0.25", "--norm", "batch", "--batch-size", "32", "--train-images", "96")
+LAUNCHER = (
+    *("torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"),
+    *("--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"),
+)
 
 
 @pytest.fixture(autouse=True)
@@ -211,12 +216,31 @@ def test_python_dash_m(tmp_path):
     assert checkpoint.load(tmp_path / "sub" / "checkpoint.pt")["epoch"] == 1
 
 
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs the threads of a process as files")
+def test_no_thread_of_the_group_outlives_it(tmp_path):
+    script = tmp_path / "joined.py"
+    script.write_text(
+        "from pathlib import Path\n"
+        "import torch\n"
+        "from normprop.experiments.processes import processes\n"
+        "def threads(): return sorted(p.read_text().strip() for p in Path('/proc/self/task').glob('*/comm'))\n"
+        "with processes('cpu') as group:\n"
+        "    model = group.parallel(torch.nn.Linear(3, 3))\n"
+        "    model(torch.ones(2, 3)).sum().backward()\n"
+        "    del model\n"
+        "    within = any('gloo' in name for name in threads())\n"
+        "Path(f'rank{group.rank}').write_text(f'{within} {any(\"gloo\" in name for name in threads())}')\n"
+    )
+    done = start(*LAUNCHER, str(script))
+    assert done.returncode == 0, done.stderr
+    assert [Path(f"rank{rank}").read_text() for rank in (0, 1)] == ["True False"] * 2
+
+
 @pytest.mark.parametrize("norm", ["group", "normprop"])
 def test_two_processes_train_what_one_does(norm, tmp_path):
     options = ("train", *TINY, "--norm", norm, "--epochs", "2", "--flips")
     assert run(*options, "--out", "one") == 0
-    launcher = ("torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0", "--rdzv-backend", "c10d")
-    done = start(*launcher, "--rdzv-endpoint", "localhost:0", "-m", "normprop", *options, "--out", "two")
+    done = start(*LAUNCHER, "-m", "normprop", *options, "--out", "two")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("epoch   2/2") == 1, "one process reports"
     one, two = (checkpoint.load(tmp_path / folder / "checkpoint.pt") for folder in ("one", "two"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -76,6 +77,9 @@ def processes(device: str = "auto") -> Iterator[Processes]:
         return
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
+    # DistributedDataParallel imports this. Whatever imports it while a group exists keeps that group, and with it threads
+    # that outlive destroy_process_group and can abort an interpreter that is shutting down.
+    importlib.import_module("torch._dynamo")  # too slow to import for a process that is alone
     dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
     try:
         yield Processes(chosen, rank, world)
