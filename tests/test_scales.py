@@ -9,7 +9,9 @@ from torch import Tensor
 
 from normprop import filter_sums, scales
 from normprop.filter_rows import Form, Operands, from_rows, to_rows
-from normprop.scales import Scale
+from normprop.native import scales as native_scales
+from normprop.native.library import library
+from normprop.scale import Scale
 
 DOUBLE = torch.float64
 FORMS = [
@@ -96,13 +98,18 @@ def check(forms: Sequence[Form], given: Sequence[Operands]) -> None:
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
 
 
-@pytest.fixture(params=["small", "large"])
+@pytest.fixture(params=["small", "large", "small native", "large native"])
 def size(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Whether the layers of a test count as small or as large ones, handled in several blocks."""
+    """Whether the layers of a test count as small or as large ones, handled in several blocks, and by whom."""
     torch.manual_seed(0)
-    if request.param == "large":
+    if "native" not in request.param:
+        monkeypatch.setattr(scales, "handles", lambda operands: False)
+    elif isinstance(library(), str):
+        pytest.skip(str(library()))
+    if "large" in request.param:
         monkeypatch.setattr(scales, "_SMALL", 0)
         monkeypatch.setattr(filter_sums, "_BLOCK", 40)
+        monkeypatch.setattr(native_scales, "_DIVIDED", 0)
     return str(request.param)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from normprop.converted import as_converted
 from normprop.errors import NormPropError
 from normprop.lane import LaneValues, last_uses, site_calls
-from normprop.scales import Scale
+from normprop.scale import Scale
 from normprop.sites import Site, site_statistics
 
 Statistics = tuple[Tensor, Tensor]

@@ -51,6 +51,19 @@ class Operands(NamedTuple):
     scale: Tensor
 
 
+def sites_of(tensors: Sequence[Tensor | None]) -> list[Operands]:
+    """The operands of several sites, which lie one behind the other."""
+    width = len(Operands._fields)
+    return [Operands(*tensors[i : i + width]) for i in range(0, len(tensors), width)]  # type: ignore[arg-type]
+
+
+def given_moments(site: Operands) -> tuple[Tensor, Tensor]:
+    """E and V of a site without a layer: mean and variance of what it normalises, ``(O,)`` each."""
+    mean = torch.zeros_like(site.gamma) if site.mean is None else site.mean.reshape(-1).to(site.gamma.dtype)
+    var = torch.ones_like(site.gamma) if site.var is None else site.var.reshape(-1).to(site.gamma.dtype)
+    return mean, var
+
+
 def to_rows(weight: Tensor, form: Form, *, like: Tensor | None = None) -> Tensor:
     """A weight as ``(groups, filters, fan-in)``, a view where strides allow; taps go first if they do in memory.
 
@@ -62,7 +75,7 @@ def to_rows(weight: Tensor, form: Form, *, like: Tensor | None = None) -> Tensor
     if form.transposed:
         split: Tensor = weight.unflatten(0, (form.groups, -1))
         return split.transpose(1, 2).flatten(2)
-    if _taps_first(weight if like is None else like):
+    if taps_first(weight if like is None else like):
         weight = weight.movedim(1, -1)
     return weight.reshape(form.groups, weight.shape[0] // form.groups, -1)
 
@@ -72,7 +85,7 @@ def from_rows(rows: Tensor, like: Tensor, form: Form) -> Tensor:
     if form.transposed:
         split: Tensor = rows.unflatten(2, (-1, *like.shape[2:]))
         return split.transpose(1, 2).reshape(like.shape)
-    if _taps_first(like):
+    if taps_first(like):
         return rows.reshape(like.movedim(1, -1).shape).movedim(-1, 1)
     return rows.reshape(like.shape)
 
@@ -80,9 +93,9 @@ def from_rows(rows: Tensor, like: Tensor, form: Form) -> Tensor:
 def vectors(form: Form, sites: Sequence[Operands], rows: Tensor) -> tuple[Tensor | None, Tensor | None]:
     """m and v of layers of one form and shape, one value a weight of a filter: ``(layers · groups, fan-in)``, or None."""
     assert sites[0].weight is not None
-    taps_first = not form.transposed and _taps_first(sites[0].weight)
-    mean = _per_tap([s.mean for s in sites if s.mean is not None], form, rows, taps_first)
-    var = _per_tap([s.var for s in sites if s.var is not None], form, rows, taps_first)
+    outside = not form.transposed and taps_first(sites[0].weight)
+    mean = _per_tap([s.mean for s in sites if s.mean is not None], form, rows, outside)
+    var = _per_tap([s.var for s in sites if s.var is not None], form, rows, outside)
     return mean, var
 
 
@@ -90,12 +103,17 @@ def per_channel(values: Tensor, form: Form, weight: Tensor, likes: Sequence[Tens
     """The transpose of `vectors`: for each layer the sum over every input channel's taps, in the shape of its moments."""
     inputs = likes[0].numel() // form.groups
     if values.shape[-1] != inputs:
-        taps_first = not form.transposed and _taps_first(weight)
-        values = values.unflatten(-1, (-1, inputs)).sum(-2) if taps_first else values.unflatten(-1, (inputs, -1)).sum(-1)
+        outside = not form.transposed and taps_first(weight)
+        values = values.unflatten(-1, (-1, inputs)).sum(-2) if outside else values.unflatten(-1, (inputs, -1)).sum(-1)
     return [t.reshape(like.shape).to(like.dtype) for t, like in zip(values.split(form.groups), likes, strict=True)]
 
 
-def _per_tap(values: Sequence[Tensor], form: Form, rows: Tensor, taps_first: bool) -> Tensor | None:
+def taps_first(weight: Tensor) -> bool:
+    """Whether the taps of a filter lie outside its inputs in memory, as channels last have it."""
+    return weight.dim() > 2 and not weight.is_contiguous() and weight.movedim(1, -1).is_contiguous()
+
+
+def _per_tap(values: Sequence[Tensor], form: Form, rows: Tensor, outside: bool) -> Tensor | None:
     if not values:
         return None
     grouped = [t.reshape(form.groups, -1).to(rows.dtype) for t in values]
@@ -103,8 +121,4 @@ def _per_tap(values: Sequence[Tensor], form: Form, rows: Tensor, taps_first: boo
     taps = rows.shape[-1] // whole.shape[-1]
     if taps == 1:
         return whole
-    return whole.repeat(1, taps) if taps_first else whole.repeat_interleave(taps, 1)
-
-
-def _taps_first(weight: Tensor) -> bool:
-    return weight.dim() > 2 and not weight.is_contiguous() and weight.movedim(1, -1).is_contiguous()
+    return whole.repeat(1, taps) if outside else whole.repeat_interleave(taps, 1)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from normprop.filter_rows import Form, Operands, from_rows, per_channel, to_rows, vectors
+from normprop.filter_rows import Form, Operands, from_rows, given_moments, per_channel, to_rows, vectors
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 
@@ -42,9 +42,7 @@ class NoLayer:
     def statistics(self, sites: Sequence[Operands]) -> tuple[None, Tensor, Tensor]:
         """No filters, E and V."""
         (site,) = sites
-        mean = torch.zeros_like(site.gamma) if site.mean is None else site.mean.reshape(-1).to(site.gamma.dtype)
-        var = torch.ones_like(site.gamma) if site.var is None else site.var.reshape(-1).to(site.gamma.dtype)
-        return None, mean, var
+        return None, *given_moments(site)
 
     def filters(self, _kept: None, _sites: Sequence[Operands], _factor: Tensor) -> list[None]:
         """None, for each site."""

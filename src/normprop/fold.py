@@ -13,7 +13,7 @@ from normprop.converted import ConvertedModule
 from normprop.errors import NormPropError
 from normprop.lane import LaneValues, site_calls
 from normprop.layers import affine, convolution, linear, per_channel, scaled_weight, transposed_convolution
-from normprop.scales import Scale
+from normprop.scale import Scale
 
 _CONVOLUTIONS: Mapping[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 _TRANSPOSED: Mapping[int, Any] = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}

@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 
 from normprop import layers
 from normprop.channel_moments import Moments
-from normprop.scales import Scale
+from normprop.scale import Scale
 from normprop.sites import Site, site_scales
 
 # Operations of the data lane whose second argument is the scale of a site.

@@ -16,7 +16,7 @@ from normprop.plan import SitePlan
 from normprop.rewrite import Rewriter
 from normprop.rules import arithmetic, combine, elementwise, pooling, shape, stochastic
 from normprop.rules.composed import composed, full_moments
-from normprop.scales import Scale
+from normprop.scale import Scale
 from normprop.walk import Walk, inner_nodes
 
 # What hands a standardised tensor on; the paper pools standardised tensors without a further word (§4).

@@ -16,7 +16,7 @@ from normprop.example import EXAMPLE_BATCH
 from normprop.lane import SiteCall, lane_nodes, site_calls
 from normprop.rules import linear
 from normprop.rules.table import TABLE, Key, Rule
-from normprop.scales import Scale
+from normprop.scale import Scale
 from normprop.trace import Leaf
 from normprop.walk import Kind, Walk, completed, prepare, rule_of, standing_for
 

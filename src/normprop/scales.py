@@ -8,28 +8,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from normprop.filter_rows import Form, Operands, from_rows, to_rows, vectors
+from normprop.filter_rows import Form, Operands, sites_of
 from normprop.filter_sums import LargeLayer, NoLayer, SmallLayers, Sums, VectorGradients
+from normprop.native.scales import handles, native_scales
+from normprop.scale import Scale, inverse_root, plain_backward
 
 _FIELDS = len(Operands._fields)
 # Layers with fewer weights than this cost more for their operations than for their numbers.
 _SMALL = 1 << 16
-
-
-class Scale(NamedTuple):
-    """What a site makes of the layer before it: ``u = factor · ((filters − average) ∗ x) + offset``.
-
-    Attributes:
-        filters: the layer's weight; None for a site without a layer.
-        factor: ``f = γ/√(kV)``, ``(O,)``; None if the filters are multiplied by it already.
-        offset: ``b = β − (E + d) f``, ``(O,)``.
-        average: mean of each filter, ``(O,)``; None if the filters are centred already, or are not to be.
-    """
-
-    filters: Tensor | None
-    factor: Tensor | None
-    offset: Tensor
-    average: Tensor | None = None
 
 
 def scales(forms: Sequence[Form], operands: Sequence[Operands]) -> list[Scale]:
@@ -40,40 +26,12 @@ def scales(forms: Sequence[Form], operands: Sequence[Operands]) -> list[Scale]:
     transforms of `torch.func` in plain operations, which give all filters multiplied.
     """
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        flat: Any = _computed(_buckets(forms, operands, all_at_once=True), operands)[0]
-        return [Scale(*flat[i : i + 4]) for i in range(0, len(flat), 4)]
+        plain: Any = _computed(_buckets(forms, operands, all_at_once=True), operands)[0]
+        return [Scale(*plain[i : i + 4]) for i in range(0, len(plain), 4)]
+    if handles(operands):
+        return native_scales(forms, [_together(form, one) for form, one in zip(forms, operands, strict=True)], operands)
     outputs = _Scales.apply(tuple(forms), *(t for one in operands for t in one))
     return [Scale(*outputs[i : i + 4]) for i in range(0, len(outputs), 4)]
-
-
-def plain_scale(form: Form, given: Operands, *, multiplied: bool) -> Scale:
-    """The scale of one site in plain operations, which say what `scales` computes."""
-    filters, first, second = plain_statistics(form, given)
-    factor = given.gamma * _inverse_root(given.scale, second)
-    offset = given.beta - (first + given.shift) * factor
-    if given.weight is None or filters is None or not multiplied:
-        average = to_rows(given.weight, form).mean(-1).reshape(-1) if given.weight is not None and form.center else None
-        return Scale(given.weight, factor, offset, average)
-    rows = to_rows(filters, form)
-    return Scale(from_rows(rows * factor.reshape(*rows.shape[:2], 1), filters, form), None, offset)
-
-
-def plain_statistics(form: Form, given: Operands) -> tuple[Tensor | None, Tensor, Tensor]:
-    """The filters c of a layer, None without one, with E and V, ``(O,)`` each."""
-    if given.weight is None:
-        return NoLayer().statistics([given])
-    rows = to_rows(given.weight, form)
-    rows = rows - rows.mean(-1, keepdim=True) if form.center else rows
-    mean, var = vectors(form, [given], rows)
-    square = rows.square() if var is None else rows.square() * var.unsqueeze(1)
-    second = form.share * square.sum(-1).reshape(-1)
-    first = torch.zeros_like(second) if mean is None else form.share * (rows * mean.unsqueeze(1)).sum(-1).reshape(-1)
-    return from_rows(rows, given.weight, form), first, second
-
-
-def _inverse_root(scale: Tensor, var: Tensor) -> Tensor:
-    """``1/√(kV)``; a variance of zero counts as one."""
-    return (scale * torch.where(var > 0, var, 1.0)).rsqrt()
 
 
 class _Scales(torch.autograd.Function):
@@ -92,7 +50,7 @@ class _Scales(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, forms: tuple[Form, ...], *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-        sites = _sites(tensors)
+        sites = sites_of(tensors)
         ctx.forms, ctx.buckets = forms, _buckets(forms, sites)
         ctx.set_materialize_grads(False)
         outputs, kept, vectors_of = _computed(ctx.buckets, sites)
@@ -104,8 +62,9 @@ class _Scales(torch.autograd.Function):
         saved, buckets = ctx.saved_tensors, ctx.buckets
         count = _FIELDS * len(ctx.forms)
         if torch.is_grad_enabled():
-            return (None, *_plain_backward(ctx.forms, buckets, saved[:count], grads))
-        sites, kept = _sites(saved[:count]), saved[count:-4]
+            multiplied = {i for bucket in buckets if bucket.sums.multiplied for i in bucket.members}
+            return (None, *plain_backward(ctx.forms, [i in multiplied for i in range(len(ctx.forms))], saved[:count], grads))
+        sites, kept = sites_of(saved[:count]), saved[count:-4]
         first, second, inverse, factor = saved[-4:]
         order = [i for bucket in buckets for i in bucket.members]
         by_filters, by_factor = [], []
@@ -157,7 +116,7 @@ def _computed(
     found = [bucket.sums.statistics([sites[i] for i in bucket.members]) for bucket in buckets]
     gamma, beta, shift, scale = (_joined([getattr(sites[i], k) for i in order]) for k in Operands._fields[3:])
     first, second = _joined([three[1] for three in found]) + shift, _joined([three[2] for three in found])
-    inverse = _inverse_root(scale, second)
+    inverse = inverse_root(scale, second)
     factor = gamma * inverse
     offset = torch.addcmul(beta, first, factor, value=-1)
     outputs: list[Tensor | None] = [None] * (4 * len(sites))
@@ -205,29 +164,9 @@ def _layout(site: Operands) -> tuple[Hashable, ...]:
     return weight.shape, weight.stride(), weight.dtype, mean is None, var is None
 
 
-def _sites(tensors: Sequence[Tensor | None]) -> list[Operands]:
-    return [Operands(*tensors[i : i + _FIELDS]) for i in range(0, len(tensors), _FIELDS)]  # type: ignore[arg-type]
-
-
 def _joined(parts: Sequence[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
 def _or_zero(grad: Tensor | None, site: Operands) -> Tensor:
     return torch.zeros_like(site.gamma) if grad is None else grad
-
-
-def _plain_backward(
-    forms: Sequence[Form], buckets: Sequence[_Bucket], tensors: Sequence[Any], grads: Sequence[Any]
-) -> list[Tensor | None]:
-    """Gradients that can be differentiated again."""
-    multiplied = {i for bucket in buckets if bucket.sums.multiplied for i in bucket.members}
-    outputs: list[Tensor | None] = []
-    for i, (form, site) in enumerate(zip(forms, _sites(tensors), strict=True)):
-        outputs += plain_scale(form, site, multiplied=i in multiplied)
-    known = [(out, g) for out, g in zip(outputs, grads, strict=True) if out is not None and g is not None]
-    wanted = [t for t in tensors if t is not None and t.requires_grad]
-    found = iter(
-        torch.autograd.grad([out for out, _ in known], wanted, [g for _, g in known], create_graph=True, allow_unused=True)
-    )
-    return [next(found) if t is not None and t.requires_grad else None for t in tensors]

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from normprop.channel_moments import Moments
 from normprop.filter_rows import Form, Operands
 from normprop.rules.linear import full_precision, wide
-from normprop.scales import Scale, plain_statistics, scales
+from normprop.scale import Scale, plain_statistics
+from normprop.scales import scales
 
 
 class Site(nn.Module):

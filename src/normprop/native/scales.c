@@ -1,0 +1,280 @@
+/* Scales of normalisation sites and their gradients, every filter in one visit: `normprop.scales` says what is computed.
+ *
+ * Compiled where it runs (see library.py). The file includes itself to define everything for float and for double.
+ */
+#ifndef REAL
+
+#include <float.h>
+#include <math.h>
+#include <stdatomic.h>
+#include <stdint.h>
+#include <stdlib.h>
+
+/* Runs `body(data)` on so many threads at once and returns when all have; NULL where there is none. */
+typedef void (*parallel_t)(void (*body)(void *), void *data, unsigned threads, unsigned flags);
+
+#define REAL float
+#define EPSILON FLT_EPSILON
+#define NAME(name) name##_float
+#include "scales.c"
+#undef REAL
+#undef EPSILON
+#undef NAME
+#define REAL double
+#define EPSILON DBL_EPSILON
+#define NAME(name) name##_double
+#include "scales.c"
+
+#else
+
+/* One site, as library callers lay it out: every field takes 64 bits. Pointers may be NULL where said. */
+typedef struct {
+    const REAL *weight;  /* (groups · filters, fan-in), filters one behind the other; NULL for a site without a layer */
+    const REAL *mean;    /* m a channel of the input; NULL for 0 */
+    const REAL *var;     /* v; NULL for 1 */
+    const REAL *gamma, *beta, *shift, *scale; /* γ, β, d, k a filter */
+    REAL *multiplied;    /* out: f c, in the layout of the weight */
+    REAL *factor, *offset, *average; /* out: f, b, and the mean of each filter, NULL if not wanted */
+    REAL *first, *second; /* out: E + d and V */
+    int64_t groups, filters, inputs, taps; /* filters and inputs are those of one group */
+    int64_t taps_first;  /* whether the taps of a filter lie outside its inputs in memory */
+    int64_t stride;      /* an output position sees every stride-th weight: more than 1 for transposed convolutions */
+    int64_t center;      /* whether each filter's mean is subtracted */
+    int64_t multiplies;  /* whether the filters are given as f c */
+    int64_t blocks;      /* into how many runs of filters it is divided */
+} NAME(site);
+
+/* Gradients of one site's outputs, NULL for zero, and of its inputs, NULL where not wanted. */
+typedef struct {
+    const REAL *by_filters; /* of f c, or of the filters as they are; may be the same memory as by_weight */
+    const REAL *by_factor, *by_offset, *by_average;
+    REAL *by_weight;
+    REAL *by_mean, *by_var; /* one value a channel of the input, a part from each block: to be summed */
+    REAL *by_gamma, *by_beta;
+    int64_t reach; /* from one block's part to the next */
+} NAME(gradients);
+
+typedef struct {
+    const NAME(site) *sites;
+    const NAME(gradients) *gradients; /* NULL to compute the scales */
+    int64_t count;
+    _Atomic int64_t next;
+    int64_t failed;
+} NAME(job);
+
+/* Values per input channel of one group as values per weight of a filter. */
+static void NAME(spread)(const NAME(site) *s, const REAL *values, int64_t group, REAL empty, REAL *out)
+{
+    const int64_t inputs = s->inputs, taps = s->taps;
+    for (int64_t i = 0; i < inputs; i++) {
+        const REAL value = values ? values[group * inputs + i] : empty;
+        if (s->taps_first)
+            for (int64_t t = 0; t < taps; t++) out[t * inputs + i] = value;
+        else
+            for (int64_t t = 0; t < taps; t++) out[i * taps + t] = value;
+    }
+}
+
+/* The transpose of `spread`. */
+static void NAME(gather)(const NAME(site) *s, const REAL *values, int64_t group, REAL *out)
+{
+    const int64_t inputs = s->inputs, taps = s->taps;
+    for (int64_t i = 0; i < inputs; i++) {
+        REAL sum = 0;
+        if (s->taps_first)
+            for (int64_t t = 0; t < taps; t++) sum += values[t * inputs + i];
+        else
+            for (int64_t t = 0; t < taps; t++) sum += values[i * taps + t];
+        out[group * inputs + i] = sum;
+    }
+}
+
+static REAL NAME(sum)(const REAL *x, int64_t n)
+{
+    REAL sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t j = 0; j < n; j++) sum += x[j];
+    return sum;
+}
+
+/* f and b from E and V; a variance of zero counts as one. */
+static void NAME(finish)(const NAME(site) *s, int64_t o, REAL first, REAL second)
+{
+    const REAL inverse = 1 / (REAL)sqrt(s->scale[o] * (second > 0 ? second : 1));
+    s->first[o] = first + s->shift[o];
+    s->second[o] = second;
+    s->factor[o] = s->gamma[o] * inverse;
+    s->offset[o] = s->beta[o] - s->first[o] * s->factor[o];
+}
+
+static void NAME(forward)(const NAME(site) *s, int64_t from, int64_t to, REAL *scratch)
+{
+    if (!s->weight) {
+        for (int64_t o = from; o < to; o++) NAME(finish)(s, o, s->mean ? s->mean[o] : 0, s->var ? s->var[o] : 1);
+        return;
+    }
+    const int64_t n = s->inputs * s->taps;
+    REAL *m = scratch, *v = scratch + n;
+    int64_t group = -1;
+    REAL total = 0;
+    for (int64_t o = from; o < to; o++) {
+        if (o / s->filters != group) {
+            group = o / s->filters;
+            NAME(spread)(s, s->mean, group, 0, m);
+            NAME(spread)(s, s->var, group, 1, v);
+            total = NAME(sum)(v, n);
+        }
+        const REAL *w = s->weight + o * n;
+        const REAL a = s->center ? NAME(sum)(w, n) / n : 0;
+        REAL first = 0, second = 0;
+#pragma omp simd reduction(+ : first, second)
+        for (int64_t j = 0; j < n; j++) {
+            const REAL c = w[j] - a;
+            first += c * m[j];
+            second += c * c * v[j];
+        }
+        /* A filter of equal weights, once centred, is rounding. */
+        const REAL rounding = 16 * EPSILON * a;
+        if (second <= rounding * rounding * total) second = 0;
+        NAME(finish)(s, o, first / s->stride, second / s->stride);
+        if (s->average) s->average[o] = a;
+        if (s->multiplies) {
+            REAL *out = s->multiplied + o * n;
+            const REAL f = s->factor[o];
+#pragma omp simd
+            for (int64_t j = 0; j < n; j++) out[j] = f * (w[j] - a);
+        }
+    }
+}
+
+/* q = h − g (E + d), ∂L/∂γ = q r, ∂L/∂β = g; gives ∂L/∂E and ∂L/∂V. */
+static void NAME(start)(const NAME(site) *s, const NAME(gradients) *d, int64_t o, REAL h, REAL *by_first, REAL *by_second)
+{
+    const REAL g = d->by_offset ? d->by_offset[o] : 0, second = s->second[o], f = s->factor[o];
+    const REAL q = h - g * s->first[o];
+    if (d->by_gamma) d->by_gamma[o] = q / (REAL)sqrt(s->scale[o] * (second > 0 ? second : 1));
+    if (d->by_beta) d->by_beta[o] = g;
+    *by_first = -g * f;
+    *by_second = second > 0 ? (REAL)-0.5 * q * f / second : 0;
+}
+
+static void NAME(backward)(
+    const NAME(site) *s, const NAME(gradients) *d, int64_t from, int64_t to, int64_t block, REAL *scratch)
+{
+    const int64_t n = s->inputs * s->taps;
+    REAL e, u;
+    if (!s->weight) {
+        for (int64_t o = from; o < to; o++) {
+            NAME(start)(s, d, o, d->by_factor ? d->by_factor[o] : 0, &e, &u);
+            if (d->by_mean) d->by_mean[o] = e;
+            if (d->by_var) d->by_var[o] = u;
+        }
+        return;
+    }
+    REAL *m = scratch, *v = scratch + n, *by_m = scratch + 2 * n, *by_v = scratch + 3 * n;
+    int64_t group = -1;
+    REAL mean = 0;
+    for (int64_t o = from; o < to; o++) {
+        if (o / s->filters != group) {
+            if (group >= 0) {
+                if (d->by_mean) NAME(gather)(s, by_m, group, d->by_mean + block * d->reach);
+                if (d->by_var) NAME(gather)(s, by_v, group, d->by_var + block * d->reach);
+            }
+            group = o / s->filters;
+            NAME(spread)(s, s->mean, group, 0, m);
+            NAME(spread)(s, s->var, group, 1, v);
+            mean = NAME(sum)(m, n) / n;
+            for (int64_t j = 0; j < 2 * n; j++) by_m[j] = 0;
+        }
+        const REAL *w = s->weight + o * n, *G = d->by_filters ? d->by_filters + o * n : NULL;
+        const REAL a = s->center ? NAME(sum)(w, n) / n : 0, f = s->multiplies ? s->factor[o] : 1;
+        REAL h = d->by_factor ? d->by_factor[o] : 0, even = 0, weighted = 0;
+        if (s->multiplies && G) {
+            REAL dot = 0, sum = 0;
+#pragma omp simd reduction(+ : dot, sum)
+            for (int64_t j = 0; j < n; j++) {
+                dot += G[j] * (w[j] - a);
+                sum += G[j];
+            }
+            h += dot;
+            even = f * sum / n;
+        }
+        NAME(start)(s, d, o, h, &e, &u);
+        e /= s->stride;
+        u /= s->stride;
+        if (d->by_weight) {
+            REAL *out = d->by_weight + o * n;
+            REAL less = 0;
+            if (s->center) {
+#pragma omp simd reduction(+ : weighted)
+                for (int64_t j = 0; j < n; j++) weighted += (w[j] - a) * v[j];
+                less = even + e * mean + 2 * u * weighted / n - (d->by_average ? d->by_average[o] / n : 0);
+            }
+            if (G) {
+#pragma omp simd
+                for (int64_t j = 0; j < n; j++) out[j] = f * G[j] + e * m[j] + 2 * u * (w[j] - a) * v[j] - less;
+            } else {
+#pragma omp simd
+                for (int64_t j = 0; j < n; j++) out[j] = e * m[j] + 2 * u * (w[j] - a) * v[j] - less;
+            }
+        }
+        if (d->by_mean || d->by_var) {
+#pragma omp simd
+            for (int64_t j = 0; j < n; j++) {
+                const REAL c = w[j] - a;
+                by_m[j] += e * c;
+                by_v[j] += u * c * c;
+            }
+        }
+    }
+    if (group >= 0) {
+        if (d->by_mean) NAME(gather)(s, by_m, group, d->by_mean + block * d->reach);
+        if (d->by_var) NAME(gather)(s, by_v, group, d->by_var + block * d->reach);
+    }
+}
+
+static void NAME(work)(void *data)
+{
+    NAME(job) *job = data;
+    REAL *scratch = NULL;
+    int64_t room = 0;
+    for (;;) {
+        int64_t item = atomic_fetch_add(&job->next, 1), i = 0;
+        while (i < job->count && item >= job->sites[i].blocks) item -= job->sites[i++].blocks;
+        if (i == job->count) break;
+        const NAME(site) *s = &job->sites[i];
+        const int64_t rows = s->groups * s->filters, step = (rows + s->blocks - 1) / s->blocks;
+        const int64_t from = item * step, to = from + step < rows ? from + step : rows;
+        if (room < 4 * s->inputs * s->taps) {
+            room = 4 * s->inputs * s->taps;
+            free(scratch);
+            scratch = malloc(room * sizeof(REAL));
+            if (!scratch) {
+                job->failed = 1;
+                return;
+            }
+        }
+        if (job->gradients)
+            NAME(backward)(s, &job->gradients[i], from, to, item, scratch);
+        else
+            NAME(forward)(s, from, to, scratch);
+    }
+    free(scratch);
+}
+
+/* Scales of `count` sites, or, with `gradients`, their gradients. Returns 0, or 1 without memory. */
+int NAME(scales)(
+    const NAME(site) *sites, const NAME(gradients) *gradients, int64_t count, parallel_t parallel, int64_t threads)
+{
+    NAME(job) job = {sites, gradients, count, 0, 0};
+    int64_t items = 0;
+    for (int64_t i = 0; i < count; i++) items += sites[i].blocks;
+    if (threads > items) threads = items;
+    if (parallel && threads > 1)
+        parallel(NAME(work), &job, (unsigned)threads, 0);
+    else
+        NAME(work)(&job);
+    return (int)job.failed;
+}
+
+#endif
