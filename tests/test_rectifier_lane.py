@@ -1,15 +1,30 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 from normprop import Moments
 from normprop.activation_moments import activation_moments
+from normprop.native.library import library
+from normprop.native.rectifiers import native_rectified
 from normprop.rectifier_lane import rectified_moments
 from normprop.rules.elementwise import module_activation
 
+Rectify = Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor]]
 SLOPES = (0.0, 0.01, 0.3, 1.0, -0.5)
+
+
+def native(mean: Tensor, var: Tensor, slope: float) -> tuple[Tensor, Tensor]:
+    """The compiled function, on this pair and another one together."""
+    if isinstance(library(), str):
+        pytest.skip(str(library()))
+    return native_rectified([mean.detach() + 1, mean], [var.detach() + 1, var], slope)[1]
+
+
+BOTH = pytest.mark.parametrize("rectify", [rectified_moments, native])
 
 
 def grid() -> tuple[Tensor, Tensor]:
@@ -18,10 +33,11 @@ def grid() -> tuple[Tensor, Tensor]:
     return mean[:, None].expand(10, 5).reshape(-1), std[None].square().expand(10, 5).reshape(-1)
 
 
+@BOTH
 @pytest.mark.parametrize("slope", SLOPES)
-def test_it_gives_what_the_general_engine_gives(slope: float) -> None:
+def test_it_gives_what_the_general_engine_gives(slope: float, rectify: Rectify) -> None:
     mean, var = (t.clone().requires_grad_() for t in grid())
-    found = rectified_moments(mean, var, slope)
+    found = rectify(mean, var, slope)
     general = activation_moments("leaky_relu", mean, var.sqrt(), negative_slope=slope)
     inputs = (mean.square() + var).detach()  # rounding of the input is what either can be held to
     for a, b, scale in zip(found, (general.mean, general.var), (inputs.sqrt(), var.detach()), strict=True):
@@ -35,20 +51,22 @@ def test_it_gives_what_the_general_engine_gives(slope: float) -> None:
             torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-9)
 
 
+@BOTH
 @pytest.mark.parametrize("slope", SLOPES)
-def test_first_and_second_derivatives(slope: float) -> None:
+def test_first_and_second_derivatives(slope: float, rectify: Rectify) -> None:
     mean = torch.tensor([-1.5, 0.0, 0.4, 3.0], dtype=torch.float64, requires_grad=True)
     var = torch.tensor([0.5, 1.0, 2.0, 0.1], dtype=torch.float64, requires_grad=True)
-    function = lambda m, v: rectified_moments(m, v, slope)
+    function = lambda m, v: rectify(m, v, slope)
     assert torch.autograd.gradcheck(function, (mean, var))
     assert torch.autograd.gradgradcheck(function, (mean, var))
 
 
+@BOTH
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_no_variance(dtype: torch.dtype) -> None:
+def test_no_variance(dtype: torch.dtype, rectify: Rectify) -> None:
     mean = torch.tensor([-2.0, 0.0, 2.0], dtype=dtype, requires_grad=True)
     var = torch.zeros(3, dtype=dtype, requires_grad=True)
-    first, second = rectified_moments(mean, var, 0.1)
+    first, second = rectify(mean, var, 0.1)
     torch.testing.assert_close(first, torch.tensor([-0.2, 0.0, 2.0], dtype=dtype))
     assert float(second.abs().max().detach()) == 0.0
     gradients = torch.autograd.grad((first + second).sum(), (mean, var))

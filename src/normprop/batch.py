@@ -12,7 +12,7 @@ from torch import fx, nn
 from normprop.channel_moments import Moments
 from normprop.lane import lane_nodes
 from normprop.rules.composed import Program, composed
-from normprop.rules.elementwise import module_activation, named_activation
+from normprop.rules.elementwise import module_activation, module_slope, named_activation, named_slope, natively_rectified
 from normprop.sites import site_moments, site_scales
 
 # Sites are computed together until their weights hold this many numbers. From there on a site costs more than its calls,
@@ -35,14 +35,18 @@ def batched(graph: fx.Graph, root: nn.Module) -> fx.Graph:
 
 def module_activations(module: nn.Module, *xs: Moments) -> list[Moments]:
     """`module_activation` of several tensors."""
-    return _apart(module_activation(module, _together(xs)), xs)
+    slope = module_slope(module)
+    natively = None if slope is None else natively_rectified(xs, slope)
+    return natively or _apart(module_activation(module, _together(xs)), xs)
 
 
 def named_activations(
     name: str, parameters: tuple[str, ...], xs: Sequence[Moments], *args: Any, **kwargs: Any
 ) -> list[Moments]:
     """`named_activation` of several tensors."""
-    return _apart(named_activation(name, parameters, _together(xs), *args, **kwargs), xs)
+    slope = named_slope(name, parameters, xs[0], *args, **kwargs)
+    natively = None if slope is None else natively_rectified(xs, slope)
+    return natively or _apart(named_activation(name, parameters, _together(xs), *args, **kwargs), xs)
 
 
 def composed_activations(

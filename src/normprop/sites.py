@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -61,20 +62,38 @@ def site_moments(*calls: tuple[Site, int, int]) -> list[Moments]:
     Args:
         calls: one entry a site: the site, the rank of the tensor that it gives, and the channel dimension of that.
     """
-    if len(calls) > 1 and all(call[1:] == calls[0][1:] for call in calls):
-        beta, gamma = (torch.cat(list(ts)) for ts in zip(*(_affine(site) for site, *_ in calls), strict=True))
-        whole = Moments(beta, gamma.square()).aligned(*calls[0][1:])
-        sizes = [site.shift.shape[-1] for site, *_ in calls]
-        parts = zip(whole.mean.split(sizes, calls[0][2]), whole.var.split(sizes, calls[0][2]), strict=True)
-        return [Moments(mean, var) for mean, var in parts]
-    pairs = (_affine(site) for site, *_ in calls)
-    return [Moments(b, g.square()).aligned(*call[1:]) for call, (b, g) in zip(calls, pairs, strict=True)]
+    gammas, betas, shapes = [], [], []
+    for site, rank, channel in calls:
+        gamma, beta, *_ = _constants(site, 0)
+        gammas.append(gamma)
+        betas.append(beta)
+        shapes.append([len(gamma) if d == channel % rank else 1 for d in range(rank)])
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return [Moments(b.reshape(s), g.square().reshape(s)) for b, g, s in zip(betas, gammas, shapes, strict=True)]
+    flat = _SiteMoments.apply(shapes, *gammas, *betas)
+    return [Moments(*pair) for pair in zip(flat[len(calls) :], flat[: len(calls)], strict=True)]
 
 
-def _affine(site: Site) -> tuple[Tensor, Tensor]:
-    """β and γ."""
-    gamma, beta, *_ = _constants(site, 0)
-    return beta, gamma
+class _SiteMoments(torch.autograd.Function):
+    """γ² and β of several sites in given shapes, by few operations: small networks spend their time on these."""
+
+    @staticmethod
+    def forward(ctx: Any, shapes: list[list[int]], *tensors: Tensor) -> tuple[Tensor, ...]:
+        gammas, betas = tensors[: len(shapes)], tensors[len(shapes) :]
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*gammas)
+        squares = torch._foreach_mul(gammas, gammas)
+        return (
+            *(t.view(s) for t, s in zip(squares, shapes, strict=True)),
+            *(t.view(s) for t, s in zip(betas, shapes, strict=True)),
+        )
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        gammas = ctx.saved_tensors
+        by_var, by_mean = grads[: len(gammas)], grads[len(gammas) :]
+        found = [None if g is None else 2.0 * gamma * g.reshape(-1) for gamma, g in zip(gammas, by_var, strict=True)]
+        return (None, *found, *(g if g is None else g.reshape(-1) for g in by_mean))
 
 
 SiteArguments = tuple[Tensor | None, Site, Moments | None, Mapping[str, Any]]
@@ -109,11 +128,15 @@ def site_statistics(call: SiteArguments) -> tuple[Tensor | None, Tensor, Tensor]
 
 def _operands(call: SiteArguments) -> tuple[Form, Operands]:
     weight, site, x, options = call
-    stride = options.get("transposed_stride", 0)
-    form = Form(options.get("groups", 1), stride > 0, 1.0 / max(stride, 1), options.get("center", False))
+    form = _form(options.get("groups", 1), options.get("transposed_stride", 0), options.get("center", False))
     weight = None if weight is None else wide(weight)
     vectors = _vectors(site, weight, x, options.get("channel", 1), form)
     return form, Operands(weight, *vectors, *_constants(site, options.get("call", 0)))
+
+
+@functools.cache
+def _form(groups: int, stride: int, center: bool) -> Form:
+    return Form(groups, stride > 0, 1.0 / max(stride, 1), center)
 
 
 def _vectors(
@@ -132,7 +155,9 @@ def _vectors(
 
 def _constants(site: Site, call: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """γ, β, d and k of one call of a site, ``(C,)`` each."""
-    shift, scale = (wide(t[call] if t.dim() == 2 else t) for t in (site.shift, site.scale))
-    gamma = torch.ones_like(shift) if site.weight is None else wide(site.weight)
-    beta = torch.zeros_like(shift) if site.bias is None else wide(site.bias)
+    known: Any = site._parameters  # a module's own lookup takes a while, and small networks do little else
+    shift, scale = known["shift"], known["scale"]
+    shift, scale = (wide(t[call] if t.dim() == 2 else t) for t in (shift, scale))
+    gamma = torch.ones_like(shift) if known["weight"] is None else wide(known["weight"])
+    beta = torch.zeros_like(shift) if known["bias"] is None else wide(known["bias"])
     return gamma, beta, shift, scale

@@ -10,26 +10,71 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-_SOURCE = Path(__file__).with_name("scales.c")
+_SOURCES = [Path(__file__).with_name(name) for name in ("scales.c", "rectifiers.c")]
 _FLAGS = ("-std=c11", "-O3", "-march=native", "-fno-math-errno", "-ffp-contract=fast", "-fopenmp-simd", "-shared", "-fPIC")
 _SUFFIXES = {torch.float32: "float", torch.float64: "double"}
 # With fewer numbers than this, handing work to other threads takes longer than doing it.
 _WORTH_SHARING = 1 << 15
 
-Run = Callable[[torch.dtype, Sequence[int], Sequence[int] | None, int, int], None]
+
+class Library:
+    """The compiled functions.
+
+    Args:
+        compiled: the loaded library.
+    """
+
+    def __init__(self, compiled: ctypes.CDLL) -> None:
+        pointer, number = ctypes.c_void_p, ctypes.c_int64
+        self._scales = _typed(compiled, "scales", [pointer, pointer, number, pointer, number], ctypes.c_int)
+        self._rectifiers = _typed(compiled, "rectifiers", [pointer, number, ctypes.c_double], None)
+        # The threads that torch computes with, if torch has them from GNU's OpenMP: two sets would fight for the cores.
+        parallel = getattr(ctypes.CDLL(None), "GOMP_parallel", None)
+        self._parallel = None if parallel is None else ctypes.cast(parallel, pointer)
+
+    def scales(
+        self, dtype: torch.dtype, sites: Sequence[int], gradients: Sequence[int] | None, count: int, numbers: int
+    ) -> None:
+        """The scales of sites, or gradients.
+
+        Args:
+            dtype: of all numbers.
+            sites: the fields of scales.c's `site`, of one site behind the other.
+            gradients: the fields of its `gradients`, if these are wanted.
+            count: of the sites.
+            numbers: how many weights they have in all.
+
+        Raises:
+            MemoryError: there is none.
+        """
+        others = None if gradients is None else _fields(gradients)
+        threads = torch.get_num_threads() if numbers >= _WORTH_SHARING else 1
+        if self._scales[dtype](_fields(sites), others, count, self._parallel, threads):
+            raise MemoryError("no memory for the moments of a layer")
+
+    def rectifiers(self, dtype: torch.dtype, tensors: Sequence[int], count: int, slope: float) -> None:
+        """Moments behind leaky rectifiers, or gradients.
+
+        Args:
+            dtype: of all numbers.
+            tensors: the fields of rectifiers.c's `rectifier`, of one tensor behind the other.
+            count: of the tensors.
+            slope: of the rectifier below zero.
+        """
+        self._rectifiers[dtype](_fields(tensors), count, slope)
 
 
 @functools.cache
-def library() -> Run | str:
-    """A function that computes the scales of sites, or why there is none.
+def library() -> Library | str:
+    """The compiled functions, or why there are none.
 
-    It is built with `$CC` or `cc` into `$XDG_CACHE_HOME/normprop` (`~/.cache/normprop`), which takes about a second and
+    They are built with `$CC` or `cc` into `$XDG_CACHE_HOME/normprop` (`~/.cache/normprop`), which takes about a second and
     happens once for a processor and version. `NORMPROP_NATIVE=0` in the environment does without.
     """
     if os.environ.get("NORMPROP_NATIVE") == "0":
@@ -38,7 +83,7 @@ def library() -> Run | str:
     if compiler is None:
         return "no C compiler (cc)"
     try:
-        return _bound(ctypes.CDLL(str(_built(compiler))))
+        return Library(ctypes.CDLL(str(_built(compiler))))
     except subprocess.CalledProcessError as error:
         return f"{compiler} failed: {error.stderr.strip().splitlines()[-1] if error.stderr.strip() else error}"
     except (OSError, AttributeError, subprocess.TimeoutExpired) as error:
@@ -47,16 +92,16 @@ def library() -> Run | str:
 
 def _built(compiler: str) -> Path:
     """The library's file, which a build that is still going on never touches."""
-    source = _SOURCE.read_bytes()
-    key = hashlib.sha256(b"\0".join([source, compiler.encode(), *(f.encode() for f in _FLAGS), _processor()])).hexdigest()
+    sources = [path.read_bytes() for path in _SOURCES]
+    key = hashlib.sha256(b"\0".join([*sources, compiler.encode(), *(f.encode() for f in _FLAGS), _processor()])).hexdigest()
     folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "normprop"
-    path = folder / f"scales-{key[:16]}.so"
+    path = folder / f"lane-{key[:16]}.so"
     if path.exists():
         return path
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as place:
         fresh = Path(place) / path.name
-        command = [compiler, *_FLAGS, str(_SOURCE), "-o", str(fresh), "-lm"]
+        command = [compiler, *_FLAGS, *map(str, _SOURCES), "-o", str(fresh), "-lm"]
         subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
         fresh.replace(path)
     return path
@@ -72,25 +117,13 @@ def _processor() -> bytes:
         return f"{platform.machine()} {platform.processor()}".encode()
 
 
-def _bound(compiled: ctypes.CDLL) -> Run:
-    functions: dict[torch.dtype, Any] = {dtype: getattr(compiled, f"scales_{end}") for dtype, end in _SUFFIXES.items()}
+def _typed(compiled: ctypes.CDLL, name: str, arguments: list[Any], result: Any) -> dict[torch.dtype, Any]:
+    """A function for each dtype."""
+    functions = {dtype: getattr(compiled, f"{name}_{end}") for dtype, end in _SUFFIXES.items()}
     for function in functions.values():
-        function.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64]
-        function.restype = ctypes.c_int
-    # The threads that torch computes with, if torch has them from GNU's OpenMP: two sets would fight for the cores.
-    parallel = getattr(ctypes.CDLL(None), "GOMP_parallel", None)
-    address = None if parallel is None else ctypes.cast(parallel, ctypes.c_void_p)
+        function.argtypes, function.restype = arguments, result
+    return functions
 
-    def run(dtype: torch.dtype, sites: Sequence[int], gradients: Sequence[int] | None, count: int, numbers: int) -> None:
-        """Call it with the fields of all sites, and of their gradients, one behind the other.
 
-        Raises:
-            MemoryError: there is none.
-        """
-        fields = (ctypes.c_int64 * len(sites))(*sites)
-        others = None if gradients is None else (ctypes.c_int64 * len(gradients))(*gradients)
-        threads = torch.get_num_threads() if numbers >= _WORTH_SHARING else 1
-        if functions[dtype](fields, others, count, address, threads):
-            raise MemoryError("no memory for the moments of a layer")
-
-    return run
+def _fields(values: Sequence[int]) -> ctypes.Array[ctypes.c_int64]:
+    return (ctypes.c_int64 * len(values))(*values)

@@ -34,7 +34,7 @@ typedef struct {
     const REAL *var;     /* v; NULL for 1 */
     const REAL *gamma, *beta, *shift, *scale; /* γ, β, d, k a filter */
     REAL *multiplied;    /* out: f c, in the layout of the weight */
-    REAL *factor, *offset, *average; /* out: f, b, and the mean of each filter, NULL if not wanted */
+    REAL *factor, *offset, *average; /* out: f, b, and the mean of each filter that is centred */
     REAL *first, *second; /* out: E + d and V */
     int64_t groups, filters, inputs, taps; /* filters and inputs are those of one group */
     int64_t taps_first;  /* whether the taps of a filter lie outside its inputs in memory */
@@ -137,7 +137,7 @@ static void NAME(forward)(const NAME(site) *s, int64_t from, int64_t to, REAL *s
         const REAL rounding = 16 * EPSILON * a;
         if (second <= rounding * rounding * total) second = 0;
         NAME(finish)(s, o, first / s->stride, second / s->stride);
-        if (s->average) s->average[o] = a;
+        s->average[o] = a;
         if (s->multiplies) {
             REAL *out = s->multiplied + o * n;
             const REAL f = s->factor[o];
@@ -187,43 +187,46 @@ static void NAME(backward)(
             for (int64_t j = 0; j < 2 * n; j++) by_m[j] = 0;
         }
         const REAL *w = s->weight + o * n, *G = d->by_filters ? d->by_filters + o * n : NULL;
-        const REAL a = s->center ? NAME(sum)(w, n) / n : 0, f = s->multiplies ? s->factor[o] : 1;
-        REAL h = d->by_factor ? d->by_factor[o] : 0, even = 0, weighted = 0;
+        const REAL a = s->center ? s->average[o] : 0, f = s->multiplies ? s->factor[o] : 1;
+        REAL dot = 0, sum = 0, weighted = 0;
         if (s->multiplies && G) {
-            REAL dot = 0, sum = 0;
-#pragma omp simd reduction(+ : dot, sum)
+#pragma omp simd reduction(+ : dot, sum, weighted)
             for (int64_t j = 0; j < n; j++) {
-                dot += G[j] * (w[j] - a);
+                const REAL c = w[j] - a;
+                dot += G[j] * c;
                 sum += G[j];
+                weighted += c * v[j];
             }
-            h += dot;
-            even = f * sum / n;
+        } else if (s->center) {
+#pragma omp simd reduction(+ : weighted)
+            for (int64_t j = 0; j < n; j++) weighted += (w[j] - a) * v[j];
         }
-        NAME(start)(s, d, o, h, &e, &u);
+        NAME(start)(s, d, o, (d->by_factor ? d->by_factor[o] : 0) + dot, &e, &u);
         e /= s->stride;
         u /= s->stride;
-        if (d->by_weight) {
-            REAL *out = d->by_weight + o * n;
-            REAL less = 0;
-            if (s->center) {
-#pragma omp simd reduction(+ : weighted)
-                for (int64_t j = 0; j < n; j++) weighted += (w[j] - a) * v[j];
-                less = even + e * mean + 2 * u * weighted / n - (d->by_average ? d->by_average[o] / n : 0);
-            }
-            if (G) {
-#pragma omp simd
-                for (int64_t j = 0; j < n; j++) out[j] = f * G[j] + e * m[j] + 2 * u * (w[j] - a) * v[j] - less;
-            } else {
-#pragma omp simd
-                for (int64_t j = 0; j < n; j++) out[j] = e * m[j] + 2 * u * (w[j] - a) * v[j] - less;
-            }
-        }
-        if (d->by_mean || d->by_var) {
+        /* What centring takes away, and what comes back of the mean itself where filters are not multiplied. */
+        const REAL less =
+            s->center ? (f * sum + 2 * u * weighted - (d->by_average ? d->by_average[o] : 0)) / n + e * mean : 0;
+        const REAL twice = 2 * u;
+        REAL *out = d->by_weight ? d->by_weight + o * n : NULL;
+        if (out && G) {
 #pragma omp simd
             for (int64_t j = 0; j < n; j++) {
                 const REAL c = w[j] - a;
                 by_m[j] += e * c;
                 by_v[j] += u * c * c;
+                out[j] = f * G[j] + e * m[j] + twice * c * v[j] - less;
+            }
+        } else {
+#pragma omp simd
+            for (int64_t j = 0; j < n; j++) {
+                const REAL c = w[j] - a;
+                by_m[j] += e * c;
+                by_v[j] += u * c * c;
+            }
+            if (out) {
+#pragma omp simd
+                for (int64_t j = 0; j < n; j++) out[j] = e * m[j] + twice * (w[j] - a) * v[j] - less;
             }
         }
     }

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from normprop.filter_rows import Form, Operands, from_rows, sites_of, taps_first, to_rows
 from normprop.native.library import library
@@ -15,23 +16,10 @@ from normprop.scale import Scale, plain_backward
 
 # Sites with fewer weights than this are not divided among threads.
 _DIVIDED = 1 << 14
-_DTYPES = (torch.float32, torch.float64)
-_KNOWN = (Tensor, nn.Parameter)
-
-
-def handles(operands: Sequence[Operands]) -> bool:
-    """Whether the compiled arithmetic can compute these sites: it is there, and all of it is ordinary memory of the CPU."""
-    dtype = operands[0].gamma.dtype
-    return (
-        dtype in _DTYPES
-        and all(t is None or (type(t) in _KNOWN and t.is_cpu and t.dtype is dtype) for one in operands for t in one)
-        and torch._C._len_torch_dispatch_stack() == 0  # whoever looks at operations is to see them
-        and not isinstance(library(), str)
-    )
 
 
 def native_scales(forms: Sequence[Form], multiplied: Sequence[bool], operands: Sequence[Operands]) -> list[Scale]:
-    """What `normprop.scales.scales` gives, for operands that it `handles`.
+    """What `normprop.scales.scales` gives, for operands that the compiled functions handle.
 
     Args:
         forms: of the layers.
@@ -83,6 +71,32 @@ class _NativeScales(torch.autograd.Function):
         return (None, None, *call.gradients(columns, grads, ctx.needs_input_grad[2:]))
 
 
+class _Geometry(NamedTuple):
+    """How a site's numbers lie.
+
+    Attributes:
+        numbers: of the weight.
+        blocks: how many threads may share the site.
+        fields: the last ones of scales.c's `site`.
+    """
+
+    numbers: int
+    blocks: int
+    fields: tuple[int, ...]
+
+
+@functools.lru_cache(maxsize=4096)
+def _geometry(form: Form, size: int, shape: tuple[int, ...], outside: bool, multiplied: bool, threads: int) -> _Geometry:
+    """The geometry of a site with `size` outputs behind a weight of that shape; without a layer, of ``()``."""
+    if not shape:
+        return _Geometry(0, 1, (1, size, 0, 0, 0, 1, False, False, 1))
+    numbers = math.prod(shape)
+    blocks = min(threads, size) if numbers >= _DIVIDED else 1
+    inputs = shape[0] // form.groups if form.transposed else shape[1]
+    rows = (form.groups, size // form.groups, inputs, math.prod(shape[2:]), outside)
+    return _Geometry(numbers, blocks, (*rows, round(1 / form.share), form.center, multiplied, blocks))
+
+
 class _Layer:
     """A weight whose filters lie one behind the other in memory.
 
@@ -99,8 +113,6 @@ class _Layer:
         self.outside = not form.transposed and taps_first(weight)
         self.itself = not form.transposed and (self.outside or weight.is_contiguous())
         self.memory = weight if self.itself else to_rows(weight, form).contiguous()
-        self.inputs = weight.shape[0] // form.groups if form.transposed else weight.shape[1]
-        self.taps = math.prod(weight.shape[2:])
 
     def empty(self) -> Tensor:
         """Memory for another weight that lies the same way."""
@@ -129,41 +141,45 @@ class _Call:
     """
 
     def __init__(self, forms: Sequence[Form], multiplied: Sequence[bool], sites: Sequence[Operands]) -> None:
-        self.forms, self.multiplied, self.sites = forms, multiplied, sites
+        self.multiplied, self.sites = multiplied, sites
         self.layers = [s.weight if s.weight is None else _Layer(s.weight, f) for s, f in zip(sites, forms, strict=True)]
-        self.sizes = [len(site.gamma) for site in sites]
-        self.numbers = [0 if layer is None else layer.weight.numel() for layer in self.layers]
+        self.sizes = [site.gamma.shape[0] for site in sites]
         threads = torch.get_num_threads()
-        self.blocks = [min(threads, n) if k >= _DIVIDED else 1 for n, k in zip(self.sizes, self.numbers, strict=True)]
+        self.geometries = [
+            _geometry(form, size, (), False, False, threads)
+            if layer is None
+            else _geometry(form, size, layer.weight.shape, layer.outside, product, threads)
+            for form, size, layer, product in zip(forms, self.sizes, self.layers, multiplied, strict=True)
+        ]
         self.alive: list[Tensor | None] = []  # what the arithmetic reads besides
 
     def run(self, columns: Tensor, filters: Sequence[Tensor | None], gradients: Sequence[int] | None = None) -> None:
         """Compute into `columns` and `filters`, or the gradients whose fields are given."""
-        run = library()
-        assert not isinstance(run, str)
         fields: list[int] = []
         step, reach = columns.element_size(), columns.shape[1] * columns.element_size()
-        place = columns.data_ptr()
-        for i, (site, layer, form) in enumerate(zip(self.sites, self.layers, self.forms, strict=True)):
-            size, into = self.sizes[i], filters[i]
+        place, address = columns.data_ptr(), self._address
+        for site, layer, size, into, geometry in zip(
+            self.sites, self.layers, self.sizes, filters, self.geometries, strict=True
+        ):
             fields.append(0 if layer is None else layer.memory.data_ptr())
-            fields += (self._address(t) for t in site[1:])
+            fields += [0 if t is None else address(t) for t in site[1:]]
             fields.append(0 if into is None else into.data_ptr())
             fields += range(place, place + 5 * reach, reach)
-            if layer is None:
-                fields += 1, size, 0, 0, 0
-            else:
-                fields += form.groups, size // form.groups, layer.inputs, layer.taps, layer.outside
-            fields += round(1 / form.share), form.center, self.multiplied[i], self.blocks[i]
+            fields += geometry.fields
             place += size * step
-        run(columns.dtype, fields, gradients, len(self.sites), sum(self.numbers))
+        native = library()
+        assert not isinstance(native, str)
+        native.scales(
+            columns.dtype, fields, gradients, len(self.sites), sum(geometry.numbers for geometry in self.geometries)
+        )
 
     def gradients(self, columns: Tensor, grads: Sequence[Tensor | None], needs: Sequence[bool]) -> list[Tensor | None]:
         """Gradients of all operands from those of the outputs, in their order."""
         moments = [t for site in self.sites for t in site[1:3] if t is not None]
-        blocks, total = max(self.blocks), sum(t.numel() for t in moments)
+        blocks, total = max(geometry.blocks for geometry in self.geometries), sum(t.numel() for t in moments)
         by_moments, by_constants = columns.new_zeros(blocks, total), columns.new_empty(2, columns.shape[1])
         into, place, step = by_moments.data_ptr(), by_constants.data_ptr(), columns.element_size()
+        address = self._address
         weights: list[Tensor | None] = []  # memory for their gradients
         fields: list[int] = []
         for i, (site, layer) in enumerate(zip(self.sites, self.layers, strict=True)):
@@ -174,7 +190,7 @@ class _Call:
             if layer is not None and needs[len(site) * i]:
                 weight = layer.empty() if given is None or self.multiplied[i] else given
             weights.append(weight)
-            fields += (self._address(t) for t in (given, *others, weight))
+            fields += [0 if t is None else address(t) for t in (given, *others, weight)]
             for t in site[1:3]:
                 fields.append(0 if t is None else into)
                 into += 0 if t is None else t.numel() * step
@@ -191,10 +207,8 @@ class _Call:
             results += weight, *both, by_gamma[i], by_beta[i], None, None
         return results
 
-    def _address(self, tensor: Tensor | None) -> int:
+    def _address(self, tensor: Tensor) -> int:
         """Where the numbers of a tensor are, one behind the other."""
-        if tensor is None:
-            return 0
         if not (tensor.is_contiguous() or taps_first(tensor)):
             tensor = tensor.contiguous()
             self.alive.append(tensor)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from normprop.activation_lane import lane_moments
 from normprop.activation_moments import ActivationMoments, activation_moments, canonical, moments
 from normprop.channel_moments import Moments
+from normprop.native.operands import handles
+from normprop.native.rectifiers import native_rectified
 from normprop.rectifier_lane import rectified_moments
 from normprop.rules.table import TABLE, Rule, rule
 
@@ -91,7 +93,7 @@ def named_activation(name: str, parameters: tuple[str, ...], x: Moments, *args: 
 def _activation(name: str, x: Moments, parameters: Mapping[str, Any]) -> Moments:
     slope = _rectifier_slope(name, parameters)
     if slope is not None:
-        return _rectified(x, slope)
+        return (natively_rectified([x], slope) or [_rectified(x, slope)])[0]
     return Moments(*lane_moments(name, x.mean, x.var, parameters))
 
 
@@ -101,6 +103,27 @@ def _rectifier_slope(name: str, parameters: Mapping[str, Any]) -> float | None:
         return 0.0
     slope = parameters.get("negative_slope", 0.01)
     return float(slope) if name == "leaky_relu" and isinstance(slope, int | float) else None
+
+
+def named_slope(name: str, parameters: tuple[str, ...], x: Moments, *args: Any, **kwargs: Any) -> float | None:
+    """Slope below zero of a named activation called as in torch, if it is ReLU or LeakyReLU; None for all else."""
+    return _rectifier_slope(name, _given(parameters, x, args, kwargs))
+
+
+def module_slope(module: nn.Module) -> float | None:
+    """Slope below zero of a ReLU or LeakyReLU; None for any other module."""
+    known = canonical(module)
+    return None if known is None else _rectifier_slope(*known)
+
+
+def natively_rectified(xs: Sequence[Moments], slope: float) -> list[Moments] | None:
+    """Several tensors behind a leaky rectifier, if compiled functions can do it as they lie; else None."""
+    tensors = [t for x in xs for t in (x.mean, x.var)]
+    if not handles(tensors, tensors[0].dtype) or any(
+        x.mean.shape != x.var.shape or not x.mean.is_contiguous() or not x.var.is_contiguous() for x in xs
+    ):
+        return None
+    return [Moments(*pair) for pair in native_rectified([x.mean for x in xs], [x.var for x in xs], slope)]
 
 
 def _rectified(x: Moments, slope: float) -> Moments:

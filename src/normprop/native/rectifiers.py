@@ -1,0 +1,79 @@
+"""Mean and variance behind leaky rectifiers of several tensors by compiled arithmetic, as one autograd function."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from normprop.native.library import library
+from normprop.rectifier_lane import rectified_moments
+
+
+def native_rectified(means: Sequence[Tensor], variances: Sequence[Tensor], slope: float) -> list[tuple[Tensor, Tensor]]:
+    """What `rectified_moments` gives for each pair of contiguous tensors of one shape, for operands that are handled.
+
+    Args:
+        means: of Gaussians.
+        variances: theirs.
+        slope: of the rectifier below zero.
+    """
+    flat = _NativeRectified.apply(slope, len(means), *means, *variances)
+    return list(zip(flat[: len(means)], flat[len(means) :], strict=True))
+
+
+class _NativeRectified(torch.autograd.Function):
+    """`LeakyRectifierMoments` of several tensors. Differentiated again, the backward is that of `rectified_moments`."""
+
+    @staticmethod
+    def forward(ctx: Any, slope: float, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.slope, ctx.count = slope, count
+        ctx.set_materialize_grads(False)
+        outputs = [torch.empty_like(t) for t in tensors]
+        _run(slope, [(m, v, e, w, None, None, None, None) for m, v, e, w in _columns(count, tensors, outputs)])
+        ctx.save_for_backward(*tensors)
+        return tuple(outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        tensors, slope, count = ctx.saved_tensors, ctx.slope, ctx.count
+        if torch.is_grad_enabled():
+            return (None, None, *_differentiable(slope, count, tensors, grads))
+        given = [g if g is None else g.contiguous() for g in grads]
+        found = [torch.empty_like(t) for t in tensors]
+        columns = zip(_columns(count, tensors, found), _columns(count, given), strict=True)
+        _run(slope, [(m, v, None, None, g, h, a, b) for (m, v, a, b), (g, h) in columns])
+        return (None, None, *found)
+
+
+def _columns(count: int, *lists: Sequence[Any]) -> Any:
+    """From lists that hold what belongs to the means and then what belongs to the variances, both of each tensor."""
+    return zip(*(part for both in lists for part in (both[:count], both[count:])), strict=True)
+
+
+def _run(slope: float, tensors: Sequence[Sequence[Tensor | None]]) -> None:
+    native = library()
+    assert not isinstance(native, str)
+    mean = tensors[0][0]
+    assert mean is not None
+    fields: list[int] = []
+    for few in tensors:
+        fields += (0 if t is None else t.data_ptr() for t in few)
+        fields.append(few[0].numel())  # type: ignore[union-attr]  # every tensor has a mean
+    native.rectifiers(mean.dtype, fields, len(tensors), slope)
+
+
+def _differentiable(
+    slope: float, count: int, tensors: Sequence[Tensor], grads: Sequence[Tensor | None]
+) -> list[Tensor | None]:
+    """Gradients that can be differentiated again."""
+    pairs = [rectified_moments(m, v, slope) for m, v in _columns(count, tensors)]
+    outputs = [pair[0] for pair in pairs] + [pair[1] for pair in pairs]
+    known = [(out, g) for out, g in zip(outputs, grads, strict=True) if g is not None and out.requires_grad]
+    wanted = [t for t in tensors if t.requires_grad]
+    found = iter(
+        torch.autograd.grad([out for out, _ in known], wanted, [g for _, g in known], create_graph=True, allow_unused=True)
+    )
+    return [next(found) if t.requires_grad else None for t in tensors]
