@@ -9,6 +9,7 @@ import os
 import pytest
 import torch
 
+from normprop.calibrate import calibrate
 from normprop.errors import NormPropError
 from normprop.experiments import checkpoint, training
 from normprop.experiments.batches import Batches
@@ -18,6 +19,7 @@ from normprop.experiments.optimizer import build_optimizer
 from normprop.experiments.recipe import Recipe
 from normprop.experiments.schedules import rate_factor
 from normprop.experiments.training import CHECKPOINT, METRICS, RECIPE, train
+from normprop.sites import Site
 
 TINY = Recipe(
     model="resnet8", width=0.25, norm="batch", batch_size=32, epochs=2, train_images=160, flips=True, crops=1, seed=3
@@ -284,6 +286,21 @@ def test_batch_data_normalisation_and_bf16_train(digits):
     run = train(dataclasses.replace(TINY, data_norm="batch", dtype="bf16"), images=digits)
     assert math.isfinite(run.rows[-1].train_loss)
     assert run.model.standardize.mode == "batch"
+
+
+def test_normprop_is_calibrated_on_training_samples_before_the_first_step(digits):
+    start = dataclasses.replace(TINY, norm="normprop", epochs=0)
+    constants = lambda run: torch.cat([t for k, t in run.model.state_dict().items() if k.endswith(".scale")])
+    assert start.resolved().calibrate == 512
+    assert (constants(train(start, images=digits)) != 1).all()
+    assert (constants(train(dataclasses.replace(start, calibrate=0), images=digits)) == 1).all()
+    run = train(dataclasses.replace(start, calibrate=100), images=digits)
+    sites = [m for m in run.model.network.modules() if isinstance(m, Site)]
+    sample = run.model.standardize(training._some(training.prepared(digits, start), start.seed, 100))
+    before = [t.clone() for site in sites for t in (site.shift, site.scale)]
+    calibrate(run.model.network, sample)
+    for a, b in zip(before, [t for site in sites for t in (site.shift, site.scale)], strict=True):
+        torch.testing.assert_close(a, b)
 
 
 def test_only_normalised_filters_keep_unit_length(digits):

@@ -34,6 +34,7 @@ class Normalizer:
         method: How `normprop.convert` is to rewrite the network built with `layer`; None leaves it.
         rate: Learning rate that suits it at batch size 64.
         clip: Adaptive gradient clipping that suits it at batch size 64; 0 for none.
+        calibrate: From how many training samples its constants are best set before the first step; 0 for none.
         smallest_batch: What it can train at.
         images_only: Whether it needs spatial dimensions.
     """
@@ -49,6 +50,7 @@ class Normalizer:
     method: Literal["exact", "paper"] | None = None
     rate: float = 0.1
     clip: float = 0.0
+    calibrate: int = 0
     smallest_batch: int = 1
     images_only: bool = False
 
@@ -75,7 +77,7 @@ class Normalizer:
 NORMALIZERS: dict[str, Normalizer] = {
     n.name: n
     for n in (
-        Normalizer("normprop", baselines.batch, method="exact", clip=0.05),
+        Normalizer("normprop", baselines.batch, method="exact", clip=0.05, calibrate=512),
         Normalizer("paper", baselines.batch, method="paper", clip=0.05),
         Normalizer("batch", baselines.batch, smallest_batch=2),
         Normalizer("frozen", baselines.frozen),

@@ -12,7 +12,15 @@ from normprop.experiments.images import Images
 from normprop.experiments.normalizers import normalizer
 from normprop.experiments.schedules import Schedule
 
-_LEAST = (("batch_size", 1), ("epochs", 0), ("validation", 0), ("crops", 0), ("momentum", 0.0), ("weight_decay", 0.0))
+_LEAST = (
+    ("batch_size", 1),
+    ("epochs", 0),
+    ("validation", 0),
+    ("crops", 0),
+    ("momentum", 0.0),
+    ("weight_decay", 0.0),
+    ("calibrate", 0),
+)
 
 
 @dataclass(frozen=True)
@@ -70,8 +78,11 @@ class Recipe(Setting):
     clip: float | None = None
     """Adaptive gradient clipping at this ratio of gradient to weight, 0 for none; by default 0.05·√(64 / batch size)
     for normprop, paper and nf, none for the others."""
+    calibrate: int | None = None
+    """Set the constants of normprop from so many training samples before the first step; 0 leaves it at what is computed
+    for independent inputs. By default 512; nothing else has such constants."""
     seed: int = 0
-    """Of initialisation, order, augmentation and dropout."""
+    """Of initialisation, order, augmentation, dropout and samples to calibrate with."""
 
     def resolved(self) -> Recipe:
         """The same recipe with its dependent defaults filled in, checked.
@@ -90,12 +101,17 @@ class Recipe(Setting):
                 f"--norm {self.norm} can't train at batch size {self.batch_size}: a batch of one has no statistics.\n"
                 f"Use --batch-size {norm.smallest_batch} or more, or --norm normprop, which works at any batch size."
             )
+        if self.calibrate and norm.method != "exact":
+            raise NormPropError(
+                f"--norm {self.norm} has nothing to calibrate.\nLeave out --calibrate, or use --norm normprop."
+            )
         if self.data_norm == "batch" and self.batch_size == 1:
             raise NormPropError("--data-norm batch can't train at batch size 1.\nUse --data-norm global.")
         return dataclasses.replace(
             self,
             lr=rate_at(self.batch_size, norm.rate) if self.lr is None else self.lr,
             clip=clip_at(self.batch_size, norm.clip) if self.clip is None else self.clip,
+            calibrate=norm.calibrate if self.calibrate is None else self.calibrate,
             validation=self.validation or 0,
             halve_every=self.halve_every or max(1, self.epochs // 8),
         )

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from normprop.calibrate import calibrate
 from normprop.data import InputStats, Standardize
 from normprop.errors import NormPropError
 from normprop.experiments import checkpoint
@@ -104,10 +105,13 @@ def build_model(recipe: Recipe, images: Images, group: Processes) -> nn.Module:
     network = build(recipe.model, shape=images.shape, classes=images.classes, norm=norm, width=recipe.width)
     stats = InputStats.from_tensor(images.x_train[group.rank :: group.world]).synchronized()
     standardize = Standardize(stats, recipe.data_norm)
-    parts = OrderedDict(standardize=standardize, network=realize(network, norm, images.shape))
+    network = realize(network, norm, images.shape)
+    parts = OrderedDict(standardize=standardize, network=network)
     # Images lie channels last, see `_placed`; weights that lie so too needn't be reordered in every step.
     model = nn.Sequential(parts).to(group.device).to(memory_format=torch.channels_last)
-    measure_once(model, _placed(_some(images, recipe.seed), group))
+    if recipe.calibrate:
+        calibrate(network, standardize(_placed(_some(images, recipe.seed, recipe.calibrate), group)))
+    measure_once(model, _placed(_some(images, recipe.seed, _MEASURED), group))
     return model
 
 
@@ -117,10 +121,10 @@ def _placed(x: Tensor, group: Processes) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
 
 
-def _some(images: Images, seed: int) -> Tensor:
-    """A random batch of training samples, as large as statistics are ever taken from."""
+def _some(images: Images, seed: int, count: int) -> Tensor:
+    """So many random training samples, or all."""
     chosen = torch.randperm(len(images.x_train), generator=torch.Generator().manual_seed(derived(seed, -1)))
-    return images.x_train[chosen[:_MEASURED]]
+    return images.x_train[chosen[:count]]
 
 
 def _seed_dropout(seed: int, group: Processes) -> None:

@@ -33,8 +33,8 @@ def native_scales(forms: Sequence[Form], multiplied: Sequence[bool], operands: S
 class _NativeScales(torch.autograd.Function):
     """Scales of several sites with the derivatives that `normprop.scales` writes out, all of a filter at once.
 
-    A weight is read once forward and once backward. The gradient of one that isn't multiplied is written into what its
-    filters got, which is nobody else's. Differentiated again, the backward is `plain_scale`'s.
+    A weight is read once forward and once backward. Its gradient is written into what its filters got, which is nobody
+    else's. Differentiated again, the backward is `plain_scale`'s.
     """
 
     @staticmethod
@@ -141,7 +141,7 @@ class _Call:
     """
 
     def __init__(self, forms: Sequence[Form], multiplied: Sequence[bool], sites: Sequence[Operands]) -> None:
-        self.multiplied, self.sites = multiplied, sites
+        self.sites = sites
         self.layers = [s.weight if s.weight is None else _Layer(s.weight, f) for s, f in zip(sites, forms, strict=True)]
         self.sizes = [site.gamma.shape[0] for site in sites]
         threads = torch.get_num_threads()
@@ -188,7 +188,7 @@ class _Call:
             self.alive.append(given)
             weight = None
             if layer is not None and needs[len(site) * i]:
-                weight = layer.empty() if given is None or self.multiplied[i] else given
+                weight = layer.empty() if given is None else given
             weights.append(weight)
             fields += [0 if t is None else address(t) for t in (given, *others, weight)]
             for t in site[1:3]:
