@@ -2,20 +2,24 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
 from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
 
 from normprop import filter_sums, scales
 from normprop.filter_rows import Form, Operands, from_rows, to_rows
 from normprop.native import scales as native_scales
 from normprop.native.library import library
+from normprop.native.operands import prepare
 from normprop.scale import Scale
 
 DOUBLE = torch.float64
 FORMS = [
-    Form(groups, transposed, 0.25 if transposed else 1.0, center)
+    Form(groups, transposed, 4 if transposed else 1, center)
     for groups, transposed, center in itertools.product((1, 2), (False, True), (False, True))
 ]
 
@@ -141,7 +145,7 @@ def test_channels_last_weights(center: bool, size: str) -> None:
     assert scale.filters.is_contiguous(memory_format=torch.channels_last)
 
 
-@pytest.mark.parametrize("form", [Form(), Form(center=True), Form(2), Form(2, True, 0.5)], ids=str)
+@pytest.mark.parametrize("form", [Form(), Form(center=True), Form(2), Form(2, True, 2)], ids=str)
 def test_first_and_second_derivatives(form: Form, size: str) -> None:
     given = [layer(form, taps=(2,), out=4), no_layer(2)]
     names = [[k for k in Operands._fields if (t := getattr(one, k)) is not None and t.requires_grad] for one in given]
@@ -174,6 +178,49 @@ def test_transforms_give_what_eager_mode_gives(size: str) -> None:
     for one, weight in zip(together, weights, strict=True):
         leaf = weight.clone().requires_grad_()
         torch.testing.assert_close(one, torch.autograd.grad(total(leaf), leaf)[0])
+
+
+@pytest.mark.skipif(isinstance(library(), str), reason=str(library()))
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_traced_graphs_keep_the_compiled_function_whole(form: Form) -> None:
+    torch.manual_seed(0)
+    prepare()
+    given = [layer(form), layer(form, moments="var", out=8), no_layer()]
+    forms = [form, form, Form()]
+    flat = [t for one in given for t in one if t is not None]
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: Sequence[Tensor]) -> Any:
+        graphs.append(graph)
+        return make_boxed_func(graph.forward)
+
+    def function(*tensors: Tensor) -> tuple[Tensor, ...]:
+        rest = iter(tensors)
+        sites = [Operands(*(t if t is None else next(rest) for t in one)) for one in given]
+        found = scales.scales(forms, sites)
+        return tuple(t for f, s in zip(forms, found, strict=True) for t in effective(f, s) if t is not None)
+
+    expected = function(*flat)
+    traced = torch.compile(function, fullgraph=True, backend=aot_autograd(fw_compiler=backend))(*flat)
+    assert sum(node.target is torch.ops.normprop.scales.default for node in graphs[0].graph.nodes) == 1
+    leaves = [t for t in flat if t.requires_grad]
+    weights = [torch.randn_like(t) for t in expected]
+    gradients = [torch.autograd.grad(out, leaves, [w.clone() for w in weights]) for out in (expected, traced)]
+    for a, b in zip((*expected, *gradients[0]), (*traced, *gradients[1]), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.skipif(isinstance(library(), str), reason=str(library()))
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # torch's own check looks at one
+def test_the_operations_are_what_torch_expects_of_operations() -> None:
+    given = [layer(Form()), layer(Form(2, True, 2, True)), no_layer()]
+    codes = [1, 0, 1, 0, 2, 1, 2, 1, 1, 0, 1, 0]
+    present = [t is not None for one in given for t in one]
+    tensors = [t for one in given for t in one if t is not None]
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static")
+    torch.library.opcheck(torch.ops.normprop.scales.default, (codes, present, tensors), test_utils=checks)
+    mean, var = torch.randn(5, dtype=DOUBLE, requires_grad=True), torch.rand(5, dtype=DOUBLE, requires_grad=True)
+    torch.library.opcheck(torch.ops.normprop.rectified.default, ([mean, var], 0.1), test_utils=checks)
 
 
 @pytest.mark.parametrize("constant", [0.0, 0.7])

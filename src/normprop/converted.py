@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from normprop.errors import NormPropError
+from normprop.native.operands import prepare
 
 _TREE = ("_modules", "_parameters", "_buffers", "training")
 
@@ -37,6 +38,7 @@ class ConvertedModule(fx.GraphModule):
             name: class name to show.
             meta: further entries of ``meta["normprop"]``.
         """
+        prepare()
         module = cls(root, graphs[root.training], name)
         for key in _TREE:
             module.__dict__[key] = root.__dict__[key]

@@ -17,14 +17,19 @@ class Form:
     Attributes:
         groups: of a grouped convolution.
         transposed: a transposed convolution, whose filters lie along dimension 1.
-        share: the part of a filter's taps that an output position sees: 1/∏strides of a transposed convolution.
+        stride: of a transposed convolution, the product over dimensions; 1 for any other layer.
         center: subtract each filter's mean.
     """
 
     groups: int = 1
     transposed: bool = False
-    share: float = 1.0
+    stride: int = 1
     center: bool = False
+
+    @property
+    def share(self) -> float:
+        """The part of a filter's taps that an output position sees."""
+        return 1.0 / self.stride
 
 
 class Operands(NamedTuple):

@@ -79,7 +79,7 @@ class SmallLayers:
         mean, var = vectors(self.form, sites, c)
         first = c.new_zeros(c.shape[:2]) if mean is None else _row_sums(c, mean)
         second = _row_sums(c * c, var)
-        if self.form.share != 1.0:
+        if self.form.stride != 1:
             first, second = first * self.form.share, second * self.form.share
         return c, first.reshape(-1), second.reshape(-1)
 
@@ -107,7 +107,7 @@ class SmallLayers:
         """Gradients of weight, mean and variance of each site; G is written to."""
         c, form = kept, self.form
         f, e, v = (t.reshape(*c.shape[:2], 1) for t in vectors_of[:3])
-        if form.share != 1.0:
+        if form.stride != 1:
             e, v = e * form.share, v * form.share
         mean, var = vectors(form, sites, c)
         scaled = c * v
@@ -178,7 +178,7 @@ class LargeLayer:
             shared = average.square() * total
             second = second - 2.0 * average * weighted + shared
             second = torch.where(second > 16 * torch.finfo(second.dtype).eps * shared, second, 0.0)
-        if self.form.share != 1.0:
+        if self.form.stride != 1:
             first, second = first * self.form.share, second * self.form.share
         return torch.stack([average, weighted]) if self.form.center else None, first, second
 

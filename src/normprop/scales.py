@@ -10,7 +10,8 @@ from torch import Tensor
 
 from normprop.filter_rows import Form, Operands, sites_of
 from normprop.filter_sums import LargeLayer, NoLayer, SmallLayers, Sums, VectorGradients
-from normprop.native.operands import handles
+from normprop.native.operands import handles, handles_whole
+from normprop.native.operators import whole_scales
 from normprop.native.scales import native_scales
 from normprop.scale import Scale, inverse_root, plain_backward
 
@@ -26,12 +27,15 @@ def scales(forms: Sequence[Form], operands: Sequence[Operands]) -> list[Scale]:
     twice, in eager mode by a function that handles all sites together, under `torch.compile`, `torch.export` and the
     transforms of `torch.func` in plain operations, which give all filters multiplied.
     """
+    tensors = [t for one in operands for t in one]
+    if handles_whole(tensors, operands[0].gamma.dtype):
+        return whole_scales(forms, operands)
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         plain: Any = _computed(_buckets(forms, operands, all_at_once=True), operands)[0]
         return [Scale(*plain[i : i + 4]) for i in range(0, len(plain), 4)]
-    if handles((t for one in operands for t in one), operands[0].gamma.dtype):
+    if handles(tensors, operands[0].gamma.dtype):
         return native_scales(forms, [_together(form, one) for form, one in zip(forms, operands, strict=True)], operands)
-    outputs = _Scales.apply(tuple(forms), *(t for one in operands for t in one))
+    outputs = _Scales.apply(tuple(forms), *tensors)
     return [Scale(*outputs[i : i + 4]) for i in range(0, len(outputs), 4)]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -128,15 +127,11 @@ def site_statistics(call: SiteArguments) -> tuple[Tensor | None, Tensor, Tensor]
 
 def _operands(call: SiteArguments) -> tuple[Form, Operands]:
     weight, site, x, options = call
-    form = _form(options.get("groups", 1), options.get("transposed_stride", 0), options.get("center", False))
+    stride = options.get("transposed_stride", 0)
+    form = Form(options.get("groups", 1), stride > 0, max(stride, 1), options.get("center", False))
     weight = None if weight is None else wide(weight)
     vectors = _vectors(site, weight, x, options.get("channel", 1), form)
     return form, Operands(weight, *vectors, *_constants(site, options.get("call", 0)))
-
-
-@functools.cache
-def _form(groups: int, stride: int, center: bool) -> Form:
-    return Form(groups, stride > 0, 1.0 / max(stride, 1), center)
 
 
 def _vectors(

@@ -11,12 +11,20 @@ from normprop.native.library import library
 
 _DTYPES = (torch.float32, torch.float64)
 _KNOWN = (Tensor, nn.Parameter)
+# Whether the library was found to be there; a traced graph can't look for it.
+_READY = False
+
+
+def prepare() -> None:
+    """Build and load the library, if that can be done, so that traced graphs may use it too."""
+    global _READY
+    _READY = not isinstance(library(), str)
 
 
 def handles(tensors: Iterable[Tensor | None], dtype: torch.dtype) -> bool:
     """Whether there are compiled functions and these tensors are ordinary memory of the CPU, all of the one dtype.
 
-    Not within a transform or a compilation, and where somebody looks at operations, these are left to torch.
+    Not within a transform or a traced graph, and where somebody looks at operations, these are left to torch.
     """
     return (
         dtype in _DTYPES
@@ -25,4 +33,16 @@ def handles(tensors: Iterable[Tensor | None], dtype: torch.dtype) -> bool:
         and not torch._C._are_functorch_transforms_active()
         and torch._C._len_torch_dispatch_stack() == 0
         and not isinstance(library(), str)
+    )
+
+
+def handles_whole(tensors: Iterable[Tensor | None], dtype: torch.dtype) -> bool:
+    """The same where `torch.compile` traces a graph. An exported graph is to hold torch's own operations alone."""
+    return (
+        _READY
+        and torch.compiler.is_compiling()
+        and not torch.compiler.is_exporting()
+        and not torch._C._are_functorch_transforms_active()
+        and dtype in _DTYPES
+        and all(t is None or (t.is_cpu and t.dtype == dtype) for t in tensors)
     )

@@ -41,24 +41,18 @@ class _NativeScales(torch.autograd.Function):
     def forward(ctx: Any, forms: Sequence[Form], multiplied: Sequence[bool], *tensors: Any) -> tuple[Tensor | None, ...]:
         ctx.forms, ctx.multiplied = forms, multiplied
         ctx.set_materialize_grads(False)
-        call = _Call(forms, multiplied, sites_of(tensors))
-        columns = call.sites[0].gamma.new_empty(5, sum(call.sizes))  # f, b, means of the filters, E + d, V
-        filters = [layer.empty() if layer and m else None for layer, m in zip(call.layers, multiplied, strict=True)]
-        call.run(columns, filters)
+        call = Call(forms, multiplied, sites_of(tensors))
+        columns, filters = call.scales()
         factors, offsets, averages = (row.split(call.sizes) for row in columns[:3].unbind())
         outputs: list[Tensor | None] = []
-        for i, layer in enumerate(call.layers):
+        for i, (layer, product) in enumerate(zip(call.layers, filters, strict=True)):
             if layer is None:
                 outputs += None, factors[i], offsets[i], None
-            elif (memory := filters[i]) is not None:
-                outputs += layer.shaped(memory), None, offsets[i], None
+            elif product is not None:
+                outputs += product, None, offsets[i], None
             else:
-                outputs += (
-                    layer.weight.view_as(layer.weight),
-                    factors[i],
-                    offsets[i],
-                    averages[i] if forms[i].center else None,
-                )
+                average = averages[i] if forms[i].center else None
+                outputs += layer.weight.view_as(layer.weight), factors[i], offsets[i], average
         ctx.save_for_backward(*tensors, columns)
         return tuple(outputs)
 
@@ -67,8 +61,9 @@ class _NativeScales(torch.autograd.Function):
         *tensors, columns = ctx.saved_tensors
         if torch.is_grad_enabled():
             return (None, None, *plain_backward(ctx.forms, ctx.multiplied, tensors, grads))
-        call = _Call(ctx.forms, ctx.multiplied, sites_of(tensors))
-        return (None, None, *call.gradients(columns, grads, ctx.needs_input_grad[2:]))
+        call = Call(ctx.forms, ctx.multiplied, sites_of(tensors))
+        needs = ctx.needs_input_grad[2 :: len(Operands._fields)]
+        return (None, None, *call.apart(*call.gradients(columns, grads, needs)))
 
 
 class _Geometry(NamedTuple):
@@ -94,7 +89,7 @@ def _geometry(form: Form, size: int, shape: tuple[int, ...], outside: bool, mult
     blocks = min(threads, size) if numbers >= _DIVIDED else 1
     inputs = shape[0] // form.groups if form.transposed else shape[1]
     rows = (form.groups, size // form.groups, inputs, math.prod(shape[2:]), outside)
-    return _Geometry(numbers, blocks, (*rows, round(1 / form.share), form.center, multiplied, blocks))
+    return _Geometry(numbers, blocks, (*rows, form.stride, form.center, multiplied, blocks))
 
 
 class _Layer:
@@ -120,7 +115,7 @@ class _Layer:
 
     def shaped(self, memory: Tensor) -> Tensor:
         """Such memory in the shape of the weight."""
-        return memory if self.itself else from_rows(memory, self.weight, self.form)
+        return memory if self.itself else from_rows(memory, self.weight, self.form).contiguous()
 
     def laid(self, grad: Tensor) -> Tensor:
         """A gradient that lies the same way: itself if it does."""
@@ -131,7 +126,7 @@ class _Layer:
         return self.empty().copy_(grad)
 
 
-class _Call:
+class Call:
     """Sites as the compiled arithmetic takes them.
 
     Args:
@@ -141,25 +136,89 @@ class _Call:
     """
 
     def __init__(self, forms: Sequence[Form], multiplied: Sequence[bool], sites: Sequence[Operands]) -> None:
-        self.sites = sites
+        self.forms, self.multiplied, self.sites = forms, multiplied, sites
         self.layers = [s.weight if s.weight is None else _Layer(s.weight, f) for s, f in zip(sites, forms, strict=True)]
         self.sizes = [site.gamma.shape[0] for site in sites]
+        self.alive: list[Tensor | None] = []  # what the arithmetic reads besides
+
+    @functools.cached_property
+    def _geometries(self) -> list[_Geometry]:
         threads = torch.get_num_threads()
-        self.geometries = [
+        return [
             _geometry(form, size, (), False, False, threads)
             if layer is None
             else _geometry(form, size, layer.weight.shape, layer.outside, product, threads)
-            for form, size, layer, product in zip(forms, self.sizes, self.layers, multiplied, strict=True)
+            for form, size, layer, product in zip(self.forms, self.sizes, self.layers, self.multiplied, strict=True)
         ]
-        self.alive: list[Tensor | None] = []  # what the arithmetic reads besides
 
-    def run(self, columns: Tensor, filters: Sequence[Tensor | None], gradients: Sequence[int] | None = None) -> None:
+    def scales(self) -> tuple[Tensor, list[Tensor | None]]:
+        """Numbers a filter, ``(5, channels of all sites)``: f, b, its mean, E + d and V; and multiplied filters."""
+        columns = self.sites[0].gamma.new_empty(5, sum(self.sizes))
+        memory = [
+            layer.empty() if layer is not None and product else None
+            for layer, product in zip(self.layers, self.multiplied, strict=True)
+        ]
+        self._run(columns, memory)
+        return columns, self._shaped(memory)
+
+    def gradients(
+        self, columns: Tensor, grads: Sequence[Tensor | None], needs: Sequence[bool], *, in_place: bool = True
+    ) -> tuple[list[Tensor | None], Tensor, Tensor]:
+        """Gradients of weights; of all means and variances, one behind the other; of γ and β, ``(2, channels)``.
+
+        Args:
+            columns: what `scales` gave.
+            grads: of filters, factor, offset and average of each site; None for zero.
+            needs: which weights need one.
+            in_place: write them into those of the filters.
+        """
+        moments = [t.numel() for site in self.sites for t in site[1:3] if t is not None]
+        blocks = max(geometry.blocks for geometry in self._geometries)
+        by_moments, by_constants = columns.new_zeros(blocks, sum(moments)), columns.new_empty(2, columns.shape[1])
+        into, place, step = by_moments.data_ptr(), by_constants.data_ptr(), columns.element_size()
+        address = self._address
+        weights: list[Tensor | None] = []
+        fields: list[int] = []
+        for i, (site, layer) in enumerate(zip(self.sites, self.layers, strict=True)):
+            by_filters, *others = grads[4 * i : 4 * i + 4]
+            given = layer.laid(by_filters) if layer is not None and by_filters is not None else None
+            self.alive.append(given)
+            weight = None
+            if layer is not None and needs[i]:
+                weight = given if in_place and given is not None else layer.empty()
+            weights.append(weight)
+            fields += [0 if t is None else address(t) for t in (given, *others, weight)]
+            for t in site[1:3]:
+                fields.append(0 if t is None else into)
+                into += 0 if t is None else t.numel() * step
+            fields += place, place + columns.shape[1] * step, by_moments.shape[1]
+            place += self.sizes[i] * step
+        self._run(columns, [None] * len(self.sites), fields)
+        return self._shaped(weights), by_moments.sum(0) if blocks > 1 else by_moments[0], by_constants
+
+    def apart(self, weights: Sequence[Tensor | None], by_moments: Tensor, by_constants: Tensor) -> list[Tensor | None]:
+        """What `gradients` gave, for each operand in order."""
+        parts = iter(by_moments.split([t.numel() for site in self.sites for t in site[1:3] if t is not None]))
+        by_gamma, by_beta = (row.split(self.sizes) for row in by_constants.unbind())
+        results: list[Tensor | None] = []
+        for site, weight, gamma, beta in zip(self.sites, weights, by_gamma, by_beta, strict=True):
+            both = (None if t is None else next(parts).reshape(t.shape) for t in site[1:3])
+            results += weight, *both, gamma, beta, None, None
+        return results
+
+    def _shaped(self, memory: Sequence[Tensor | None]) -> list[Tensor | None]:
+        return [
+            None if layer is None or one is None else layer.shaped(one)
+            for layer, one in zip(self.layers, memory, strict=True)
+        ]
+
+    def _run(self, columns: Tensor, filters: Sequence[Tensor | None], gradients: Sequence[int] | None = None) -> None:
         """Compute into `columns` and `filters`, or the gradients whose fields are given."""
         fields: list[int] = []
         step, reach = columns.element_size(), columns.shape[1] * columns.element_size()
         place, address = columns.data_ptr(), self._address
         for site, layer, size, into, geometry in zip(
-            self.sites, self.layers, self.sizes, filters, self.geometries, strict=True
+            self.sites, self.layers, self.sizes, filters, self._geometries, strict=True
         ):
             fields.append(0 if layer is None else layer.memory.data_ptr())
             fields += [0 if t is None else address(t) for t in site[1:]]
@@ -169,43 +228,8 @@ class _Call:
             place += size * step
         native = library()
         assert not isinstance(native, str)
-        native.scales(
-            columns.dtype, fields, gradients, len(self.sites), sum(geometry.numbers for geometry in self.geometries)
-        )
-
-    def gradients(self, columns: Tensor, grads: Sequence[Tensor | None], needs: Sequence[bool]) -> list[Tensor | None]:
-        """Gradients of all operands from those of the outputs, in their order."""
-        moments = [t for site in self.sites for t in site[1:3] if t is not None]
-        blocks, total = max(geometry.blocks for geometry in self.geometries), sum(t.numel() for t in moments)
-        by_moments, by_constants = columns.new_zeros(blocks, total), columns.new_empty(2, columns.shape[1])
-        into, place, step = by_moments.data_ptr(), by_constants.data_ptr(), columns.element_size()
-        address = self._address
-        weights: list[Tensor | None] = []  # memory for their gradients
-        fields: list[int] = []
-        for i, (site, layer) in enumerate(zip(self.sites, self.layers, strict=True)):
-            by_filters, *others = grads[4 * i : 4 * i + 4]
-            given = layer.laid(by_filters) if layer is not None and by_filters is not None else None
-            self.alive.append(given)
-            weight = None
-            if layer is not None and needs[len(site) * i]:
-                weight = layer.empty() if given is None else given
-            weights.append(weight)
-            fields += [0 if t is None else address(t) for t in (given, *others, weight)]
-            for t in site[1:3]:
-                fields.append(0 if t is None else into)
-                into += 0 if t is None else t.numel() * step
-            fields += place, place + columns.shape[1] * step, total
-            place += self.sizes[i] * step
-        self.run(columns, [None] * len(self.sites), fields)
-        summed = by_moments.sum(0) if blocks > 1 else by_moments[0]
-        parts = iter(summed.split([t.numel() for t in moments]))
-        by_gamma, by_beta = (row.split(self.sizes) for row in by_constants.unbind())
-        results: list[Tensor | None] = []
-        for i, (site, layer, memory) in enumerate(zip(self.sites, self.layers, weights, strict=True)):
-            weight = None if layer is None or memory is None else layer.shaped(memory)
-            both = (None if t is None else next(parts).reshape(t.shape) for t in site[1:3])
-            results += weight, *both, by_gamma[i], by_beta[i], None, None
-        return results
+        numbers = sum(geometry.numbers for geometry in self._geometries)
+        native.scales(columns.dtype, fields, gradients, len(self.sites), numbers)
 
     def _address(self, tensor: Tensor) -> int:
         """Where the numbers of a tensor are, one behind the other."""

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from normprop.activation_lane import lane_moments
 from normprop.activation_moments import ActivationMoments, activation_moments, canonical, moments
 from normprop.channel_moments import Moments
-from normprop.native.operands import handles
+from normprop.native.operands import handles, handles_whole
+from normprop.native.operators import whole_rectified
 from normprop.native.rectifiers import native_rectified
 from normprop.rectifier_lane import rectified_moments
 from normprop.rules.table import TABLE, Rule, rule
@@ -119,11 +120,14 @@ def module_slope(module: nn.Module) -> float | None:
 def natively_rectified(xs: Sequence[Moments], slope: float) -> list[Moments] | None:
     """Several tensors behind a leaky rectifier, if compiled functions can do it as they lie; else None."""
     tensors = [t for x in xs for t in (x.mean, x.var)]
-    if not handles(tensors, tensors[0].dtype) or any(
-        x.mean.shape != x.var.shape or not x.mean.is_contiguous() or not x.var.is_contiguous() for x in xs
-    ):
+    if any(x.mean.shape != x.var.shape or not x.mean.is_contiguous() or not x.var.is_contiguous() for x in xs):
         return None
-    return [Moments(*pair) for pair in native_rectified([x.mean for x in xs], [x.var for x in xs], slope)]
+    means, variances = tensors[::2], tensors[1::2]
+    if handles(tensors, tensors[0].dtype):
+        return [Moments(*pair) for pair in native_rectified(means, variances, slope)]
+    if handles_whole(tensors, tensors[0].dtype):
+        return [Moments(*pair) for pair in whole_rectified(means, variances, slope)]
+    return None
 
 
 def _rectified(x: Moments, slope: float) -> Moments:
