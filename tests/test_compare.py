@@ -10,7 +10,7 @@ from filelock import FileLock
 from normprop.cli import main
 from normprop.errors import NormPropError
 from normprop.experiments import records, workers
-from normprop.experiments.comparison import cells, choices, columns, points, remaining_seconds, to_dict
+from normprop.experiments.comparison import cells, choices, columns, points, promoted, remaining_seconds, to_dict
 from normprop.experiments.datasets import load
 from normprop.experiments.grid import Grid, check_comparable
 from normprop.experiments.history import Row
@@ -69,6 +69,32 @@ def test_every_combination_once_and_whole_seeds_first():
         mine = [recipe for recipe in recipes if recipe.norm == norm]
         assert {(r.batch_size, r.lr) for r in mine} == {(b, rate_at(b, rate)) for b in (16, 4) for rate in (0.05, 0.2)}
         assert {(r.batch_size, r.clip) for r in mine} == {(b, clip_at(b, clip)) for b in (16, 4) for clip in (0.0, 0.1)}
+
+
+def test_finalists_alone_get_more_seeds():
+    grid = dataclasses.replace(TINY, seeds=3, finalists=1)
+    first, whole = grid.rounds()
+    assert {recipe.seed for recipe in first.recipes()} == {0}
+    done = [
+        Record(recipe, (Row(1, 1, 0.1, 1.0, 0.5, 0.5, 1.0, 1.0, validation_accuracy=good),), 10, 1.0, {})
+        for recipe, good in zip(first.recipes(), (0.3, 0.6, 0.4, 0.2), strict=True)
+    ]
+    wanted = promoted(whole.recipes(), done, 1)
+    more = {(recipe.norm, recipe.lr, recipe.seed) for recipe in wanted if recipe.seed}
+    assert more == {
+        ("batch", rate_at(16, 0.2), 1),
+        ("batch", rate_at(16, 0.2), 2),
+        *(("none", done[1].recipe.lr, s) for s in (1, 2)),
+    }
+    assert [recipe for recipe in wanted if not recipe.seed] == first.recipes()
+    assert dataclasses.replace(grid, finalists=None).rounds() == [dataclasses.replace(grid, finalists=None)]
+
+
+def test_a_point_with_one_lucky_seed_is_not_chosen_over_one_with_more():
+    lucky = record(rate=0.3, validation=0.9)
+    tried = [record(rate=0.1, seed=seed, validation=0.5) for seed in range(3)]
+    (choice,) = chosen(lucky, *tried)
+    assert choice.best.rate == 0.1
 
 
 def test_batch_statistics_are_left_out_at_batch_size_1():
@@ -174,6 +200,13 @@ def timeless(found):
     return {
         run.recipe: [dataclasses.replace(row, seconds=0, images_per_second=0) for row in run.rows] for run in found
     }  # fmt: skip
+
+
+def test_the_command_runs_finalists_in_a_second_round(in_a_new_folder, tmp_path):
+    assert main([*COMMAND, "--seeds", "2", "--finalists", "1"]) == 0
+    found = records.read(tmp_path / "grid" / RUNS)
+    assert sorted(record.recipe.seed for record in found) == [0] * 8 + [1] * 2
+    assert {(r.recipe.norm) for r in found if r.recipe.seed == 1} == {"batch", "normprop"}
 
 
 def test_a_killed_grid_continues_with_what_is_missing(tmp_path, digits, trained):

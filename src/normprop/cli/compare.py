@@ -18,7 +18,7 @@ from normprop.cli.runs import RunsDisplay
 from normprop.errors import NormPropError
 from normprop.experiments import records
 from normprop.experiments.checkpoint import write_whole
-from normprop.experiments.comparison import cells, choices, clips_of, columns, points, to_dict
+from normprop.experiments.comparison import cells, choices, clips_of, columns, points, promoted, to_dict
 from normprop.experiments.datasets import load
 from normprop.experiments.grid import Grid, check_comparable
 from normprop.experiments.images import Images
@@ -82,17 +82,25 @@ def _train(grid: Grid, out: Path, jobs: int | None, device: str, screen: Console
     _check_buildable(recipes, images)
     for norm, size in grid.left_out():
         screen.print(f"{norm} can't train at batch size {size} and is left out there.", soft_wrap=True)
+    for part in grid.rounds():
+        recipes = part.recipes()
+        if grid.finalists is not None and part.seeds > 1:
+            recipes = promoted(recipes, records.read(out / RUNS), grid.finalists)
+        if left := _run(recipes, images, out, jobs, device, screen):
+            screen.print(f"{left} runs are still being done by another command.", soft_wrap=True)
+            return
+    shutil.rmtree(out / ".claims", ignore_errors=True)
+
+
+def _run(recipes: Sequence[Recipe], images: Images, out: Path, jobs: int, device: str, screen: Console) -> int:
+    """Do what has not been done; returns how many runs somebody else is still doing."""
     with RunsDisplay(screen, out, recipes, jobs) as display:
         if jobs == 1:
             torch.set_num_threads(1)
             work(recipes, out, images=images, device=device, finished=display.update)
         else:
             work_together(recipes, out, jobs=jobs, device=device, finished=display.update)
-        left = display.missing()
-    if left:
-        screen.print(f"{len(left)} runs are still being done by another command.", soft_wrap=True)
-    else:
-        shutil.rmtree(out / ".claims", ignore_errors=True)
+        return len(display.missing())
 
 
 def _check_buildable(recipes: Sequence[Recipe], images: Images) -> None:

@@ -94,8 +94,32 @@ def points(records: Iterable[Record]) -> list[Point]:
     ]
 
 
+def promoted(recipes: Sequence[Recipe], found: Sequence[Record], finalists: int) -> list[Recipe]:
+    """The runs with the first seed, and of the others those at the settings that did best with it.
+
+    Args:
+        recipes: of a grid.
+        found: finished runs, all of the grid's first seed among them.
+        finalists: pairs of rate and clipping that go on, of each normaliser and batch size.
+    """
+    first = min(recipe.seed for recipe in recipes)
+    wanted = set(recipes)
+    groups: dict[tuple[int, str], list[Point]] = defaultdict(list)
+    for point in points(record for record in found if record.recipe in wanted and record.recipe.seed == first):
+        groups[point.batch_size, point.norm].append(point)
+    best = {
+        _place(point.records[0].recipe)
+        for group in groups.values()
+        for point in sorted(group, key=lambda p: (-p.validation, p.rate))[:finalists]
+    }
+    return [recipe for recipe in recipes if recipe.seed == first or _place(recipe) in best]
+
+
 def choices(found: Sequence[Point]) -> list[Choice]:
-    """The best point of each batch size and normaliser, by mean validation accuracy; the lower rate where two tie."""
+    """The best point of each batch size and normaliser, by mean validation accuracy; the lower rate where two tie.
+
+    Where some points have more seeds than others, only those with the most are chosen from.
+    """
     groups: dict[tuple[int, str], list[Point]] = defaultdict(list)
     for point in found:
         groups[point.batch_size, point.norm].append(point)
@@ -103,8 +127,8 @@ def choices(found: Sequence[Point]) -> list[Choice]:
 
 
 def _choice(group: Sequence[Point], rivals: Sequence[Point]) -> Choice:
-    by_clip = {point.clip: point for point in sorted(group, key=lambda p: (p.validation, -p.rate))}
-    best = max(by_clip.values(), key=lambda p: (p.validation, -p.clip))
+    by_clip = {point.clip: point for point in sorted(group, key=lambda p: (len(p.records), p.validation, -p.rate))}
+    best = max(by_clip.values(), key=lambda p: (len(p.records), p.validation, -p.clip))
     tried = [point for point in group if point.clip == best.clip]
     rates = sorted(point.rate for point in tried)
     bar = TRAINS * max(point.validation for point in rivals)

@@ -35,6 +35,9 @@ class Grid(Setting):
     """Adaptive gradient clippings at batch size 64, 0 for none; at another they are divided by √(batch size / 64)."""
     seeds: int = 1
     """Runs of each, with seeds from 0."""
+    finalists: int | None = None
+    """Run seeds after the first only for this many pairs of rate and clipping of each normaliser and batch size: those that
+    did best with the first. By default all of them."""
 
     def fitted(self, images: Images) -> Grid:
         """The same grid with its number of validation images, for the data set it is about.
@@ -47,6 +50,12 @@ class Grid(Setting):
             raise NormPropError("Settings can't be compared without --validation images.\nHold out a tenth or so.")
         return dataclasses.replace(self, validation=validation)
 
+    def rounds(self) -> list[Grid]:
+        """The grid, or where there are finalists its first seed and then all of it, which `promoted` makes shorter."""
+        if self.finalists is None or self.seeds < 2:
+            return [self]
+        return [dataclasses.replace(self, seeds=1), self]
+
     def recipes(self) -> list[Recipe]:
         """The runs with all defaults filled in, those first that say most: whole rounds of one seed after the other.
 
@@ -56,6 +65,8 @@ class Grid(Setting):
         for axis in ("norms", "batch_sizes", "rates", "clips"):
             if not getattr(self, axis):
                 raise NormPropError(f"--{axis.replace('_', '-')} names nothing to compare.\nGive one value or more.")
+        if self.finalists is not None and self.finalists < 1:
+            raise NormPropError(f"--finalists is {self.finalists}.\nUse 1 or more, or leave it out.")
         if min(self.seeds, self.epochs) < 1 or min(self.clips) < 0:
             raise NormPropError("--seeds or --epochs is below 1, or one of --clips below 0.\nUse 1 or more; 0 doesn't clip.")
         shared = {field.name: getattr(self, field.name) for field in dataclasses.fields(Setting)}
