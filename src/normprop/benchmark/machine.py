@@ -10,6 +10,8 @@ from pathlib import Path
 
 import torch
 
+from normprop.native.library import library
+
 _CPUS = Path("/proc/cpuinfo")
 
 
@@ -24,6 +26,7 @@ class Machine:
         system: Operating system and architecture.
         python: Version.
         torch: Version.
+        arithmetic: What the moment lane computes with.
         load: Processes that ran or waited on average over the last minute, before anything was measured; None if unknown.
     """
 
@@ -33,6 +36,7 @@ class Machine:
     system: str
     python: str
     torch: str
+    arithmetic: str
     load: float | None
 
     @classmethod
@@ -51,6 +55,7 @@ class Machine:
             system=f"{platform.system()} {platform.machine()}",
             python=platform.python_version(),
             torch=torch.__version__,
+            arithmetic=_arithmetic(device),
             load=round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
         )
 
@@ -64,6 +69,13 @@ class Machine:
             (False, True)
         """
         return self.load is not None and self.load + threads > self.cores
+
+
+def _arithmetic(device: str) -> str:
+    native = library()
+    if torch.device(device).type != "cpu":
+        return "torch"
+    return f"torch ({native})" if isinstance(native, str) else "C"
 
 
 def _processor() -> str:

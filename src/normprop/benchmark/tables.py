@@ -55,7 +55,7 @@ def caption(report: CostReport) -> str:
         f"{options}{work.model} on {'×'.join(map(str, work.shape))}, {parameters:.2f} M parameters{batches}; "
         f"{work.threads} thread{'s' * (work.threads > 1)} on {machine.device}.\n"
         f"{machine.processor}, {machine.cores} cores{load}; {machine.system}, "
-        f"Python {machine.python}, torch {machine.torch}."
+        f"Python {machine.python}, torch {machine.torch}; lane in {machine.arithmetic}."
     )
 
 
