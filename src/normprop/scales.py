@@ -23,9 +23,9 @@ _SMALL = 1 << 16
 def scales(forms: Sequence[Form], operands: Sequence[Operands]) -> list[Scale]:
     """The scales of several sites (METHOD §3): E = Σ c m and V = Σ c² v for the filters c, or the moments themselves.
 
-    A variance of zero (a filter of zeros) counts as one. Small filters come multiplied by their factor. Differentiable
-    twice, in eager mode by a function that handles all sites together, under `torch.compile`, `torch.export` and the
-    transforms of `torch.func` in plain operations, which give all filters multiplied.
+    A variance of zero (a filter of zeros) counts as one. Differentiable twice, by a function that handles all sites
+    together, compiled or else of torch's operations, which leave large filters as they are; the others come multiplied by
+    their factor. In exported graphs and the transforms of `torch.func` it is plain operations.
     """
     tensors = [t for one in operands for t in one]
     if handles_whole(tensors, operands[0].gamma.dtype):
@@ -34,7 +34,7 @@ def scales(forms: Sequence[Form], operands: Sequence[Operands]) -> list[Scale]:
         plain: Any = _computed(_buckets(forms, operands, all_at_once=True), operands)[0]
         return [Scale(*plain[i : i + 4]) for i in range(0, len(plain), 4)]
     if handles(tensors, operands[0].gamma.dtype):
-        return native_scales(forms, [_together(form, one) for form, one in zip(forms, operands, strict=True)], operands)
+        return native_scales(forms, operands)
     outputs = _Scales.apply(tuple(forms), *tensors)
     return [Scale(*outputs[i : i + 4]) for i in range(0, len(outputs), 4)]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,6 +11,8 @@ from torch import Tensor, fx, nn
 
 from normprop.benchmark.rounds import Step
 from normprop.lane import lane_graph
+
+_RENEWED = 16
 
 
 class Lane(nn.Module):
@@ -46,10 +49,14 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 def lane_step(lane: Lane, *, compiled: bool = False) -> Step:
     """Forward of the lane, and backward with a random gradient for each of its results."""
     run = torch.compile(lane, fullgraph=True, dynamic=False) if compiled else lane
-    # A large layer's gradient is written into its cotangent, which therefore grows a little each time.
-    cotangents = [torch.randn_like(t) for t in lane() if t.requires_grad]
+    given = [torch.randn_like(t) for t in run() if t.requires_grad]
+    cotangents = [t.clone() for t in given]
+    steps = itertools.count()
 
     def step() -> None:
+        # A weight's gradient is written into its cotangent: seldom enough to cost nothing, that is what it was again.
+        if next(steps) % _RENEWED == 0:
+            torch._foreach_copy_(cotangents, given)
         lane.zero_grad()
         results = [t for t in run() if t.requires_grad]
         torch.autograd.backward(results, cotangents)

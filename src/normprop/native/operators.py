@@ -56,7 +56,7 @@ def _scales_backward(
     by_factor, by_offset = (row.split(call.sizes) for row in grads[0][:2].unbind())
     each: list[Tensor | None] = []
     for layer, f, b in zip(call.layers, by_factor, by_offset, strict=True):
-        each += None if layer is None else next(rest), f, b, None
+        each += (None, f, b) if layer is None else (next(rest), None, b)
     weights, by_moments, by_constants = call.gradients(columns, each, [True] * len(call.sites), in_place=False)
     return [by_moments.clone(), by_constants, *(t for t in weights if t is not None)]
 
@@ -126,7 +126,7 @@ def _call(codes: Sequence[int], given: Sequence[bool], tensors: Sequence[Tensor]
     each: list[Any] = [next(rest) if known else None for known in given]
     width = len(Operands._fields)
     sites = [Operands(*each[i : i + width]) for i in range(0, len(each), width)]
-    return Call(list(_forms(codes)), [True] * len(sites), sites)
+    return Call(list(_forms(codes)), sites)
 
 
 def _forms(codes: Sequence[int]) -> Iterator[Form]:

@@ -33,21 +33,20 @@ typedef struct {
     const REAL *mean;    /* m a channel of the input; NULL for 0 */
     const REAL *var;     /* v; NULL for 1 */
     const REAL *gamma, *beta, *shift, *scale; /* γ, β, d, k a filter */
-    REAL *multiplied;    /* out: f c, in the layout of the weight */
+    REAL *multiplied;    /* out: f c, as the weight lies; not used for gradients */
     REAL *factor, *offset, *average; /* out: f, b, and the mean of each filter that is centred */
     REAL *first, *second; /* out: E + d and V */
     int64_t groups, filters, inputs, taps; /* filters and inputs are those of one group */
     int64_t taps_first;  /* whether the taps of a filter lie outside its inputs in memory */
     int64_t stride;      /* an output position sees every stride-th weight: more than 1 for transposed convolutions */
     int64_t center;      /* whether each filter's mean is subtracted */
-    int64_t multiplies;  /* whether the filters are given as f c */
     int64_t blocks;      /* into how many runs of filters it is divided */
 } NAME(site);
 
 /* Gradients of one site's outputs, NULL for zero, and of its inputs, NULL where not wanted. */
 typedef struct {
-    const REAL *by_filters; /* of f c, or of the filters as they are; may be the same memory as by_weight */
-    const REAL *by_factor, *by_offset, *by_average;
+    const REAL *by_multiplied; /* may be the same memory as by_weight */
+    const REAL *by_factor, *by_offset; /* of f where there is no layer */
     REAL *by_weight;
     REAL *by_mean, *by_var; /* one value a channel of the input, a part from each block: to be summed */
     REAL *by_gamma, *by_beta;
@@ -110,7 +109,10 @@ static void NAME(finish)(const NAME(site) *s, int64_t o, REAL first, REAL second
 static void NAME(forward)(const NAME(site) *s, int64_t from, int64_t to, REAL *scratch)
 {
     if (!s->weight) {
-        for (int64_t o = from; o < to; o++) NAME(finish)(s, o, s->mean ? s->mean[o] : 0, s->var ? s->var[o] : 1);
+        for (int64_t o = from; o < to; o++) {
+            NAME(finish)(s, o, s->mean ? s->mean[o] : 0, s->var ? s->var[o] : 1);
+            s->average[o] = 0;
+        }
         return;
     }
     const int64_t n = s->inputs * s->taps;
@@ -138,12 +140,10 @@ static void NAME(forward)(const NAME(site) *s, int64_t from, int64_t to, REAL *s
         if (second <= rounding * rounding * total) second = 0;
         NAME(finish)(s, o, first / s->stride, second / s->stride);
         s->average[o] = a;
-        if (s->multiplies) {
-            REAL *out = s->multiplied + o * n;
-            const REAL f = s->factor[o];
+        REAL *out = s->multiplied + o * n;
+        const REAL f = s->factor[o];
 #pragma omp simd
-            for (int64_t j = 0; j < n; j++) out[j] = f * (w[j] - a);
-        }
+        for (int64_t j = 0; j < n; j++) out[j] = f * (w[j] - a);
     }
 }
 
@@ -186,10 +186,10 @@ static void NAME(backward)(
             mean = NAME(sum)(m, n) / n;
             for (int64_t j = 0; j < 2 * n; j++) by_m[j] = 0;
         }
-        const REAL *w = s->weight + o * n, *G = d->by_filters ? d->by_filters + o * n : NULL;
-        const REAL a = s->center ? s->average[o] : 0, f = s->multiplies ? s->factor[o] : 1;
+        const REAL *w = s->weight + o * n, *G = d->by_multiplied ? d->by_multiplied + o * n : NULL;
+        const REAL a = s->center ? s->average[o] : 0, f = s->factor[o];
         REAL dot = 0, sum = 0, weighted = 0;
-        if (s->multiplies && G) {
+        if (G) {
 #pragma omp simd reduction(+ : dot, sum, weighted)
             for (int64_t j = 0; j < n; j++) {
                 const REAL c = w[j] - a;
@@ -201,12 +201,10 @@ static void NAME(backward)(
 #pragma omp simd reduction(+ : weighted)
             for (int64_t j = 0; j < n; j++) weighted += (w[j] - a) * v[j];
         }
-        NAME(start)(s, d, o, (d->by_factor ? d->by_factor[o] : 0) + dot, &e, &u);
+        NAME(start)(s, d, o, dot, &e, &u);
         e /= s->stride;
         u /= s->stride;
-        /* What centring takes away, and what comes back of the mean itself where filters are not multiplied. */
-        const REAL less =
-            s->center ? (f * sum + 2 * u * weighted - (d->by_average ? d->by_average[o] : 0)) / n + e * mean : 0;
+        const REAL less = s->center ? (f * sum + 2 * u * weighted) / n + e * mean : 0; /* what centring takes away */
         const REAL twice = 2 * u;
         REAL *out = d->by_weight ? d->by_weight + o * n : NULL;
         if (out && G) {

@@ -18,16 +18,15 @@ from normprop.scale import Scale, plain_backward
 _DIVIDED = 1 << 14
 
 
-def native_scales(forms: Sequence[Form], multiplied: Sequence[bool], operands: Sequence[Operands]) -> list[Scale]:
-    """What `normprop.scales.scales` gives, for operands that the compiled functions handle.
+def native_scales(forms: Sequence[Form], operands: Sequence[Operands]) -> list[Scale]:
+    """What `normprop.scales.scales` gives, for operands that the compiled functions handle; all filters come multiplied.
 
     Args:
         forms: of the layers.
-        multiplied: which layers' filters are to come multiplied by their factor.
         operands: of the sites.
     """
-    flat = _NativeScales.apply(tuple(forms), tuple(multiplied), *(t for one in operands for t in one))
-    return [Scale(*flat[i : i + 4]) for i in range(0, len(flat), 4)]
+    flat = _NativeScales.apply(tuple(forms), *(t for one in operands for t in one))
+    return [Scale(*flat[i : i + 3]) for i in range(0, len(flat), 3)]
 
 
 class _NativeScales(torch.autograd.Function):
@@ -38,32 +37,27 @@ class _NativeScales(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, forms: Sequence[Form], multiplied: Sequence[bool], *tensors: Any) -> tuple[Tensor | None, ...]:
-        ctx.forms, ctx.multiplied = forms, multiplied
+    def forward(ctx: Any, forms: Sequence[Form], *tensors: Any) -> tuple[Tensor | None, ...]:
+        ctx.forms = forms
         ctx.set_materialize_grads(False)
-        call = Call(forms, multiplied, sites_of(tensors))
+        call = Call(forms, sites_of(tensors))
         columns, filters = call.scales()
-        factors, offsets, averages = (row.split(call.sizes) for row in columns[:3].unbind())
-        outputs: list[Tensor | None] = []
-        for i, (layer, product) in enumerate(zip(call.layers, filters, strict=True)):
-            if layer is None:
-                outputs += None, factors[i], offsets[i], None
-            elif product is not None:
-                outputs += product, None, offsets[i], None
-            else:
-                average = averages[i] if forms[i].center else None
-                outputs += layer.weight.view_as(layer.weight), factors[i], offsets[i], average
+        factors, offsets = (row.split(call.sizes) for row in columns[:2].unbind())
         ctx.save_for_backward(*tensors, columns)
+        outputs: list[Tensor | None] = []
+        for multiplied, f, b in zip(filters, factors, offsets, strict=True):
+            outputs += multiplied, f if multiplied is None else None, b
         return tuple(outputs)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         *tensors, columns = ctx.saved_tensors
         if torch.is_grad_enabled():
-            return (None, None, *plain_backward(ctx.forms, ctx.multiplied, tensors, grads))
-        call = Call(ctx.forms, ctx.multiplied, sites_of(tensors))
-        needs = ctx.needs_input_grad[2 :: len(Operands._fields)]
-        return (None, None, *call.apart(*call.gradients(columns, grads, needs)))
+            known = [g for i in range(0, len(grads), 3) for g in (*grads[i : i + 3], None)]
+            return (None, *plain_backward(ctx.forms, [True] * len(ctx.forms), tensors, known))
+        call = Call(ctx.forms, sites_of(tensors))
+        needs = ctx.needs_input_grad[1 :: len(Operands._fields)]
+        return (None, *call.apart(*call.gradients(columns, grads, needs)))
 
 
 class _Geometry(NamedTuple):
@@ -81,15 +75,15 @@ class _Geometry(NamedTuple):
 
 
 @functools.lru_cache(maxsize=4096)
-def _geometry(form: Form, size: int, shape: tuple[int, ...], outside: bool, multiplied: bool, threads: int) -> _Geometry:
+def _geometry(form: Form, size: int, shape: tuple[int, ...], outside: bool, threads: int) -> _Geometry:
     """The geometry of a site with `size` outputs behind a weight of that shape; without a layer, of ``()``."""
     if not shape:
-        return _Geometry(0, 1, (1, size, 0, 0, 0, 1, False, False, 1))
+        return _Geometry(0, 1, (1, size, 0, 0, 0, 1, False, 1))
     numbers = math.prod(shape)
     blocks = min(threads, size) if numbers >= _DIVIDED else 1
     inputs = shape[0] // form.groups if form.transposed else shape[1]
     rows = (form.groups, size // form.groups, inputs, math.prod(shape[2:]), outside)
-    return _Geometry(numbers, blocks, (*rows, form.stride, form.center, multiplied, blocks))
+    return _Geometry(numbers, blocks, (*rows, form.stride, form.center, blocks))
 
 
 class _Layer:
@@ -131,12 +125,11 @@ class Call:
 
     Args:
         forms: of the layers.
-        multiplied: which layers' filters are given multiplied by their factor.
         sites: their tensors.
     """
 
-    def __init__(self, forms: Sequence[Form], multiplied: Sequence[bool], sites: Sequence[Operands]) -> None:
-        self.forms, self.multiplied, self.sites = forms, multiplied, sites
+    def __init__(self, forms: Sequence[Form], sites: Sequence[Operands]) -> None:
+        self.forms, self.sites = forms, sites
         self.layers = [s.weight if s.weight is None else _Layer(s.weight, f) for s, f in zip(sites, forms, strict=True)]
         self.sizes = [site.gamma.shape[0] for site in sites]
         self.alive: list[Tensor | None] = []  # what the arithmetic reads besides
@@ -145,19 +138,16 @@ class Call:
     def _geometries(self) -> list[_Geometry]:
         threads = torch.get_num_threads()
         return [
-            _geometry(form, size, (), False, False, threads)
+            _geometry(form, size, (), False, threads)
             if layer is None
-            else _geometry(form, size, layer.weight.shape, layer.outside, product, threads)
-            for form, size, layer, product in zip(self.forms, self.sizes, self.layers, self.multiplied, strict=True)
+            else _geometry(form, size, layer.weight.shape, layer.outside, threads)
+            for form, size, layer in zip(self.forms, self.sizes, self.layers, strict=True)
         ]
 
     def scales(self) -> tuple[Tensor, list[Tensor | None]]:
-        """Numbers a filter, ``(5, channels of all sites)``: f, b, its mean, E + d and V; and multiplied filters."""
+        """Numbers a filter, ``(5, channels of all sites)``: f, b, its mean, E + d and V; and filters."""
         columns = self.sites[0].gamma.new_empty(5, sum(self.sizes))
-        memory = [
-            layer.empty() if layer is not None and product else None
-            for layer, product in zip(self.layers, self.multiplied, strict=True)
-        ]
+        memory = [None if layer is None else layer.empty() for layer in self.layers]
         self._run(columns, memory)
         return columns, self._shaped(memory)
 
@@ -168,7 +158,7 @@ class Call:
 
         Args:
             columns: what `scales` gave.
-            grads: of filters, factor, offset and average of each site; None for zero.
+            grads: of filters, factor and offset of each site; None for zero.
             needs: which weights need one.
             in_place: write them into those of the filters.
         """
@@ -180,7 +170,7 @@ class Call:
         weights: list[Tensor | None] = []
         fields: list[int] = []
         for i, (site, layer) in enumerate(zip(self.sites, self.layers, strict=True)):
-            by_filters, *others = grads[4 * i : 4 * i + 4]
+            by_filters, *others = grads[3 * i : 3 * i + 3]
             given = layer.laid(by_filters) if layer is not None and by_filters is not None else None
             self.alive.append(given)
             weight = None
