@@ -29,8 +29,8 @@ RESULTS = Path("benchmarks", "results", "cost")
 GROWTH = Path("benchmarks", "results", "lane_growth.json")
 PAGE = ROOT / "docs" / "cost.md"
 
-_ALL = "--against plain batch group layer --threads 2 --seconds 8"
-_COMPILED = "--against plain batch --threads 2 --seconds 8 --compile --skip-memory"
+_ALL = "--against plain batch group layer --threads 2 --seconds 6"
+_COMPILED = "--against plain batch --threads 2 --seconds 6 --compile --skip-memory"
 RUNS = {
     "resnet20": f"resnet20 --batch-size 1 8 64 {_ALL}",
     "resnet18": f"resnet18 --batch-size 1 8 64 {_ALL}",
@@ -38,8 +38,8 @@ RUNS = {
     "resnet20-compiled": f"resnet20 --batch-size 1 8 64 {_COMPILED}",
     "resnet18-compiled": f"resnet18 --batch-size 1 8 64 {_COMPILED}",
     "resnet50-compiled": f"torchvision:resnet50 --batch-size 4 {_COMPILED}",
-    "resnet20-accumulated": "resnet20 --batch-size 1 --accumulate 8 --against plain --threads 2 --seconds 8 --skip-memory",
-    "resnet18-accumulated": "resnet18 --batch-size 1 --accumulate 8 --against plain --threads 2 --seconds 8 --skip-memory",
+    "resnet20-accumulated": "resnet20 --batch-size 1 --accumulate 8 --against plain --threads 2 --seconds 6 --skip-memory",
+    "resnet18-accumulated": "resnet18 --batch-size 1 --accumulate 8 --against plain --threads 2 --seconds 6 --skip-memory",
 }
 GROWTH_COMMAND = "--seconds 1 --threads 1"
 
