@@ -47,7 +47,7 @@ def slow(form: Form, given: Operands) -> tuple[Tensor | None, Tensor, Tensor]:
             filters.append(w)
         factor = given.gamma[o] / torch.sqrt(given.scale[o] * second)
         factors.append(factor)
-        offsets.append(given.beta[o] - (first + given.shift[o]) * factor)
+        offsets.append(given.beta[o] - (first + given.shift[o] * torch.sqrt(second)) * factor)
         if filters:
             filters[-1] = filters[-1] * factor
     if given.weight is None:

@@ -21,7 +21,7 @@ def calibrate(model: nn.Module, data: Any) -> nn.Module:
     """Set every site's constants from data, so that each site standardises what it really sees.
 
     One pass in the order of the graph: a site is measured behind sites that are calibrated already. With the measured mean
-    and variance of the layer's output z, d = E z − E and k = Var z / V (METHOD §3); from there on the computed E and V
+    and variance of the layer's output z, d = (E z − E)/√V and k = Var z / V (METHOD §3); from there on the computed E and V
     follow the parameters, as without calibration.
 
     Args:
@@ -63,7 +63,7 @@ def preserve_(
     statistics: Mapping[tuple[str, int], Statistics],
     biases: Mapping[str, Tensor | None],
 ) -> None:
-    """Set every site's constants so that it standardises by given statistics: d = rm − E, k = (rv + ε)/V.
+    """Set every site's constants so that it standardises by given statistics: d = (rm − E)/√V, k = (rv + ε)/V.
 
     A site that had no BatchNorm in its place gets γ = √V and β = E + b instead, so that it gives the layer's own output.
 
@@ -156,8 +156,9 @@ class _Calibration:
         if target is None:
             return
         shift, scale = (t[index] if t.dim() == 2 else t for t in (site.shift, site.scale))
-        shift.copy_(target[0].to(mean.dtype) - mean)
-        scale.copy_(target[1].to(var.dtype) / torch.where(var > 0, var, 1.0))
+        var = torch.where(var > 0, var, 1.0)
+        shift.copy_((target[0].to(mean.dtype) - mean) / var.sqrt())
+        scale.copy_(target[1].to(var.dtype) / var)
 
     def _measure(self, node: fx.Node, plain: Scale | None) -> Statistics:
         """Mean and variance, per channel, of what the site standardises: its layer's output without a bias, or its input."""

@@ -244,11 +244,10 @@ def _freeze_biases(walk: Walk, plans: Sequence[SitePlan]) -> None:
 
 
 def _filters(root: nn.Module, walks: dict[bool, Walk], plans: dict[bool, list[SitePlan]]) -> list[dict[str, Any]]:
-    """Weights that nothing but sites reads, so that dividing a filter and each d behind it by a number changes nothing.
+    """Weights that nothing but sites reads, so that dividing a filter by a number changes nothing.
 
     Returns:
-        An entry a weight: its path, ``channel_dim`` and ``groups`` as `filter_view` takes them, and ``shifts``: path and
-        call of every d.
+        An entry a weight: its path, and ``channel_dim`` and ``groups`` as `filter_view` takes them.
     """
     read: set[int] = set()
     found: dict[int, dict[str, Any]] = {}
@@ -257,14 +256,13 @@ def _filters(root: nn.Module, walks: dict[bool, Walk], plans: dict[bool, list[Si
         for plan in sites.values():
             assert plan.layer is not None
             layout = {"channel_dim": int(plan.layer.transposed), "groups": plan.layer.groups}
-            entry = {"weight": f"{plan.layer.path}.weight", **layout, "shifts": set()}
-            found.setdefault(id(plan.layer.module.weight), entry)["shifts"].add((f"{plan.path}.shift", plan.call))
+            found.setdefault(id(plan.layer.module.weight), layout)
         for node in walk.graph_module.graph.nodes:
             if node.op in ("call_module", "get_attr") and node not in sites:
                 value = attrgetter(str(node.target))(walk.graph_module)
                 read |= {id(p) for p in (value.parameters() if isinstance(value, nn.Module) else [value])}
     own = {id(p): name for name, p in root.named_parameters()}
-    return [e | {"weight": own[w], "shifts": sorted(e["shifts"])} for w, e in found.items() if w in own and w not in read]
+    return [{"weight": own[w], **layout} for w, layout in found.items() if w in own and w not in read]
 
 
 def _site(channels: int, calls: int, like: Tensor, weight: Any, bias: Any) -> Site:

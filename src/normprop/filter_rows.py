@@ -43,7 +43,7 @@ class Operands(NamedTuple):
         var: its variance, of the same shape; None for 1.
         gamma: γ, ``(O,)``.
         beta: β, ``(O,)``.
-        shift: d, ``(O,)``, constant.
+        shift: d, ``(O,)``, constant, in units of √V.
         scale: k, ``(O,)``, constant.
     """
 

@@ -15,12 +15,11 @@ from normprop.nn.filters import filter_norms, filter_view
 
 
 class Filters(NamedTuple):
-    """A weight, the layout of its filters (see `filter_view`), and vectors that shrink with them: one entry a filter."""
+    """A weight and the layout of its filters (see `filter_view`)."""
 
     weight: Tensor
     channel_dim: int = 0
     groups: int = 1
-    shifts: tuple[Tensor, ...] = ()
 
 
 _FIRST_MOMENTS = ("momentum_buffer", "exp_avg")
@@ -36,9 +35,8 @@ def project_unit_norm_(model_or_parameters: torch.nn.Module | Tensor | Iterable[
 
     Args:
         model_or_parameters: A model, or parameters. Of a model that `normprop.convert` made the weights in front of its
-            sites take part, and the constants d of calibrated sites are divided along, so that its function stays; of any
-            other every module with a method `filters()`. Of parameters those with two dimensions or more do: their filters
-            are `weight[i]`, so give layers, not weights, of transposed convolutions.
+            sites take part; of any other every module with a method `filters()`. Of parameters those with two dimensions
+            or more do: their filters are `weight[i]`, so give layers, not weights, of transposed convolutions.
         eps: The length below which a filter counts as zero.
 
     >>> weight = torch.tensor([[3.0, 4.0]])
@@ -219,9 +217,7 @@ def _filters_of(module: torch.nn.Module) -> Iterator[Filters]:
         yield from (Filters(*item) for item in cast(Any, module).filters())
     meta: dict[str, Any] = getattr(module, "meta", {})  # what convert leaves on its result
     for entry in meta.get("normprop", {}).get("filters", ()):
-        shifts = ((module.get_parameter(path), call) for path, call in entry["shifts"])
-        rows = tuple(shift[call] if shift.ndim > 1 else shift for shift, call in shifts)
-        yield Filters(module.get_parameter(entry["weight"]), entry["channel_dim"], entry["groups"], rows)
+        yield Filters(module.get_parameter(entry["weight"]), entry["channel_dim"], entry["groups"])
 
 
 def _marked(optimizer: Optimizer) -> list[Tensor]:
@@ -243,9 +239,6 @@ def _rescale_(filters: list[Filters], eps: float) -> list[Tensor]:
     norms = [filter_norms(view, inside) for view, inside in views]
     norms = [torch.where(norm > eps, norm, 1.0) for norm in norms]
     torch._foreach_div_([view for view, _ in views], norms)
-    for item, norm in zip(filters, norms, strict=True):
-        for shift in item.shifts:
-            shift.div_(norm.flatten())
     return norms
 
 

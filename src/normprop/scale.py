@@ -17,7 +17,7 @@ class Scale(NamedTuple):
     Attributes:
         filters: the layer's weight; None for a site without a layer.
         factor: ``f = γ/√(kV)``, ``(O,)``; None if the filters are multiplied by it already.
-        offset: ``b = β − (E + d) f``, ``(O,)``.
+        offset: ``b = β − (E + d√V) f``, ``(O,)``.
         average: mean of each filter, ``(O,)``; None if the filters are centred already, or are not to be.
     """
 
@@ -31,7 +31,7 @@ def plain_scale(form: Form, given: Operands, *, multiplied: bool) -> Scale:
     """The scale of one site in plain operations, which say what `scales` computes."""
     filters, first, second = plain_statistics(form, given)
     factor = given.gamma * inverse_root(given.scale, second)
-    offset = given.beta - (first + given.shift) * factor
+    offset = given.beta - first * factor - given.gamma * given.shift * given.scale.rsqrt()
     if given.weight is None or filters is None or not multiplied:
         average = to_rows(given.weight, form).mean(-1).reshape(-1) if given.weight is not None and form.center else None
         return Scale(given.weight, factor, offset, average)

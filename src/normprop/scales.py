@@ -44,7 +44,7 @@ class _Scales(torch.autograd.Function):
 
     For G = ∂L/∂filters, h = ∂L/∂f and g = ∂L/∂b, and with r = 1/√(kV):
 
-        q = h − g (E + d)      ∂L/∂γ = q r      ∂L/∂β = g      ∂L/∂E = −g f      ∂L/∂V = −½ q f / V
+        q = h − g E      ∂L/∂γ = q r − g d/√k      ∂L/∂β = g      ∂L/∂E = −g f      ∂L/∂V = −½ q f / V
         ∂L/∂c = G + m ∂L/∂E + 2 v c ∂L/∂V, less its mean over each filter where filters are centred
         ∂L/∂m = Σ_o c ∂L/∂E    ∂L/∂v = Σ_o c² ∂L/∂V
 
@@ -69,8 +69,8 @@ class _Scales(torch.autograd.Function):
         if torch.is_grad_enabled():
             multiplied = {i for bucket in buckets if bucket.sums.multiplied for i in bucket.members}
             return (None, *plain_backward(ctx.forms, [i in multiplied for i in range(len(ctx.forms))], saved[:count], grads))
-        sites, kept = sites_of(saved[:count]), saved[count:-4]
-        first, second, inverse, factor = saved[-4:]
+        sites, kept = sites_of(saved[:count]), saved[count:-5]
+        first, second, inverse, factor, shifted = saved[-5:]
         order = [i for bucket in buckets for i in bucket.members]
         by_filters, by_factor = [], []
         for bucket, filters in zip(buckets, kept, strict=True):
@@ -83,6 +83,7 @@ class _Scales(torch.autograd.Function):
             by_factor.append(h)
         g = _joined([_or_zero(grads[4 * i + 2], sites[i]) for i in order])
         q = torch.addcmul(_joined(by_factor), g, first, value=-1)
+        by_gamma = torch.addcmul(q * inverse, g, shifted, value=-1)
         by_first = (g * factor).neg_()
         by_second = torch.where(second > 0, q * factor / second, 0.0).mul_(-0.5)
         results: list[Tensor | None] = [None] * count
@@ -94,8 +95,8 @@ class _Scales(torch.autograd.Function):
             for i, three in zip(bucket.members, bucket.sums.backward(few, filters, G, part, needs), strict=True):
                 results[_FIELDS * i : _FIELDS * i + 3] = three
         sizes = [len(sites[i].gamma) for i in order]
-        for i, by_gamma, by_beta in zip(order, (q * inverse).split(sizes), g.split(sizes), strict=True):
-            results[_FIELDS * i + 3 : _FIELDS * i + 5] = by_gamma, by_beta
+        for i, gamma, beta in zip(order, by_gamma.split(sizes), g.split(sizes), strict=True):
+            results[_FIELDS * i + 3 : _FIELDS * i + 5] = gamma, beta
         return (None, *results)
 
 
@@ -115,15 +116,16 @@ class _Bucket(NamedTuple):
 
 def _computed(
     buckets: Sequence[_Bucket], sites: Sequence[Operands]
-) -> tuple[list[Tensor | None], list[Tensor | None], tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """The scales, flat; what each bucket keeps for a backward; E + d, V, r and f of all channels in the buckets' order."""
+) -> tuple[list[Tensor | None], list[Tensor | None], tuple[Tensor, ...]]:
+    """The scales, flat; what each bucket keeps for a backward; E, V, r, f and d/√k of all channels in the buckets' order."""
     order = [i for bucket in buckets for i in bucket.members]
     found = [bucket.sums.statistics([sites[i] for i in bucket.members]) for bucket in buckets]
     gamma, beta, shift, scale = (_joined([getattr(sites[i], k) for i in order]) for k in Operands._fields[3:])
-    first, second = _joined([three[1] for three in found]) + shift, _joined([three[2] for three in found])
+    first, second = _joined([three[1] for three in found]), _joined([three[2] for three in found])
     inverse = inverse_root(scale, second)
     factor = gamma * inverse
-    offset = torch.addcmul(beta, first, factor, value=-1)
+    shifted = shift * scale.rsqrt()
+    offset = torch.addcmul(torch.addcmul(beta, first, factor, value=-1), gamma, shifted, value=-1)
     outputs: list[Tensor | None] = [None] * (4 * len(sites))
     sizes = [len(sites[i].gamma) for i in order]
     for i, f, b in zip(order, factor.split(sizes), offset.split(sizes), strict=True):
@@ -137,7 +139,7 @@ def _computed(
                 outputs[4 * i + 1] = None
             elif kept is not None:
                 outputs[4 * i + 3] = kept[0]
-    return outputs, [three[0] for three in found], (first, second, inverse, factor)
+    return outputs, [three[0] for three in found], (first, second, inverse, factor, shifted)
 
 
 def _buckets(forms: Sequence[Form], sites: Sequence[Operands], *, all_at_once: bool = False) -> list[_Bucket]:

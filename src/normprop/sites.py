@@ -101,7 +101,8 @@ SiteArguments = tuple[Tensor | None, Site, Moments | None, Mapping[str, Any]]
 def site_scales(*calls: SiteArguments) -> list[Scale]:
     """What several sites make of the layers before them.
 
-    ``f = γ/√(kV)`` and ``b = β − (E + d) f`` (METHOD §3). A bias that a layer had is taken away by the normalisation and
+    ``f = γ/√(kV)`` and ``b = β − (E + d√V) f`` (METHOD §3, with d in units of √V, so that a calibrated site doesn't feel
+    the scale of its weight either). A bias that a layer had is taken away by the normalisation and
     does not appear.
 
     Args:

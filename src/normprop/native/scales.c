@@ -35,7 +35,7 @@ typedef struct {
     const REAL *gamma, *beta, *shift, *scale; /* γ, β, d, k a filter */
     REAL *multiplied;    /* out: f c, as the weight lies; not used for gradients */
     REAL *factor, *offset, *average; /* out: f, b, and the mean of each filter that is centred */
-    REAL *first, *second; /* out: E + d and V */
+    REAL *first, *second; /* out: E and V */
     int64_t groups, filters, inputs, taps; /* filters and inputs are those of one group */
     int64_t taps_first;  /* whether the taps of a filter lie outside its inputs in memory */
     int64_t stride;      /* an output position sees every stride-th weight: more than 1 for transposed convolutions */
@@ -100,10 +100,10 @@ static REAL NAME(sum)(const REAL *x, int64_t n)
 static void NAME(finish)(const NAME(site) *s, int64_t o, REAL first, REAL second)
 {
     const REAL inverse = 1 / (REAL)sqrt(s->scale[o] * (second > 0 ? second : 1));
-    s->first[o] = first + s->shift[o];
+    s->first[o] = first;
     s->second[o] = second;
     s->factor[o] = s->gamma[o] * inverse;
-    s->offset[o] = s->beta[o] - s->first[o] * s->factor[o];
+    s->offset[o] = s->beta[o] - first * s->factor[o] - s->gamma[o] * s->shift[o] / (REAL)sqrt(s->scale[o]);
 }
 
 static void NAME(forward)(const NAME(site) *s, int64_t from, int64_t to, REAL *scratch)
@@ -147,13 +147,13 @@ static void NAME(forward)(const NAME(site) *s, int64_t from, int64_t to, REAL *s
     }
 }
 
-/* q = h − g (E + d), ∂L/∂γ = q r, ∂L/∂β = g; gives ∂L/∂E and ∂L/∂V. */
+/* q = h − g E, ∂L/∂γ = q r − g d/√k, ∂L/∂β = g; gives ∂L/∂E and ∂L/∂V. */
 static void NAME(start)(const NAME(site) *s, const NAME(gradients) *d, int64_t o, REAL h, REAL *by_first, REAL *by_second)
 {
     const REAL g = d->by_offset ? d->by_offset[o] : 0, second = s->second[o], f = s->factor[o];
     const REAL q = h - g * s->first[o];
-    if (d->by_gamma) d->by_gamma[o] = q / (REAL)sqrt(s->scale[o] * (second > 0 ? second : 1));
-    if (d->by_beta) d->by_beta[o] = g;
+    d->by_gamma[o] = (q / (REAL)sqrt(second > 0 ? second : 1) - g * s->shift[o]) / (REAL)sqrt(s->scale[o]);
+    d->by_beta[o] = g;
     *by_first = -g * f;
     *by_second = second > 0 ? (REAL)-0.5 * q * f / second : 0;
 }

@@ -145,7 +145,7 @@ class Call:
         ]
 
     def scales(self) -> tuple[Tensor, list[Tensor | None]]:
-        """Numbers a filter, ``(5, channels of all sites)``: f, b, its mean, E + d and V; and filters."""
+        """Numbers a filter, ``(5, channels of all sites)``: f, b, its mean, E and V; and filters."""
         columns = self.sites[0].gamma.new_empty(5, sum(self.sizes))
         memory = [None if layer is None else layer.empty() for layer in self.layers]
         self._run(columns, memory)
