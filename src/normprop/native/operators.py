@@ -14,6 +14,8 @@ from normprop.native.scales import Call
 from normprop.scale import Scale
 
 _CODES = 4  # of a form
+# However operands lie, they are taken; otherwise the compiler would copy weights to be sure of it.
+_TAGS = (torch.Tag.flexible_layout,)
 
 
 def whole_scales(forms: Sequence[Form], operands: Sequence[Operands]) -> list[Scale]:
@@ -35,7 +37,7 @@ def whole_rectified(means: Sequence[Tensor], variances: Sequence[Tensor], slope:
     return list(zip(flat[: len(means)], flat[len(means) :], strict=True))
 
 
-@torch.library.custom_op("normprop::scales", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("normprop::scales", mutates_args=(), device_types="cpu", tags=_TAGS)
 def _scales(codes: list[int], given: list[bool], tensors: list[Tensor]) -> list[Tensor]:
     columns, filters = _call(codes, given, tensors).scales()
     return [columns, *(t for t in filters if t is not None)]
@@ -47,7 +49,7 @@ def _(codes: list[int], given: list[bool], tensors: list[Tensor]) -> list[Tensor
     return [call.sites[0].gamma.new_empty(5, sum(call.sizes)), *_like_weights(call)]
 
 
-@torch.library.custom_op("normprop::scales_backward", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("normprop::scales_backward", mutates_args=(), device_types="cpu", tags=_TAGS)
 def _scales_backward(
     codes: list[int], given: list[bool], tensors: list[Tensor], columns: Tensor, grads: list[Tensor]
 ) -> list[Tensor]:
@@ -87,7 +89,7 @@ def _differentiate_scales(ctx: Any, grads: list[Tensor | None]) -> tuple[None, N
 _scales.register_autograd(_differentiate_scales, setup_context=_keep_scales)
 
 
-@torch.library.custom_op("normprop::rectified", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("normprop::rectified", mutates_args=(), device_types="cpu", tags=_TAGS)
 def _rectified(tensors: list[Tensor], slope: float) -> list[Tensor]:
     return rectified_values(slope, len(tensors) // 2, tensors)
 
@@ -97,7 +99,7 @@ def _(tensors: list[Tensor], slope: float) -> list[Tensor]:
     return [torch.empty_like(t) for t in tensors]
 
 
-@torch.library.custom_op("normprop::rectified_backward", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("normprop::rectified_backward", mutates_args=(), device_types="cpu", tags=_TAGS)
 def _rectified_backward(tensors: list[Tensor], grads: list[Tensor], slope: float) -> list[Tensor]:
     return rectified_gradients(slope, len(tensors) // 2, tensors, grads)
 
