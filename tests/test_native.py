@@ -82,6 +82,20 @@ def test_what_it_is_given() -> None:
 
 
 @there
+@pytest.mark.filterwarnings("ignore")  # torch.jit is deprecated, and says so in many ways
+def test_a_recorded_network_computes_its_statistics_itself() -> None:
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3), nn.BatchNorm2d(4), nn.ReLU()]
+    model = normprop.convert(nn.Sequential(*layers)).eval()
+    x = torch.randn(2, 3, 8, 8)
+    recorded = torch.jit.trace(model, x, check_trace=False)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter).abs())
+    torch.testing.assert_close(recorded(2 * x), model(2 * x))
+
+
+@there
 @pytest.mark.parametrize("name", SMALL)
 def test_networks_compute_what_they_do_without_it(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)

@@ -86,7 +86,7 @@ def library() -> Library | str:
         return Library(ctypes.CDLL(str(_built(compiler))))
     except subprocess.CalledProcessError as error:
         return f"{compiler} failed: {error.stderr.strip().splitlines()[-1] if error.stderr.strip() else error}"
-    except (OSError, AttributeError, subprocess.TimeoutExpired) as error:
+    except (OSError, AttributeError, RuntimeError, subprocess.TimeoutExpired) as error:  # RuntimeError: no home folder
         return f"{type(error).__name__}: {error}"
 
 

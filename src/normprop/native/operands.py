@@ -24,7 +24,7 @@ def prepare() -> None:
 def handles(tensors: Iterable[Tensor | None], dtype: torch.dtype) -> bool:
     """Whether there are compiled functions and these tensors are ordinary memory of the CPU, all of the one dtype.
 
-    Not within a transform or a traced graph, and where somebody looks at operations, these are left to torch.
+    Within a transform or where operations are recorded or looked at they are left to torch, whose operations show.
     """
     return (
         dtype in _DTYPES
@@ -32,6 +32,7 @@ def handles(tensors: Iterable[Tensor | None], dtype: torch.dtype) -> bool:
         and not torch.compiler.is_compiling()
         and not torch._C._are_functorch_transforms_active()
         and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._get_tracing_state() is None
         and not isinstance(library(), str)
     )
 
