@@ -32,7 +32,6 @@ def handles(tensors: Iterable[Tensor | None], dtype: torch.dtype) -> bool:
         and not torch.compiler.is_compiling()
         and not torch._C._are_functorch_transforms_active()
         and torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._get_tracing_state() is None
         and not isinstance(library(), str)
     )
 
