@@ -18,6 +18,8 @@ from normprop.scale import Scale, inverse_root, plain_backward
 _FIELDS = len(Operands._fields)
 # Layers with fewer weights than this cost more for their operations than for their numbers.
 _SMALL = 1 << 16
+# With fewer weights than this in all, a graph compiler does better with plain operations than with one that it has to call.
+_WHOLE = 1 << 19
 
 
 def scales(forms: Sequence[Form], operands: Sequence[Operands]) -> list[Scale]:
@@ -28,7 +30,8 @@ def scales(forms: Sequence[Form], operands: Sequence[Operands]) -> list[Scale]:
     their factor. In exported graphs and the transforms of `torch.func` it is plain operations.
     """
     tensors = [t for one in operands for t in one]
-    if handles_whole(tensors, operands[0].gamma.dtype):
+    weights = sum(one.weight.numel() for one in operands if one.weight is not None)
+    if weights >= _WHOLE and handles_whole(tensors, operands[0].gamma.dtype):
         return whole_scales(forms, operands)
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         plain: Any = _computed(_buckets(forms, operands, all_at_once=True), operands)[0]

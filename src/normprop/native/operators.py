@@ -1,4 +1,4 @@
-"""The compiled arithmetic as operations that `torch.compile` takes as they are, instead of looking inside."""
+"""The compiled arithmetic as an operation that `torch.compile` takes as it is, instead of looking inside."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from normprop.filter_rows import Form, Operands
-from normprop.native.rectifiers import rectified_gradients, rectified_values
 from normprop.native.scales import Call
 from normprop.scale import Scale
 
@@ -29,12 +28,6 @@ def whole_scales(forms: Sequence[Form], operands: Sequence[Operands]) -> list[Sc
         Scale(None, factor, offset) if one.weight is None else Scale(next(rest), None, offset)
         for one, factor, offset in zip(operands, columns[0].split(sizes), columns[1].split(sizes), strict=True)
     ]
-
-
-def whole_rectified(means: Sequence[Tensor], variances: Sequence[Tensor], slope: float) -> list[tuple[Tensor, Tensor]]:
-    """What `native_rectified` gives where a graph is traced."""
-    flat = _rectified([*means, *variances], slope)
-    return list(zip(flat[: len(means)], flat[len(means) :], strict=True))
 
 
 @torch.library.custom_op("normprop::scales", mutates_args=(), device_types="cpu", tags=_TAGS)
@@ -87,40 +80,6 @@ def _differentiate_scales(ctx: Any, grads: list[Tensor | None]) -> tuple[None, N
 
 
 _scales.register_autograd(_differentiate_scales, setup_context=_keep_scales)
-
-
-@torch.library.custom_op("normprop::rectified", mutates_args=(), device_types="cpu", tags=_TAGS)
-def _rectified(tensors: list[Tensor], slope: float) -> list[Tensor]:
-    return rectified_values(slope, len(tensors) // 2, tensors)
-
-
-@_rectified.register_fake
-def _(tensors: list[Tensor], slope: float) -> list[Tensor]:
-    return [torch.empty_like(t) for t in tensors]
-
-
-@torch.library.custom_op("normprop::rectified_backward", mutates_args=(), device_types="cpu", tags=_TAGS)
-def _rectified_backward(tensors: list[Tensor], grads: list[Tensor], slope: float) -> list[Tensor]:
-    return rectified_gradients(slope, len(tensors) // 2, tensors, grads)
-
-
-@_rectified_backward.register_fake
-def _(tensors: list[Tensor], grads: list[Tensor], slope: float) -> list[Tensor]:
-    return [torch.empty_like(t) for t in tensors]
-
-
-def _keep_rectified(ctx: Any, inputs: tuple[list[Tensor], float], output: list[Tensor]) -> None:
-    tensors, ctx.slope = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def _differentiate_rectified(ctx: Any, grads: list[Tensor | None]) -> tuple[list[Tensor], None]:
-    tensors = list(ctx.saved_tensors)
-    filled = [torch.zeros_like(t) if g is None else g for g, t in zip(grads, tensors, strict=True)]
-    return _rectified_backward(tensors, filled, ctx.slope), None
-
-
-_rectified.register_autograd(_differentiate_rectified, setup_context=_keep_rectified)
 
 
 def _call(codes: Sequence[int], given: Sequence[bool], tensors: Sequence[Tensor]) -> Call:

@@ -32,30 +32,20 @@ class _NativeRectified(torch.autograd.Function):
         ctx.slope, ctx.count = slope, count
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors)
-        return tuple(rectified_values(slope, count, tensors))
+        outputs = [torch.empty_like(t) for t in tensors]
+        _run(slope, [(m, v, e, w, None, None, None, None) for m, v, e, w in _columns(count, tensors, outputs)])
+        return tuple(outputs)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         tensors, slope, count = ctx.saved_tensors, ctx.slope, ctx.count
         if torch.is_grad_enabled():
             return (None, None, *_differentiable(slope, count, tensors, grads))
-        return (None, None, *rectified_gradients(slope, count, tensors, grads))
-
-
-def rectified_values(slope: float, count: int, tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Mean and variance behind a leaky rectifier: so many means, then as many variances, as they are given."""
-    outputs = [torch.empty_like(t) for t in tensors]
-    _run(slope, [(m, v, e, w, None, None, None, None) for m, v, e, w in _columns(count, tensors, outputs)])
-    return outputs
-
-
-def rectified_gradients(slope: float, count: int, tensors: Sequence[Tensor], grads: Sequence[Tensor | None]) -> list[Tensor]:
-    """Gradients of those means and variances."""
-    given = [g if g is None else g.contiguous() for g in grads]
-    found = [torch.empty_like(t) for t in tensors]
-    columns = zip(_columns(count, tensors, found), _columns(count, given), strict=True)
-    _run(slope, [(m, v, None, None, g, h, a, b) for (m, v, a, b), (g, h) in columns])
-    return found
+        given = [g if g is None else g.contiguous() for g in grads]
+        found = [torch.empty_like(t) for t in tensors]
+        columns = zip(_columns(count, tensors, found), _columns(count, given), strict=True)
+        _run(slope, [(m, v, None, None, g, h, a, b) for (m, v, a, b), (g, h) in columns])
+        return (None, None, *found)
 
 
 def _columns(count: int, *lists: Sequence[Any]) -> Any:

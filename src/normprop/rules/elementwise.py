@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from normprop.activation_lane import lane_moments
 from normprop.activation_moments import ActivationMoments, activation_moments, canonical, moments
 from normprop.channel_moments import Moments
-from normprop.native.operands import handles, handles_whole
-from normprop.native.operators import whole_rectified
+from normprop.native.operands import handles
 from normprop.native.rectifiers import native_rectified
 from normprop.rectifier_lane import rectified_moments
 from normprop.rules.table import TABLE, Rule, rule
@@ -125,8 +124,6 @@ def natively_rectified(xs: Sequence[Moments], slope: float) -> list[Moments] | N
     means, variances = tensors[::2], tensors[1::2]
     if handles(tensors, tensors[0].dtype):
         return [Moments(*pair) for pair in native_rectified(means, variances, slope)]
-    if handles_whole(tensors, tensors[0].dtype):
-        return [Moments(*pair) for pair in whole_rectified(means, variances, slope)]
     return None
 
 
