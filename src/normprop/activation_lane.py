@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from normprop.activation_moments import activation_moments
+from normprop.again import gradients_again
 from normprop.channel_moments import safe_sqrt
 from normprop.gaussian import working_dtype
 from normprop.panels import DOUBLE, SINGLE, Panels, lane_panels
@@ -89,9 +90,7 @@ class _LaneMoments(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         mean, var, *slopes = ctx.saved_tensors
         if torch.is_grad_enabled():
-            wanted = [x for x, needed in zip((mean, var), ctx.needs_input_grad, strict=False) if needed]
-            found = iter(torch.autograd.grad(ctx.plain(mean, var), wanted, grads, create_graph=True))
-            by_mean, by_var = (next(found) if needed else None for needed in ctx.needs_input_grad[:2])
+            by_mean, by_var = gradients_again(ctx.plain(mean, var), (mean, var), grads)
             return by_mean, by_var, None, None
         first, second = grads
         by_mean = torch.addcmul(first * slopes[0], second, slopes[2])

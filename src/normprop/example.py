@@ -144,7 +144,7 @@ def _search(
         except Exception as error:
             first = first or error
             if isinstance(error, NotImplementedError) or "meta tensor" in str(error):
-                break  # the model asks for a value, and will do so whatever the shape
+                break  # the model asks for a value, whatever the shape; torch has no type of its own for all such errors
     known = f"an input of shape {shape}" if shape is not None else "any input shape that was tried"
     raise TracingError(
         f"{name} does not run on {known}: {(str(first).splitlines() or [''])[0]}\n"

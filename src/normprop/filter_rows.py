@@ -59,7 +59,7 @@ class Operands(NamedTuple):
 def sites_of(tensors: Sequence[Tensor | None]) -> list[Operands]:
     """The operands of several sites, which lie one behind the other."""
     width = len(Operands._fields)
-    return [Operands(*tensors[i : i + width]) for i in range(0, len(tensors), width)]  # type: ignore[arg-type]
+    return [Operands(*tensors[i : i + width]) for i in range(0, len(tensors), width)]  # type: ignore[arg-type]  # None stands where a site may have none
 
 
 def given_moments(site: Operands) -> tuple[Tensor, Tensor]:

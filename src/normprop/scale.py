@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from normprop.again import gradients_again
 from normprop.filter_rows import Form, Operands, from_rows, given_moments, sites_of, to_rows, vectors
 
 
@@ -64,9 +65,4 @@ def plain_backward(
     outputs: list[Tensor | None] = []
     for form, given, product in zip(forms, sites_of(tensors), multiplied, strict=True):
         outputs += plain_scale(form, given, multiplied=product)
-    known = [(out, g) for out, g in zip(outputs, grads, strict=True) if out is not None and g is not None]
-    wanted = [t for t in tensors if t is not None and t.requires_grad]
-    found = iter(
-        torch.autograd.grad([out for out, _ in known], wanted, [g for _, g in known], create_graph=True, allow_unused=True)
-    )
-    return [next(found) if t is not None and t.requires_grad else None for t in tensors]
+    return gradients_again(outputs, tensors, grads)

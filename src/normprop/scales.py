@@ -30,8 +30,7 @@ def scales(forms: Sequence[Form], operands: Sequence[Operands]) -> list[Scale]:
     their factor. In exported graphs and the transforms of `torch.func` it is plain operations.
     """
     tensors = [t for one in operands for t in one]
-    weights = sum(one.weight.numel() for one in operands if one.weight is not None)
-    if weights >= _WHOLE and handles_whole(tensors, operands[0].gamma.dtype):
+    if handles_whole(tensors, operands[0].gamma.dtype) and _weights(operands) >= _WHOLE:
         return whole_scales(forms, operands)
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         plain: Any = _computed(_buckets(forms, operands, all_at_once=True), operands)[0]
@@ -172,6 +171,10 @@ def _layout(site: Operands) -> tuple[Hashable, ...]:
     weight, mean, var = site[:3]
     assert weight is not None
     return weight.shape, weight.stride(), weight.dtype, mean is None, var is None
+
+
+def _weights(operands: Sequence[Operands]) -> int:
+    return sum(one.weight.numel() for one in operands if one.weight is not None)
 
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:

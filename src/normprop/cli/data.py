@@ -15,9 +15,10 @@ def data() -> None:
     what isn't there is downloaded by torchvision when it is first used. FILE.npz and folders of images work too.
     """
     table = Table(title=f"Data sets; folder {data_root()}", title_justify="left")
-    for column, justify in (("name", "left"), ("train", "right"), ("test", "right"), ("shape", "left")):
-        table.add_column(column, justify=justify)  # type: ignore[arg-type]  # a literal by construction
-    for column in ("classes", "found", "licence"):
+    table.add_column("name")
+    for column in ("train", "test"):
+        table.add_column(column, justify="right")
+    for column in ("shape", "classes", "found", "licence"):
         table.add_column(column)
     for name, source in SOURCES.items():
         shape = "×".join(map(str, source.shape))

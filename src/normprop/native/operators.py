@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from normprop.filter_rows import Form, Operands
+from normprop.filter_rows import Form, Operands, sites_of
 from normprop.native.scales import Call
 from normprop.scale import Scale
 
@@ -85,9 +85,7 @@ _scales.register_autograd(_differentiate_scales, setup_context=_keep_scales)
 def _call(codes: Sequence[int], given: Sequence[bool], tensors: Sequence[Tensor]) -> Call:
     rest = iter(tensors)
     each: list[Any] = [next(rest) if known else None for known in given]
-    width = len(Operands._fields)
-    sites = [Operands(*each[i : i + width]) for i in range(0, len(each), width)]
-    return Call(list(_forms(codes)), sites)
+    return Call(list(_forms(codes)), sites_of(each))
 
 
 def _forms(codes: Sequence[int]) -> Iterator[Form]:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from normprop.again import gradients_again
 from normprop.native.library import library
 from normprop.rectifier_lane import rectified_moments
 
@@ -33,18 +34,24 @@ class _NativeRectified(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors)
         outputs = [torch.empty_like(t) for t in tensors]
-        _run(slope, [(m, v, e, w, None, None, None, None) for m, v, e, w in _columns(count, tensors, outputs)])
+        _run(
+            slope,
+            tensors[0].dtype,
+            [(m, v, e, w, None, None, None, None) for m, v, e, w in _columns(count, tensors, outputs)],
+        )
         return tuple(outputs)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         tensors, slope, count = ctx.saved_tensors, ctx.slope, ctx.count
         if torch.is_grad_enabled():
-            return (None, None, *_differentiable(slope, count, tensors, grads))
+            pairs = [rectified_moments(m, v, slope) for m, v in _columns(count, tensors)]
+            outputs = [mean for mean, _ in pairs] + [var for _, var in pairs]
+            return (None, None, *gradients_again(outputs, tensors, grads))
         given = [g if g is None else g.contiguous() for g in grads]
         found = [torch.empty_like(t) for t in tensors]
         columns = zip(_columns(count, tensors, found), _columns(count, given), strict=True)
-        _run(slope, [(m, v, None, None, g, h, a, b) for (m, v, a, b), (g, h) in columns])
+        _run(slope, tensors[0].dtype, [(m, v, None, None, g, h, a, b) for (m, v, a, b), (g, h) in columns])
         return (None, None, *found)
 
 
@@ -53,27 +60,11 @@ def _columns(count: int, *lists: Sequence[Any]) -> Any:
     return zip(*(part for both in lists for part in (both[:count], both[count:])), strict=True)
 
 
-def _run(slope: float, tensors: Sequence[Sequence[Tensor | None]]) -> None:
+def _run(slope: float, dtype: torch.dtype, tensors: Sequence[Sequence[Tensor | None]]) -> None:
     native = library()
     assert not isinstance(native, str)
-    mean = tensors[0][0]
-    assert mean is not None
     fields: list[int] = []
-    for few in tensors:
-        fields += (0 if t is None else t.data_ptr() for t in few)
-        fields.append(few[0].numel())  # type: ignore[union-attr]  # every tensor has a mean
-    native.rectifiers(mean.dtype, fields, len(tensors), slope)
-
-
-def _differentiable(
-    slope: float, count: int, tensors: Sequence[Tensor], grads: Sequence[Tensor | None]
-) -> list[Tensor | None]:
-    """Gradients that can be differentiated again."""
-    pairs = [rectified_moments(m, v, slope) for m, v in _columns(count, tensors)]
-    outputs = [pair[0] for pair in pairs] + [pair[1] for pair in pairs]
-    known = [(out, g) for out, g in zip(outputs, grads, strict=True) if g is not None and out.requires_grad]
-    wanted = [t for t in tensors if t.requires_grad]
-    found = iter(
-        torch.autograd.grad([out for out, _ in known], wanted, [g for _, g in known], create_graph=True, allow_unused=True)
-    )
-    return [next(found) if t.requires_grad else None for t in tensors]
+    for mean, *others in tensors:
+        assert mean is not None
+        fields += (mean.data_ptr(), *(0 if t is None else t.data_ptr() for t in others), mean.numel())
+    native.rectifiers(dtype, fields, len(tensors), slope)

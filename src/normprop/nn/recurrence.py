@@ -1,5 +1,6 @@
 """What the recurrent layers share: unit rows, gate moments and the loop over time."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from functools import partial
 from typing import NamedTuple, cast
@@ -31,7 +32,7 @@ def gate_moments(name: str, std: float) -> Gate:
     return Gate(mean, output.var.item(), second, 1 - 2 * mean + second)
 
 
-class RecurrentLayer(torch.nn.Module):
+class RecurrentLayer(torch.nn.Module, ABC):
     """Layers of one kind on top of each other: parameters, shapes and the loop over time."""
 
     _gates: int
@@ -131,6 +132,6 @@ class RecurrentLayer(torch.nn.Module):
     def _unit(self, kind: str, layer: int) -> Tensor:
         return unit_filters(getattr(self, f"weight_{kind}_l{layer}"), getattr(self, f"gain_{kind}_l{layer}"))
 
+    @abstractmethod
     def _step(self, drive: Tensor, recurrent: Tensor, state: tuple[Tensor, ...], layer: int, /) -> tuple[Tensor, ...]:
         """The next state from γ_x Ŵ_x x + b, γ_h Ŵ_h h and the state before; its first part is the output."""
-        raise NotImplementedError
