@@ -50,8 +50,9 @@ def test_only_constants_change_and_the_mode_stays() -> None:
     model = normprop.convert(Residual().double()).train()
     before = {k: v.clone() for k, v in model.state_dict().items()}
     normprop.calibrate(model, images(8))
-    changed = {k for k, v in model.state_dict().items() if not torch.equal(v, before[k])}
+    changed = {k for k, v in before.items() if not torch.equal(v, model.state_dict()[k])}
     assert {k.rpartition(".")[2] for k in changed} == {"shift", "scale"}
+    assert {k.rpartition(".")[2] for k in model.state_dict().keys() - before.keys()} == {"directions"}
     assert model.training
 
 

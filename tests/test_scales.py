@@ -44,6 +44,9 @@ def slow(form: Form, given: Operands) -> tuple[Tensor | None, Tensor, Tensor]:
             var = torch.ones(len(w), dtype=DOUBLE) if given.var is None else given.var.reshape(-1)[inputs]
             first = form.share * (w * mean.reshape(shape)).sum()
             second = form.share * (w.square() * var.reshape(shape)).sum()
+            if given.directions is not None:
+                for direction in given.directions.chunk(form.groups)[group]:
+                    second = second + (w * var.sqrt().reshape(shape) * direction).sum() ** 2
             filters.append(w)
         factor = given.gamma[o] / torch.sqrt(given.scale[o] * second)
         factors.append(factor)
@@ -59,7 +62,13 @@ def slow(form: Form, given: Operands) -> tuple[Tensor | None, Tensor, Tensor]:
 
 
 def layer(
-    form: Form, *, taps: tuple[int, ...] = (3, 2), moments: str = "mean var", out: int = 6, inside: int = 4
+    form: Form,
+    *,
+    taps: tuple[int, ...] = (3, 2),
+    moments: str = "mean var",
+    out: int = 6,
+    inside: int = 4,
+    directions: int = 0,
 ) -> Operands:
     shape = (inside, out // form.groups) if form.transposed else (out, inside // form.groups)
     leaf = lambda t: t.requires_grad_()
@@ -70,6 +79,7 @@ def layer(
         *(leaf(torch.randn(out, dtype=DOUBLE)) for _ in range(2)),
         torch.randn(out, dtype=DOUBLE),
         torch.rand(out, dtype=DOUBLE) + 0.5,
+        torch.randn(directions * form.groups, *shape[1:], *taps, dtype=DOUBLE) if directions else None,
     )
 
 
@@ -124,6 +134,13 @@ def test_fast_is_slow_in_value_and_gradient(form: Form, moments: str, size: str)
     check([form] * 3 + [Form()], given)
 
 
+@pytest.mark.parametrize("moments", ["mean var", "var", ""])
+@pytest.mark.parametrize("form", [form for form in FORMS if not form.transposed], ids=str)
+def test_layers_with_directions(form: Form, moments: str, size: str) -> None:
+    given = [layer(form, moments=moments, directions=n) for n in (3, 3, 1, 0)]
+    check([form] * 4, given)
+
+
 @pytest.mark.parametrize("center", [False, True])
 def test_linear_layers_and_mixtures(center: bool, size: str) -> None:
     form, plain = Form(center=center), Form()
@@ -135,19 +152,20 @@ def test_linear_layers_and_mixtures(center: bool, size: str) -> None:
 def test_channels_last_weights(center: bool, size: str) -> None:
     form = Form(center=center)
     given = []
-    for one in (layer(form), layer(form)):
+    for one in (layer(form), layer(form), layer(form, directions=2)):
         assert one.weight is not None
         weight = one.weight.detach().contiguous(memory_format=torch.channels_last).requires_grad_()
         given.append(one._replace(weight=weight))
-    check([form, form], given)
+    check([form] * 3, given)
     scale = scales.scales([form], given[:1])[0]
     assert scale.filters is not None
     assert scale.filters.is_contiguous(memory_format=torch.channels_last)
 
 
+@pytest.mark.parametrize("directions", [0, 2])
 @pytest.mark.parametrize("form", [Form(), Form(center=True), Form(2), Form(2, True, 2)], ids=str)
-def test_first_and_second_derivatives(form: Form, size: str) -> None:
-    given = [layer(form, taps=(2,), out=4), no_layer(2)]
+def test_first_and_second_derivatives(form: Form, directions: int, size: str) -> None:
+    given = [layer(form, taps=(2,), out=4, directions=0 if form.transposed else directions), no_layer(2)]
     names = [[k for k in Operands._fields if (t := getattr(one, k)) is not None and t.requires_grad] for one in given]
     leaves = [getattr(one, k) for one, few in zip(given, names, strict=True) for k in few]
 
@@ -186,7 +204,7 @@ def test_traced_graphs_keep_the_compiled_function_whole(form: Form, monkeypatch:
     torch.manual_seed(0)
     monkeypatch.setattr(scales, "_WHOLE", 0)
     prepare()
-    given = [layer(form), layer(form, moments="var", out=8), no_layer()]
+    given = [layer(form), layer(form, moments="var", out=8, directions=0 if form.transposed else 2), no_layer()]
     forms = [form, form, Form()]
     flat = [t for one in given for t in one if t is not None]
     graphs = []
@@ -214,7 +232,7 @@ def test_traced_graphs_keep_the_compiled_function_whole(form: Form, monkeypatch:
 @pytest.mark.skipif(isinstance(library(), str), reason=str(library()))
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # torch's own check looks at one
 def test_the_operations_are_what_torch_expects_of_operations() -> None:
-    given = [layer(Form()), layer(Form(2, True, 2, True)), no_layer()]
+    given = [layer(Form(), directions=2), layer(Form(2, True, 2, True)), no_layer()]
     codes = [1, 0, 1, 0, 2, 1, 2, 1, 1, 0, 1, 0]
     present = [t is not None for one in given for t in one]
     tensors = [t for one in given for t in one if t is not None]
@@ -222,13 +240,16 @@ def test_the_operations_are_what_torch_expects_of_operations() -> None:
     torch.library.opcheck(torch.ops.normprop.scales.default, (codes, present, tensors), test_utils=checks)
 
 
+@pytest.mark.parametrize("directions", [0, 2])
 @pytest.mark.parametrize("constant", [0.0, 0.7])
-def test_a_filter_without_variance_has_finite_gradients(constant: float, size: str) -> None:
+def test_what_has_no_variance_has_finite_gradients(constant: float, directions: int, size: str) -> None:
     form = Form(center=True)
-    given = layer(form)
+    given = layer(form, directions=directions)
     assert given.weight is not None
+    assert given.var is not None
     with torch.no_grad():
         given.weight[0] = constant
+        given.var[0] = 0.0
     filters, offset = effective(form, scales.scales([form], [given])[0])
     assert filters is not None
     leaves = [t for t in given if t is not None and t.requires_grad]

@@ -1,4 +1,4 @@
-"""Constants (d, k) of each site: from a BatchNorm's running statistics, or measured on data in one pass."""
+"""Constants (d, k, U) of each site: from a BatchNorm's running statistics, or measured on data in one pass."""
 
 from __future__ import annotations
 
@@ -9,31 +9,39 @@ import torch
 from torch import Tensor, fx, nn
 
 from normprop.converted import as_converted
+from normprop.directions import principal_directions
 from normprop.errors import NormPropError
 from normprop.lane import LaneValues, last_uses, site_calls
 from normprop.scale import Scale
-from normprop.sites import Site, site_statistics
+from normprop.sites import Site, site_operands, site_statistics
 
 Statistics = tuple[Tensor, Tensor]
 
 
-def calibrate(model: nn.Module, data: Any) -> nn.Module:
+def calibrate(model: nn.Module, data: Any, *, directions: int = 8) -> nn.Module:
     """Set every site's constants from data, so that each site standardises what it really sees.
 
     One pass in the order of the graph: a site is measured behind sites that are calibrated already. With the measured mean
     and variance of the layer's output z, d = (E z − E)/√V and k = Var z / V (METHOD §3); from there on the computed E and V
     follow the parameters, as without calibration.
 
+    V takes the numbers in a filter's window for independent, and images are not: neighbouring pixels and channels vary
+    together, and filters that add them up have many times the variance V has for them. So the `directions` U_r along which
+    a layer's input varies most are measured first, and V = Σ c² v + Σ_r (Σ c √v U_r)² from there on, also while filters turn
+    towards them. This is what lets a network train at BatchNorm's learning rates (docs/results.md).
+
     Args:
         model: a network that `convert` made; its constants are changed in place, nothing else is.
         data: a tensor of samples ``(N, …)``, or an iterable of tensors or of tuples whose first entry is one (a
             DataLoader). All batches are carried through the network together: a few hundred samples are enough.
+        directions: how many to measure in front of each layer (of transposed convolutions none); 0 for independence. Each
+            costs as many operations a step as one more output position of every layer.
 
     Returns:
         The model.
 
     Raises:
-        NormPropError: the model is not a converted one; no data; values that are not finite.
+        NormPropError: the model is not a converted one; no data; values that are not finite; `directions` below 0.
 
     Example:
         >>> import torch, normprop
@@ -46,12 +54,14 @@ def calibrate(model: nn.Module, data: Any) -> nn.Module:
     converted = as_converted(model, "calibrate")
     if not converted.meta["normprop"]["calibrates"]:
         raise NormPropError("the paper's form has no constants to calibrate.\nConvert with method='exact'.")
+    if directions < 0:
+        raise NormPropError(f"directions is {directions}.\nUse 0 or more.")
     batches = _batches(data, next(converted.parameters()).device)
     mode = converted.training
     converted.eval()
     try:
         for graph in dict.fromkeys(converted.graphs().values()):
-            _Calibration(converted, graph, batches=batches).run()
+            _Calibration(converted, graph, batches=batches, directions=directions).run()
     finally:
         converted.train(mode)
     return model
@@ -100,6 +110,7 @@ class _Calibration:
         given: statistics by path and call; then no data is needed and the data lane is not run.
         biases: bias of the layer, by path, for sites which shall give the layer's own output.
         batches: what to measure otherwise.
+        directions: how many to measure of each layer's input.
     """
 
     def __init__(
@@ -110,11 +121,13 @@ class _Calibration:
         given: Mapping[tuple[str, int], Statistics] | None = None,
         biases: Mapping[str, Tensor | None] | None = None,
         batches: Sequence[Tensor] = (),
+        directions: int = 0,
     ) -> None:
         self.graph = graph
         self.given = given
         self.biases = biases or {}
         self.batches = batches
+        self.directions = directions
         self.lane = LaneValues(root, graph)
         self.calls = site_calls(graph)
         self.data: list[dict[fx.Node, Any]] = [{} for _ in batches]
@@ -144,6 +157,8 @@ class _Calibration:
     def _set(self, node: fx.Node) -> None:
         call = self.calls[node]
         site, index = self.lane[call.site], call.options.get("call", 0)
+        if self.given is None and call.path not in self.biases:
+            self._set_directions(node, site, index)
         filters, mean, var = site_statistics(self.lane.arguments(call))
         target: Statistics | None
         if call.path in self.biases:
@@ -151,8 +166,7 @@ class _Calibration:
         elif self.given is not None:
             target = self.given.get((call.path, index))
         else:
-            plain = None if filters is None else Scale(filters, torch.ones_like(mean), torch.zeros_like(mean))
-            target = self._measure(node, plain)
+            target = self._measure(node, filters, len(mean))
         if target is None:
             return
         shift, scale = (t[index] if t.dim() == 2 else t for t in (site.shift, site.scale))
@@ -160,16 +174,39 @@ class _Calibration:
         shift.copy_((target[0].to(mean.dtype) - mean) / var.sqrt())
         scale.copy_(target[1].to(var.dtype) / var)
 
-    def _measure(self, node: fx.Node, plain: Scale | None) -> Statistics:
+    def _set_directions(self, node: fx.Node, site: Site, index: int) -> None:
+        """Measure those of the input of the layer before a site."""
+        form, given = site_operands(self.lane.arguments(self.calls[node]))
+        found = None
+        if given.weight is not None and not form.transposed and self.directions:
+            layer = lambda filters, batch: self._output(node, batch, filters, len(filters))
+            found = principal_directions(layer, len(self.batches), form, given, self.directions)
+        if site.shift.dim() == 1 or found is None:
+            site.directions = None if found is None else nn.Parameter(found, requires_grad=False)
+            return
+        if index == 0:
+            site.directions = nn.Parameter(found.new_zeros(len(site.shift), *found.shape), requires_grad=False)
+        assert site.directions is not None
+        site.directions[index] = found
+
+    def _output(self, node: fx.Node, batch: int, filters: Tensor | None, channels: int) -> Tensor:
+        """What the layer before a site gives for some filters, without a bias; the site's input if there is no layer."""
+        known = self.data[batch]
+        found: Any = fx.node.map_arg(
+            (node.args[0], node.args[2:]), lambda a: self.lane[a] if a in self.lane.nodes else known[a]
+        )
+        x, rest = found
+        if filters is None:
+            return x  # type: ignore[no-any-return]
+        scale = Scale(filters, None, filters.new_zeros(channels))
+        return node.target(x, scale, *rest)  # type: ignore[operator, no-any-return]  # one of the layers
+
+    def _measure(self, node: fx.Node, filters: Tensor | None, channels: int) -> Statistics:
         """Mean and variance, per channel, of what the site standardises: its layer's output without a bias, or its input."""
         channel = self.calls[node].options["channel"]
         count, total, square = 0, torch.zeros(()), torch.zeros(())
-        for values in self.data:
-            fetch = lambda a, known=values: self.lane[a] if a in self.lane.nodes else known[a]
-            found: Any = fx.node.map_arg((node.args[0], node.args[2:]), fetch)
-            z, rest = found
-            if plain is not None:
-                z = node.target(z, plain, *rest)  # type: ignore[operator]  # one of the layers
+        for batch in range(len(self.batches)):
+            z = self._output(node, batch, filters, channels)
             z = z if z.device.type == "mps" else z.double()
             others = [d for d in range(z.dim()) if d != channel % z.dim()]
             total, square = total + z.sum(others), square + z.square().sum(others)

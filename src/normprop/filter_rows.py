@@ -45,6 +45,8 @@ class Operands(NamedTuple):
         beta: β, ``(O,)``.
         shift: d, ``(O,)``, constant, in units of √V.
         scale: k, ``(O,)``, constant.
+        directions: U, constant: along what filters the layer's input varies more than V counts, in filters' own shape,
+            ``(groups · R, I/groups, …)``; None for nothing.
     """
 
     weight: Tensor | None
@@ -54,6 +56,7 @@ class Operands(NamedTuple):
     beta: Tensor
     shift: Tensor
     scale: Tensor
+    directions: Tensor | None = None
 
 
 def sites_of(tensors: Sequence[Tensor | None]) -> list[Operands]:
@@ -86,13 +89,14 @@ def to_rows(weight: Tensor, form: Form, *, like: Tensor | None = None) -> Tensor
 
 
 def from_rows(rows: Tensor, like: Tensor, form: Form) -> Tensor:
-    """The inverse of `to_rows` for a weight of the shape and memory format of `like`."""
+    """The inverse of `to_rows` for a weight of the shape and memory format of `like`; any number of filters, if it isn't
+    transposed."""
     if form.transposed:
         split: Tensor = rows.unflatten(2, (-1, *like.shape[2:]))
         return split.transpose(1, 2).reshape(like.shape)
     if taps_first(like):
-        return rows.reshape(like.movedim(1, -1).shape).movedim(-1, 1)
-    return rows.reshape(like.shape)
+        return rows.reshape(-1, *like.movedim(1, -1).shape[1:]).movedim(-1, 1)
+    return rows.reshape(-1, *like.shape[1:])
 
 
 def vectors(form: Form, sites: Sequence[Operands], rows: Tensor) -> tuple[Tensor | None, Tensor | None]:
@@ -102,6 +106,21 @@ def vectors(form: Form, sites: Sequence[Operands], rows: Tensor) -> tuple[Tensor
     mean = _per_tap([s.mean for s in sites if s.mean is not None], form, rows, outside)
     var = _per_tap([s.var for s in sites if s.var is not None], form, rows, outside)
     return mean, var
+
+
+def excess_basis(directions: Tensor, var: Tensor | None) -> Tensor:
+    """``√v U``: what filters are multiplied with to see how far they lie along the directions.
+
+    Args:
+        directions: in rows ``(groups, R, fan-in)``.
+        var: one value a weight of a filter, ``(groups, fan-in)``; None for 1.
+    """
+    return directions if var is None else directions * root(var).unsqueeze(1)
+
+
+def root(var: Tensor) -> Tensor:
+    """√v, whose derivative at 0 is taken for 0."""
+    return torch.where(var > 0, var, 1.0).sqrt() * (var > 0)
 
 
 def per_channel(values: Tensor, form: Form, weight: Tensor, likes: Sequence[Tensor]) -> list[Tensor]:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from normprop.filter_rows import Form, Operands, from_rows, given_moments, per_channel, to_rows, vectors
+from normprop.filter_rows import Form, Operands, excess_basis, from_rows, given_moments, per_channel, root, to_rows, vectors
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 
@@ -81,6 +81,9 @@ class SmallLayers:
         second = _row_sums(c * c, var)
         if self.form.stride != 1:
             first, second = first * self.form.share, second * self.form.share
+        basis = self._basis(sites, var)
+        if basis is not None:
+            second = second + (c @ basis.mT).square().sum(-1)
         return c, first.reshape(-1), second.reshape(-1)
 
     def filters(self, kept: Tensor, sites: Sequence[Operands], factor: Tensor) -> list[Tensor]:
@@ -118,6 +121,10 @@ class SmallLayers:
             G.add_(scaled, alpha=2.0)
         else:
             G.addcmul_(scaled, var.unsqueeze(1), value=2.0)
+        basis, along = self._basis(sites, var), None
+        if basis is not None:
+            along = (c @ basis.mT).mul_(2.0 * v)
+            G.baddbmm_(along, basis)
         if form.center:
             G.sub_(G.mean(-1, keepdim=True))
         weight = sites[0].weight
@@ -127,13 +134,23 @@ class SmallLayers:
         if any(n[1] for n in need):
             means = per_channel((c * e).sum(1), form, weight, [s.mean for s in sites if s.mean is not None])
         if any(n[2] for n in need):
-            variances = per_channel((c * scaled).sum(1), form, weight, [s.var for s in sites if s.var is not None])
+            by_var = (c * scaled).sum(1)
+            if along is not None and var is not None:
+                by_var += ((along.mT @ c) * self._directions(sites)).sum(1) * torch.where(var > 0, 0.5 / root(var), 0.0)
+            variances = per_channel(by_var, form, weight, [s.var for s in sites if s.var is not None])
         weights = [
             from_rows(part, s.weight, form)
             for part, s in zip(G.split(form.groups), sites, strict=True)
             if s.weight is not None
         ]
         return list(zip(weights, means, variances, strict=True))
+
+    def _directions(self, sites: Sequence[Operands]) -> Tensor:
+        """U of layers that all have some, ``(layers · groups, R, fan-in)``."""
+        return torch.cat([to_rows(s.directions, self.form, like=s.weight) for s in sites if s.directions is not None])
+
+    def _basis(self, sites: Sequence[Operands], var: Tensor | None) -> Tensor | None:
+        return None if sites[0].directions is None else excess_basis(self._directions(sites), var)
 
 
 class LargeLayer:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from normprop.again import gradients_again
-from normprop.filter_rows import Form, Operands, from_rows, given_moments, sites_of, to_rows, vectors
+from normprop.filter_rows import Form, Operands, excess_basis, from_rows, given_moments, sites_of, to_rows, vectors
 
 
 class Scale(NamedTuple):
@@ -49,6 +49,9 @@ def plain_statistics(form: Form, given: Operands) -> tuple[Tensor | None, Tensor
     mean, var = vectors(form, [given], rows)
     square = rows.square() if var is None else rows.square() * var.unsqueeze(1)
     second = form.share * square.sum(-1).reshape(-1)
+    if given.directions is not None:
+        basis = excess_basis(to_rows(given.directions, form, like=given.weight), var)
+        second = second + (rows @ basis.mT).square().sum(-1).reshape(-1)
     first = torch.zeros_like(second) if mean is None else form.share * (rows * mean.unsqueeze(1)).sum(-1).reshape(-1)
     return from_rows(rows, given.weight, form), first, second
 

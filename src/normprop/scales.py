@@ -25,6 +25,8 @@ _WHOLE = 1 << 19
 def scales(forms: Sequence[Form], operands: Sequence[Operands]) -> list[Scale]:
     """The scales of several sites (METHOD §3): E = Σ c m and V = Σ c² v for the filters c, or the moments themselves.
 
+    With directions U_r, which say along what the layer's input varies more than its channels do by themselves, it is
+    V = Σ c² v + Σ_r (Σ c √v U_r)² (derived: the variance of c·x for inputs of covariance √v (1 + Σ_r U_r U_rᵀ) √v).
     A variance of zero (a filter of zeros) counts as one. Differentiable twice, by a function that handles all sites
     together, compiled or else of torch's operations, which leave large filters as they are; the others come multiplied by
     their factor. In exported graphs and the transforms of `torch.func` it is plain operations.
@@ -49,6 +51,8 @@ class _Scales(torch.autograd.Function):
         q = h − g E      ∂L/∂γ = q r − g d/√k      ∂L/∂β = g      ∂L/∂E = −g f      ∂L/∂V = −½ q f / V
         ∂L/∂c = G + m ∂L/∂E + 2 v c ∂L/∂V, less its mean over each filter where filters are centred
         ∂L/∂m = Σ_o c ∂L/∂E    ∂L/∂v = Σ_o c² ∂L/∂V
+
+    With directions and p_r = Σ c √v U_r, ∂L/∂c has 2 ∂L/∂V Σ_r p_r √v U_r besides, ∂L/∂v has Σ_o ∂L/∂V Σ_r p_r c U_r/√v.
 
     and where filters come multiplied, with G' = ∂L/∂(f c): h = Σ G' c and G = f G'. What is per channel is computed for all
     sites together, and what is per weight for all small layers of one shape. The gradient of a large layer's weight is
@@ -122,7 +126,7 @@ def _computed(
     """The scales, flat; what each bucket keeps for a backward; E, V, r, f and d/√k of all channels in the buckets' order."""
     order = [i for bucket in buckets for i in bucket.members]
     found = [bucket.sums.statistics([sites[i] for i in bucket.members]) for bucket in buckets]
-    gamma, beta, shift, scale = (_joined([getattr(sites[i], k) for i in order]) for k in Operands._fields[3:])
+    gamma, beta, shift, scale = (_joined([getattr(sites[i], k) for i in order]) for k in ("gamma", "beta", "shift", "scale"))
     first, second = _joined([three[1] for three in found]), _joined([three[2] for three in found])
     inverse = inverse_root(scale, second)
     factor = gamma * inverse
@@ -162,15 +166,18 @@ def _buckets(forms: Sequence[Form], sites: Sequence[Operands], *, all_at_once: b
 
 
 def _together(form: Form, site: Operands) -> bool:
-    """Whether a layer is small; all groups of a grouped one are worked on at once, too."""
-    return site.weight is not None and (form.groups > 1 or site.weight.numel() < _SMALL)
+    """Whether a layer is small; all groups of a grouped one are worked on at once, and one with directions at all, too."""
+    if site.weight is None:
+        return False
+    return form.groups > 1 or site.directions is not None or site.weight.numel() < _SMALL
 
 
 def _layout(site: Operands) -> tuple[Hashable, ...]:
     """What small layers that are handled together have in common."""
     weight, mean, var = site[:3]
     assert weight is not None
-    return weight.shape, weight.stride(), weight.dtype, mean is None, var is None
+    ranks = None if site.directions is None else site.directions.shape[0]
+    return weight.shape, weight.stride(), weight.dtype, mean is None, var is None, ranks
 
 
 def _weights(operands: Sequence[Operands]) -> int:

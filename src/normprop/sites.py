@@ -26,10 +26,13 @@ class Site(nn.Module):
         shift: d, ``(C,)``, constant: what calibration adds to the computed mean. ``(calls, C)`` if the site is used
             several times in one forward.
         scale: k, of the same shape, constant: what calibration multiplies the computed variance with.
+        directions: U, constant, or None: along what the input of the layer before the site varies most, as calibration
+            found it, ``(groups · R, I/groups, …)``, as `Operands` has it. ``(calls, groups · R, …)`` for several calls.
     """
 
     weight: nn.Parameter | None
     bias: nn.Parameter | None
+    directions: nn.Parameter | None
 
     def __init__(self, weight: nn.Parameter | None, bias: nn.Parameter | None, shift: Tensor, scale: Tensor) -> None:
         super().__init__()
@@ -37,6 +40,16 @@ class Site(nn.Module):
         self.register_parameter("bias", bias)
         self.shift = nn.Parameter(shift, requires_grad=False)
         self.scale = nn.Parameter(scale, requires_grad=False)
+        self.register_parameter("directions", None)
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        """Take directions as they come: whether there are any, and how many, is known from calibration alone."""
+        found = state_dict.get(f"{prefix}directions")
+        if found is None and f"{prefix}scale" in state_dict:
+            self.directions = None
+        elif found is not None and (self.directions is None or self.directions.shape != found.shape):
+            self.directions = nn.Parameter(self.scale.new_empty(found.shape), requires_grad=False)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
         """Number of channels and of calls."""
@@ -114,25 +127,27 @@ def site_scales(*calls: SiteArguments) -> list[Scale]:
     Returns:
         A `Scale` a site.
     """
-    forms, operands = zip(*(_operands(call) for call in calls), strict=True)
+    forms, operands = zip(*(site_operands(call) for call in calls), strict=True)
     with full_precision(operands[0].shift):
         return scales(forms, operands)
 
 
 def site_statistics(call: SiteArguments) -> tuple[Tensor | None, Tensor, Tensor]:
     """Filters, E and V of one site, which `site_scales` would use."""
-    form, operands = _operands(call)
+    form, operands = site_operands(call)
     with full_precision(operands.shift):
         return plain_statistics(form, operands)
 
 
-def _operands(call: SiteArguments) -> tuple[Form, Operands]:
-    weight, site, x, options = call
+def site_operands(arguments: SiteArguments) -> tuple[Form, Operands]:
+    """What the arithmetic of one site takes."""
+    weight, site, x, options = arguments
     stride = options.get("transposed_stride", 0)
     form = Form(options.get("groups", 1), stride > 0, max(stride, 1), options.get("center", False))
     weight = None if weight is None else wide(weight)
     vectors = _vectors(site, weight, x, options.get("channel", 1), form)
-    return form, Operands(weight, *vectors, *_constants(site, options.get("call", 0)))
+    call = options.get("call", 0)
+    return form, Operands(weight, *vectors, *_constants(site, call), _directions(site, call))
 
 
 def _vectors(
@@ -147,6 +162,15 @@ def _vectors(
     if not x.mean.numel() == x.var.numel() == x.mean.shape[channel] == count:
         x = x.channels(channel).expanded((count,))
     return wide(x.mean), wide(x.var)
+
+
+def _directions(site: Site, call: int) -> Tensor | None:
+    """U of one call of a site."""
+    known: Any = site._parameters
+    directions = known["directions"]
+    if directions is None:
+        return None
+    return wide(directions[call] if known["shift"].dim() == 2 else directions)
 
 
 def _constants(site: Site, call: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -20,7 +20,10 @@ _LEAST = (
     ("momentum", 0.0),
     ("weight_decay", 0.0),
     ("calibrate", 0),
+    ("directions", 0),
 )
+# How many directions in which inputs vary are measured if nobody says.
+_DIRECTIONS = 8
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,8 @@ class Recipe(Setting):
     calibrate: int | None = None
     """Set the constants of normprop from so many training samples before the first step; 0 leaves it at what is computed
     for independent inputs. By default 512; nothing else has such constants."""
+    directions: int | None = None
+    """Measure so many principal directions of every layer's input at that; by default 8."""
     seed: int = 0
     """Of initialisation, order, augmentation, dropout and samples to calibrate with."""
 
@@ -105,13 +110,17 @@ class Recipe(Setting):
             raise NormPropError(
                 f"--norm {self.norm} has nothing to calibrate.\nLeave out --calibrate, or use --norm normprop."
             )
+        calibrate = norm.calibrate if self.calibrate is None else self.calibrate
+        if self.directions and not calibrate:
+            raise NormPropError("--directions are measured by calibration.\nUse --calibrate 512, or leave them out.")
         if self.data_norm == "batch" and self.batch_size == 1:
             raise NormPropError("--data-norm batch can't train at batch size 1.\nUse --data-norm global.")
         return dataclasses.replace(
             self,
             lr=rate_at(self.batch_size, norm.rate) if self.lr is None else self.lr,
             clip=clip_at(self.batch_size, norm.clip) if self.clip is None else self.clip,
-            calibrate=norm.calibrate if self.calibrate is None else self.calibrate,
+            calibrate=calibrate,
+            directions=_DIRECTIONS if calibrate and self.directions is None else self.directions,
             validation=self.validation or 0,
             halve_every=self.halve_every or max(1, self.epochs // 8),
         )

@@ -110,7 +110,8 @@ def build_model(recipe: Recipe, images: Images, group: Processes) -> nn.Module:
     # Images lie channels last, see `_placed`; weights that lie so too needn't be reordered in every step.
     model = nn.Sequential(parts).to(group.device).to(memory_format=torch.channels_last)
     if recipe.calibrate:
-        calibrate(network, standardize(_placed(_some(images, recipe.seed, recipe.calibrate), group)))
+        samples = standardize(_placed(_some(images, recipe.seed, recipe.calibrate), group))
+        calibrate(network, samples, directions=recipe.directions or 0)
     measure_once(model, _placed(_some(images, recipe.seed, _MEASURED), group))
     return model
 

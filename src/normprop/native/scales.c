@@ -33,6 +33,7 @@ typedef struct {
     const REAL *mean;    /* m a channel of the input; NULL for 0 */
     const REAL *var;     /* v; NULL for 1 */
     const REAL *gamma, *beta, *shift, *scale; /* γ, β, d, k a filter */
+    const REAL *directions; /* U, (groups · rank, fan-in), as the weight lies; NULL without */
     REAL *multiplied;    /* out: f c, as the weight lies; not used for gradients */
     REAL *factor, *offset, *average; /* out: f, b, and the mean of each filter that is centred */
     REAL *first, *second; /* out: E and V */
@@ -41,6 +42,7 @@ typedef struct {
     int64_t stride;      /* an output position sees every stride-th weight: more than 1 for transposed convolutions */
     int64_t center;      /* whether each filter's mean is subtracted */
     int64_t blocks;      /* into how many runs of filters it is divided */
+    int64_t rank;        /* directions of a group */
 } NAME(site);
 
 /* Gradients of one site's outputs, NULL for zero, and of its inputs, NULL where not wanted. */
@@ -96,6 +98,24 @@ static REAL NAME(sum)(const REAL *x, int64_t n)
     return sum;
 }
 
+/* √v U of a group, and how far a filter less `a` lies along each. */
+static void NAME(lean)(const NAME(site) *s, const REAL *v, int64_t group, REAL *basis)
+{
+    const int64_t n = s->inputs * s->taps;
+    for (int64_t r = 0; r < s->rank; r++) {
+        const REAL *u = s->directions + (group * s->rank + r) * n;
+        for (int64_t j = 0; j < n; j++) basis[r * n + j] = v[j] > 0 ? (REAL)sqrt(v[j]) * u[j] : 0;
+    }
+}
+
+static REAL NAME(along)(const REAL *w, REAL a, const REAL *basis, int64_t n)
+{
+    REAL sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t j = 0; j < n; j++) sum += (w[j] - a) * basis[j];
+    return sum;
+}
+
 /* f and b from E and V; a variance of zero counts as one. */
 static void NAME(finish)(const NAME(site) *s, int64_t o, REAL first, REAL second)
 {
@@ -116,7 +136,7 @@ static void NAME(forward)(const NAME(site) *s, int64_t from, int64_t to, REAL *s
         return;
     }
     const int64_t n = s->inputs * s->taps;
-    REAL *m = scratch, *v = scratch + n;
+    REAL *m = scratch, *v = scratch + n, *basis = scratch + 4 * n;
     int64_t group = -1;
     REAL total = 0;
     for (int64_t o = from; o < to; o++) {
@@ -124,6 +144,7 @@ static void NAME(forward)(const NAME(site) *s, int64_t from, int64_t to, REAL *s
             group = o / s->filters;
             NAME(spread)(s, s->mean, group, 0, m);
             NAME(spread)(s, s->var, group, 1, v);
+            NAME(lean)(s, v, group, basis);
             total = NAME(sum)(v, n);
         }
         const REAL *w = s->weight + o * n;
@@ -137,7 +158,13 @@ static void NAME(forward)(const NAME(site) *s, int64_t from, int64_t to, REAL *s
         }
         /* A filter of equal weights, once centred, is rounding. */
         const REAL rounding = 16 * EPSILON * a;
-        if (second <= rounding * rounding * total) second = 0;
+        if (second <= rounding * rounding * total)
+            second = 0;
+        else
+            for (int64_t r = 0; r < s->rank; r++) {
+                const REAL p = NAME(along)(w, a, basis + r * n, n);
+                second += s->stride * p * p;
+            }
         NAME(finish)(s, o, first / s->stride, second / s->stride);
         s->average[o] = a;
         REAL *out = s->multiplied + o * n;
@@ -158,6 +185,21 @@ static void NAME(start)(const NAME(site) *s, const NAME(gradients) *d, int64_t o
     *by_second = second > 0 ? (REAL)-0.5 * q * f / second : 0;
 }
 
+/* Hand on what a group's filters said of its inputs. */
+static void NAME(leave)(const NAME(site) *s, const NAME(gradients) *d, int64_t group, int64_t block, REAL *scratch)
+{
+    const int64_t n = s->inputs * s->taps;
+    const REAL *v = scratch + n, *by_m = scratch + 2 * n, *by_basis = scratch + (4 + s->rank) * n;
+    REAL *by_v = scratch + 3 * n;
+    for (int64_t r = 0; r < s->rank; r++) {
+        const REAL *u = s->directions + (group * s->rank + r) * n;
+        for (int64_t j = 0; j < n; j++)
+            if (v[j] > 0) by_v[j] += by_basis[r * n + j] * u[j] / (2 * (REAL)sqrt(v[j]));
+    }
+    if (d->by_mean) NAME(gather)(s, by_m, group, d->by_mean + block * d->reach);
+    if (d->by_var) NAME(gather)(s, by_v, group, d->by_var + block * d->reach);
+}
+
 static void NAME(backward)(
     const NAME(site) *s, const NAME(gradients) *d, int64_t from, int64_t to, int64_t block, REAL *scratch)
 {
@@ -172,19 +214,19 @@ static void NAME(backward)(
         return;
     }
     REAL *m = scratch, *v = scratch + n, *by_m = scratch + 2 * n, *by_v = scratch + 3 * n;
+    REAL *basis = scratch + 4 * n, *by_basis = basis + s->rank * n;
     int64_t group = -1;
     REAL mean = 0;
     for (int64_t o = from; o < to; o++) {
         if (o / s->filters != group) {
-            if (group >= 0) {
-                if (d->by_mean) NAME(gather)(s, by_m, group, d->by_mean + block * d->reach);
-                if (d->by_var) NAME(gather)(s, by_v, group, d->by_var + block * d->reach);
-            }
+            if (group >= 0) NAME(leave)(s, d, group, block, scratch);
             group = o / s->filters;
             NAME(spread)(s, s->mean, group, 0, m);
             NAME(spread)(s, s->var, group, 1, v);
+            NAME(lean)(s, v, group, basis);
             mean = NAME(sum)(m, n) / n;
             for (int64_t j = 0; j < 2 * n; j++) by_m[j] = 0;
+            for (int64_t j = 0; j < s->rank * n; j++) by_basis[j] = 0;
         }
         const REAL *w = s->weight + o * n, *G = d->by_multiplied ? d->by_multiplied + o * n : NULL;
         const REAL a = s->center ? s->average[o] : 0, f = s->factor[o];
@@ -204,7 +246,7 @@ static void NAME(backward)(
         NAME(start)(s, d, o, dot, &e, &u);
         e /= s->stride;
         u /= s->stride;
-        const REAL less = s->center ? (f * sum + 2 * u * weighted) / n + e * mean : 0; /* what centring takes away */
+        REAL less = s->center ? (f * sum + 2 * u * weighted) / n + e * mean : 0; /* what centring takes away */
         const REAL twice = 2 * u;
         REAL *out = d->by_weight ? d->by_weight + o * n : NULL;
         if (out && G) {
@@ -227,11 +269,17 @@ static void NAME(backward)(
                 for (int64_t j = 0; j < n; j++) out[j] = e * m[j] + twice * (w[j] - a) * v[j] - less;
             }
         }
+        for (int64_t r = 0; r < s->rank; r++) {
+            const REAL *b = basis + r * n;
+            REAL *by_b = by_basis + r * n;
+            const REAL p = s->stride * twice * NAME(along)(w, a, b, n);
+            less = s->center ? p * NAME(sum)(b, n) / n : 0;
+            for (int64_t j = 0; j < n; j++) by_b[j] += p * (w[j] - a);
+            if (out)
+                for (int64_t j = 0; j < n; j++) out[j] += p * b[j] - less;
+        }
     }
-    if (group >= 0) {
-        if (d->by_mean) NAME(gather)(s, by_m, group, d->by_mean + block * d->reach);
-        if (d->by_var) NAME(gather)(s, by_v, group, d->by_var + block * d->reach);
-    }
+    if (group >= 0) NAME(leave)(s, d, group, block, scratch);
 }
 
 static void NAME(work)(void *data)
@@ -246,8 +294,9 @@ static void NAME(work)(void *data)
         const NAME(site) *s = &job->sites[i];
         const int64_t rows = s->groups * s->filters, step = (rows + s->blocks - 1) / s->blocks;
         const int64_t from = item * step, to = from + step < rows ? from + step : rows;
-        if (room < 4 * s->inputs * s->taps) {
-            room = 4 * s->inputs * s->taps;
+        const int64_t needed = (4 + 2 * s->rank) * s->inputs * s->taps;
+        if (room < needed) {
+            room = needed;
             free(scratch);
             scratch = malloc(room * sizeof(REAL));
             if (!scratch) {

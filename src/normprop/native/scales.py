@@ -75,15 +75,15 @@ class _Geometry(NamedTuple):
 
 
 @functools.lru_cache(maxsize=4096)
-def _geometry(form: Form, size: int, shape: tuple[int, ...], outside: bool, threads: int) -> _Geometry:
+def _geometry(form: Form, size: int, shape: tuple[int, ...], outside: bool, threads: int, directions: int) -> _Geometry:
     """The geometry of a site with `size` outputs behind a weight of that shape; without a layer, of ``()``."""
     if not shape:
-        return _Geometry(0, 1, (1, size, 0, 0, 0, 1, False, 1))
+        return _Geometry(0, 1, (1, size, 0, 0, 0, 1, False, 1, 0))
     numbers = math.prod(shape)
     blocks = min(threads, size) if numbers >= _DIVIDED else 1
     inputs = shape[0] // form.groups if form.transposed else shape[1]
     rows = (form.groups, size // form.groups, inputs, math.prod(shape[2:]), outside)
-    return _Geometry(numbers, blocks, (*rows, form.stride, form.center, blocks))
+    return _Geometry(numbers, blocks, (*rows, form.stride, form.center, blocks, directions // form.groups))
 
 
 class _Layer:
@@ -119,6 +119,10 @@ class _Layer:
             return grad
         return self.empty().copy_(grad)
 
+    def rows(self, filters: Tensor) -> Tensor:
+        """Other filters of the same fan-in, one behind the other in memory as those of the weight are."""
+        return to_rows(filters, self.form, like=self.weight).contiguous()
+
 
 class Call:
     """Sites as the compiled arithmetic takes them.
@@ -138,10 +142,17 @@ class Call:
     def _geometries(self) -> list[_Geometry]:
         threads = torch.get_num_threads()
         return [
-            _geometry(form, size, (), False, threads)
+            _geometry(form, size, (), False, threads, 0)
             if layer is None
-            else _geometry(form, size, layer.weight.shape, layer.outside, threads)
-            for form, size, layer in zip(self.forms, self.sizes, self.layers, strict=True)
+            else _geometry(
+                form,
+                size,
+                layer.weight.shape,
+                layer.outside,
+                threads,
+                0 if site.directions is None else len(site.directions),
+            )
+            for form, size, layer, site in zip(self.forms, self.sizes, self.layers, self.sites, strict=True)
         ]
 
     def scales(self) -> tuple[Tensor, list[Tensor | None]]:
@@ -193,7 +204,7 @@ class Call:
         results: list[Tensor | None] = []
         for site, weight, gamma, beta in zip(self.sites, weights, by_gamma, by_beta, strict=True):
             both = (None if t is None else next(parts).reshape(t.shape) for t in site[1:3])
-            results += weight, *both, gamma, beta, None, None
+            results += weight, *both, gamma, beta, None, None, None
         return results
 
     def _shaped(self, memory: Sequence[Tensor | None]) -> list[Tensor | None]:
@@ -211,7 +222,10 @@ class Call:
             self.sites, self.layers, self.sizes, filters, self._geometries, strict=True
         ):
             fields.append(0 if layer is None else layer.memory.data_ptr())
-            fields += [0 if t is None else address(t) for t in site[1:]]
+            fields += [0 if t is None else address(t) for t in site[1:7]]
+            directions = None if layer is None or site.directions is None else layer.rows(site.directions)
+            fields.append(0 if directions is None else directions.data_ptr())
+            self.alive.append(directions)
             fields.append(0 if into is None else into.data_ptr())
             fields += range(place, place + 5 * reach, reach)
             fields += geometry.fields
