@@ -25,12 +25,13 @@ FILES = ("table.md", "table.json", "curves.png", "rate.png", "batch_size.png", "
 
 _ALL = "normprop batch frozen group layer instance ws frn evonorm-s0 nf weight none none-zero"
 _LARGE = "--norms normprop batch --batch-sizes 64 256 --rates 0.05 0.1 0.2 0.4 0.8 --clips 0 0.05 --dtype bf16"
+_FEW = _LARGE.replace("0.05 0.1 0.2 0.4 0.8", "0.1 0.3 0.9")
 _SMALL = f"--norms {_ALL} --batch-sizes 1 2 4 8 --rates 0.03 0.1 0.3 --clips 0 0.05 --validation 2000"
 COMPARISONS = {
     "resnet8": f"--data cifar10 --model resnet8 --train-images 20000 --epochs 3 {_LARGE}",
-    "resnet20": f"--data cifar10 --model resnet20 --train-images 20000 --epochs 3 {_LARGE}",
-    "nin": f"--data cifar10 --model nin --width 0.25 --train-images 20000 --epochs 3 {_LARGE}",
-    "plain12": f"--data fashion-mnist --model plain12 --train-images 20000 --epochs 3 {_LARGE}",
+    "resnet20": f"--data cifar10 --model resnet20 --train-images 20000 --epochs 3 {_FEW}",
+    "nin": f"--data cifar10 --model nin --width 0.25 --train-images 20000 --epochs 3 {_FEW}",
+    "plain12": f"--data fashion-mnist --model plain12 --train-images 20000 --epochs 3 {_FEW}",
     "resnet8-small": f"--data cifar10 --model resnet8 --train-images 4000 --epochs 2 {_SMALL}",
 }
 SEEDS = "--seeds 3 --finalists 2"

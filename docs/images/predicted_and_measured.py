@@ -1,8 +1,8 @@
 """Predicted against measured standard deviation of every layer, drawn as predicted_and_measured.png beside this file.
 
 A plain network of 11 convolutions without skips, half as wide as `plain12`, on CIFAR-10: as `convert` leaves it, without
-centring, calibrated on 256 images with and without directions, and after training. Measured on 512 test images, which nothing
-was fitted to.
+centring, calibrated on 256 images with and without directions, and after training. Measured on 512 test images, which took
+no part in any of it.
 
 python docs/images/predicted_and_measured.py           # about four minutes on one core
 """
