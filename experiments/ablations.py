@@ -1,4 +1,4 @@
-"""What calibration at the start and gradient clipping do to NormProp, at several rates: the table of docs/results.md.
+"""What calibration, its directions and gradient clipping do to NormProp, at several rates: the table of docs/results.md.
 
 python experiments/ablations.py             # what isn't finished yet, then the page; about half an hour of one core
 python experiments/ablations.py --report    # the page from the runs that are there
@@ -26,9 +26,13 @@ VARIANTS = {
     "NormProp, the default": {},
     "not calibrated": {"calibrate": 0},
     "calibrated on 64 images": {"calibrate": 64},
+    "calibrated, no directions": {"directions": 0},
+    "2 directions": {"directions": 2},
+    "32 directions": {"directions": 32},
     "clipping at 0.02": {"clip": 0.02},
     "not clipped": {"clip": 0.0},
-    "neither": {"calibrate": 0, "clip": 0.0},
+    "not clipped, no directions": {"directions": 0, "clip": 0.0},
+    "not clipped, not calibrated": {"calibrate": 0, "clip": 0.0},
     "input standardised by the batch": {"data_norm": "batch"},
     "BatchNorm": {"norm": "batch"},
     "BatchNorm, clipping at 0.05": {"norm": "batch", "clip": 0.05},
