@@ -78,3 +78,28 @@ def test_what_was_calibrated_still_does_not_depend_on_the_batch() -> None:
 def test_bad_input(model: Any, data: Any, message: str) -> None:
     with pytest.raises(NormPropError, match=message):
         normprop.calibrate(model(), data)
+
+
+@pytest.mark.parametrize("directions", [0, 4])
+@pytest.mark.parametrize("name", ["residual", "pre-activation", "gated"])
+def test_calibration_can_keep_the_function(name: str, directions: int) -> None:
+    torch.manual_seed(0)
+    make, shape = SMALL[name]
+    x = images(64, 12)[:, :, : shape[1], : shape[2]]
+    model = normprop.calibrate(normprop.convert(make().double()), x)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += 0.3 * parameter.std().nan_to_num() * torch.randn_like(parameter)
+    before, plain = model(x), normprop.fold(model)(x)
+    worst = lambda: max(off(row) for row in normprop.inspect(model, x) if row.operation.startswith("normprop.layers"))
+    error = worst()
+    normprop.calibrate(model, x, directions=directions, preserve=True)
+    torch.testing.assert_close(model(x), before)
+    torch.testing.assert_close(normprop.fold(model)(x), plain)
+    assert worst() < 0.01 * error or name == "pre-activation", "its last site has no γ and β to take up what was measured"
+
+
+def off(row: Any) -> float:
+    """How far the measured variance of a site is from the predicted one."""
+    return float((row.measured.var / row.predicted.var).log().abs().max())

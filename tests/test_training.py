@@ -18,6 +18,7 @@ from normprop.experiments.history import Observer
 from normprop.experiments.optimizer import build_optimizer
 from normprop.experiments.recipe import Recipe
 from normprop.experiments.schedules import rate_factor
+from normprop.experiments.seeds import derived
 from normprop.experiments.training import CHECKPOINT, METRICS, RECIPE, train
 from normprop.sites import Site
 
@@ -58,7 +59,7 @@ def assert_same_run(a, b):
 @pytest.mark.parametrize("norm", ["batch", "normprop", "paper", "frozen"])
 @pytest.mark.parametrize("kill", [(1, 1), (1, 4), (2, 1), (2, 3)], ids=lambda k: f"epoch{k[0]}step{k[1]}")
 def test_a_killed_run_resumes_to_the_same_weights(norm, kill, digits, tmp_path):
-    recipe = dataclasses.replace(TINY, norm=norm)
+    recipe = dataclasses.replace(TINY, norm=norm, recalibrate=64 if norm == "normprop" else None)
     whole = train(recipe, images=digits)
     with pytest.raises(Killed):
         train(recipe, images=digits, out=tmp_path, checkpoint_every=1, observer=KillAt(*kill))
@@ -291,16 +292,40 @@ def test_batch_data_normalisation_and_bf16_train(digits):
 def test_normprop_is_calibrated_on_training_samples_before_the_first_step(digits):
     start = dataclasses.replace(TINY, norm="normprop", epochs=0)
     constants = lambda run: torch.cat([t for k, t in run.model.state_dict().items() if k.endswith(".scale")])
-    assert start.resolved().calibrate == 512
+    assert start.resolved().calibrate == 256
     assert (constants(train(start, images=digits)) != 1).all()
     assert (constants(train(dataclasses.replace(start, calibrate=0), images=digits)) == 1).all()
     run = train(dataclasses.replace(start, calibrate=100), images=digits)
     sites = [m for m in run.model.network.modules() if isinstance(m, Site)]
-    sample = run.model.standardize(training._some(training.prepared(digits, start), start.seed, 100))
+    sample = run.model.standardize(training._some(training.prepared(digits, start), derived(start.seed, -1), 100))
     before = [t.clone() for site in sites for t in (site.shift, site.scale)]
     calibrate(run.model.network, sample)
     for a, b in zip(before, [t for site in sites for t in (site.shift, site.scale)], strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_normprop_is_calibrated_again_while_it_trains(digits):
+    recipe = dataclasses.replace(TINY, norm="normprop", recalibrate=64)
+    often, never = (train(dataclasses.replace(recipe, recalibrate=n), images=digits) for n in (64, 0))
+    constants = lambda run: torch.cat([t for k, t in run.model.state_dict().items() if k.endswith(".scale")])
+    assert not torch.allclose(constants(often), constants(never))
+    assert often.rows[-1].train_loss == pytest.approx(never.rows[-1].train_loss, abs=0.5)
+
+
+def test_a_network_that_cannot_be_measured_any_more_has_diverged(digits):
+    broken = dataclasses.replace(digits, x_train=digits.x_train * 1.0)
+
+    class Break(Observer):
+        def started(self, recipe, model, *, train, test):
+            self.model = model
+
+        def stepped(self, epoch, step, steps, loss):
+            with torch.no_grad():
+                next(m for m in self.model.modules() if isinstance(m, Site)).weight.fill_(1e25)
+
+    run = train(dataclasses.replace(TINY, norm="normprop", recalibrate=32), images=broken, observer=Break())
+    assert run.rows[-1].diverged
+    assert run.rows[-1].step == 1
 
 
 def test_only_normalised_filters_keep_unit_length(digits):

@@ -12,12 +12,14 @@ from normprop.errors import NormPropError, TracingError, UnsupportedOpError
 from normprop.fold import fold
 from normprop.inspect import inspect
 from normprop.propagate import propagate
+from normprop.recalibrate import recalibrate
 from normprop.report import Report
 from normprop.rules import rule
 
 __all__ = [
     "ActivationMoments", "CanonicalErrorBound", "InputStats", "Moments", "Report", "Standardize",
     "NormPropError", "TracingError", "UnsupportedOpError",
-    "accumulate", "calibrate", "canonical_error_bound", "convert", "fold", "inspect", "moments", "propagate", "rule",
+    "accumulate", "calibrate", "canonical_error_bound", "convert", "fold", "inspect", "moments", "propagate",
+    "recalibrate", "rule",
     "nn", "optim",
 ]  # fmt: skip

@@ -10,15 +10,15 @@ from torch import Tensor, fx, nn
 
 from normprop.converted import as_converted
 from normprop.directions import principal_directions
-from normprop.errors import NormPropError
-from normprop.lane import LaneValues, last_uses, site_calls
-from normprop.scale import Scale
+from normprop.errors import NormPropError, NotFiniteError
+from normprop.lane import LaneValues, SiteCall, last_uses, site_calls
+from normprop.scale import Scale, plain_scale
 from normprop.sites import Site, site_operands, site_statistics
 
 Statistics = tuple[Tensor, Tensor]
 
 
-def calibrate(model: nn.Module, data: Any, *, directions: int = 8) -> nn.Module:
+def calibrate(model: nn.Module, data: Any, *, directions: int = 8, preserve: bool = False) -> nn.Module:
     """Set every site's constants from data, so that each site standardises what it really sees.
 
     One pass in the order of the graph: a site is measured behind sites that are calibrated already. With the measured mean
@@ -36,12 +36,16 @@ def calibrate(model: nn.Module, data: Any, *, directions: int = 8) -> nn.Module:
             DataLoader). All batches are carried through the network together: a few hundred samples are enough.
         directions: how many to measure in front of each layer (of transposed convolutions none); 0 for independence. Each
             costs as many operations a step as one more output position of every layer.
+        preserve: change γ and β with the constants, so that the network computes what it did before. (Those of a site that
+            is used several times follow its first call; the others, and sites without γ and β, keep their function by
+            their constants, and don't standardise.)
 
     Returns:
         The model.
 
     Raises:
-        NormPropError: the model is not a converted one; no data; values that are not finite; `directions` below 0.
+        NormPropError: the model is not a converted one; no data; `directions` below 0.
+        NotFiniteError: values that are not finite, of the data or in the network.
 
     Example:
         >>> import torch, normprop
@@ -61,7 +65,7 @@ def calibrate(model: nn.Module, data: Any, *, directions: int = 8) -> nn.Module:
     converted.eval()
     try:
         for graph in dict.fromkeys(converted.graphs().values()):
-            _Calibration(converted, graph, batches=batches, directions=directions).run()
+            _Calibration(converted, graph, batches=batches, directions=directions, keep=preserve).run()
     finally:
         converted.train(mode)
     return model
@@ -97,7 +101,7 @@ def _batches(data: Any, device: torch.device) -> list[Tensor]:
     if not batches or any(b.numel() == 0 for b in batches):
         raise NormPropError("calibrate got no data.")
     if not all(bool(torch.isfinite(b).all()) for b in batches):
-        raise NormPropError("the data to calibrate on holds values that are not finite.")
+        raise NotFiniteError("the data to calibrate on holds values that are not finite.")
     return [b.to(device) for b in batches]
 
 
@@ -111,6 +115,7 @@ class _Calibration:
         biases: bias of the layer, by path, for sites which shall give the layer's own output.
         batches: what to measure otherwise.
         directions: how many to measure of each layer's input.
+        keep: whether the function stays.
     """
 
     def __init__(
@@ -122,6 +127,7 @@ class _Calibration:
         biases: Mapping[str, Tensor | None] | None = None,
         batches: Sequence[Tensor] = (),
         directions: int = 0,
+        keep: bool = False,
     ) -> None:
         self.graph = graph
         self.given = given
@@ -131,6 +137,7 @@ class _Calibration:
         self.lane = LaneValues(root, graph)
         self.calls = site_calls(graph)
         self.data: list[dict[fx.Node, Any]] = [{} for _ in batches]
+        self.kept = _functions(LaneValues(root, graph), self.calls) if keep else {}
 
     @torch.no_grad()
     def run(self) -> None:
@@ -169,6 +176,9 @@ class _Calibration:
             target = self._measure(node, filters, len(mean))
         if target is None:
             return
+        if node in self.kept:
+            target = _keep(site, *self.kept[node], target, first=index == 0)
+            self.lane.forget(call.site)
         shift, scale = (t[index] if t.dim() == 2 else t for t in (site.shift, site.scale))
         var = torch.where(var > 0, var, 1.0)
         shift.copy_((target[0].to(mean.dtype) - mean) / var.sqrt())
@@ -181,13 +191,14 @@ class _Calibration:
         if given.weight is not None and not form.transposed and self.directions:
             layer = lambda filters, batch: self._output(node, batch, filters, len(filters))
             found = principal_directions(layer, len(self.batches), form, given, self.directions)
-        if site.shift.dim() == 1 or found is None:
-            site.directions = None if found is None else nn.Parameter(found, requires_grad=False)
+        if found is None:
+            site.directions = None
             return
-        if index == 0:
-            site.directions = nn.Parameter(found.new_zeros(len(site.shift), *found.shape), requires_grad=False)
-        assert site.directions is not None
-        site.directions[index] = found
+        several = site.shift.dim() == 2
+        shape = (len(site.shift), *found.shape) if several else found.shape
+        if site.directions is None or site.directions.shape != shape:
+            site.directions = nn.Parameter(found.new_zeros(shape), requires_grad=False)
+        (site.directions[index] if several else site.directions).copy_(found)
 
     def _output(self, node: fx.Node, batch: int, filters: Tensor | None, channels: int) -> Tensor:
         """What the layer before a site gives for some filters, without a bias; the site's input if there is no layer."""
@@ -214,7 +225,30 @@ class _Calibration:
         if count < 2:
             raise NormPropError("calibrate cannot measure a variance from one value a channel.\nPass more samples.")
         mean = total / count
+        if not bool(torch.isfinite(square).all()):
+            raise NotFiniteError("values behind a layer are not finite.")
         return mean, (square / count - mean.square()).clamp(min=1e-12)
+
+
+@torch.no_grad()
+def _functions(lane: LaneValues, calls: Mapping[fx.Node, SiteCall]) -> dict[fx.Node, tuple[Tensor, Tensor]]:
+    """Factor and offset of every site as it is."""
+    scales = {node: plain_scale(*site_operands(lane.arguments(call)), multiplied=False) for node, call in calls.items()}
+    return {node: (scale.factor, scale.offset) for node, scale in scales.items() if scale.factor is not None}
+
+
+def _keep(site: Site, factor: Tensor, offset: Tensor, measured: Statistics, *, first: bool) -> Statistics:
+    """Statistics with which a site's factor and offset stay, the measured ones if γ and β can take up the difference."""
+    if site.weight is not None and site.bias is not None and first:
+        mean, var = (t.to(factor.dtype) for t in measured)
+        site.weight.copy_(factor * var.sqrt())
+        site.bias.copy_(offset + mean * factor)
+        return measured
+    gamma = torch.ones_like(factor) if site.weight is None else site.weight.to(factor.dtype)
+    beta = torch.zeros_like(offset) if site.bias is None else site.bias.to(offset.dtype)
+    safe = torch.where(factor == 0, 1.0, factor)
+    kept = (beta - offset) / safe, (gamma / safe).square()
+    return tuple(torch.where(factor == 0, m, t) for m, t in zip(measured, kept, strict=True))  # type: ignore[return-value]
 
 
 def _own_output(site: Site, bias: Tensor | None, mean: Tensor, var: Tensor, *, first: bool) -> Statistics:

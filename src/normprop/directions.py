@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from normprop.errors import NotFiniteError
 from normprop.filter_rows import Form, Operands, from_rows, to_rows, vectors
 
 # More directions are followed than are kept, and so often multiplied with the covariance.
@@ -35,6 +36,9 @@ def principal_directions(
 
     Returns:
         ``(groups · R, I/groups, …)`` with R ≤ count, None if filters have too few weights for any.
+
+    Raises:
+        NotFiniteError: there are values that can't be squared.
     """
     assert given.weight is not None
     rows = to_rows(given.weight, form)
@@ -50,7 +54,10 @@ def principal_directions(
     found = _orthonormal(start)
     for _ in range(_ROUNDS):
         found = _orthonormal(covariance(found))
-    values, turn = torch.linalg.eigh(found @ covariance(found).mT)
+    products = found @ covariance(found).mT
+    if not bool(torch.isfinite(products).all()):
+        raise NotFiniteError("values in front of a layer are not finite, or too large to be squared.")
+    values, turn = torch.linalg.eigh(products)
     values, found = torch.where(values > covariance.noise, values, 0.0).flip(-1), (turn.mT @ found).flip(-2)
     rest = values[:, kept:].sum(-1)
     if room > followed:

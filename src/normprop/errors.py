@@ -2,7 +2,7 @@
 
 
 class NormPropError(Exception):
-    """Anything normprop refuses to do; its children name the two reasons that a program may want to tell apart."""
+    """Anything normprop refuses to do; its children name the reasons that a program may want to tell apart."""
 
 
 class UnsupportedOpError(NormPropError):
@@ -19,3 +19,7 @@ class UnsupportedOpError(NormPropError):
 
 class TracingError(NormPropError):
     """torch.fx could not turn a network into a graph; the message names the line and the way around it."""
+
+
+class NotFiniteError(NormPropError):
+    """What was to be measured holds values that are not finite, or too large to be squared."""

@@ -133,6 +133,14 @@ class LaneValues:
                 self.known[current] = self.run(current, self.known.__getitem__)
         return self.known[node]
 
+    def forget(self, parameter: fx.Node) -> None:
+        """Drop what was computed from a parameter or module that has changed since."""
+        stale = list(parameter.users)
+        while stale:
+            node = stale.pop()
+            if node in self.nodes and self.known.pop(node, None) is not None:
+                stale.extend(node.users)
+
     def run(self, node: fx.Node, value_of: Callable[[fx.Node], Any]) -> Any:
         """One node's operation on the values of what it reads."""
         args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), value_of)

@@ -22,8 +22,9 @@ class Filters(NamedTuple):
     groups: int = 1
 
 
-_FIRST_MOMENTS = ("momentum_buffer", "exp_avg")
-_SECOND_MOMENTS = ("exp_avg_sq", "max_exp_avg_sq")
+# What optimizers call running means of gradients and of their squares.
+FIRST_MOMENTS = ("momentum_buffer", "exp_avg")
+SECOND_MOMENTS = ("exp_avg_sq", "max_exp_avg_sq")
 
 
 @torch.no_grad()
@@ -89,7 +90,7 @@ class UnitNormProjection:
         self.model = model
         self.tangent = tangent
         self.eps = eps
-        if self._project(optimizer, _FIRST_MOMENTS, _SECOND_MOMENTS) == 0:
+        if self._project(optimizer, FIRST_MOMENTS, SECOND_MOMENTS) == 0:
             raise NormPropError(
                 "UnitNormProjection found no filters to keep at unit length.\n"
                 "Give a model with normalised layers, or mark groups of the optimizer with unit_norm=True."
@@ -101,7 +102,7 @@ class UnitNormProjection:
         self._handle.remove()
 
     def _hook(self, optimizer: Optimizer, _args: tuple[Any, ...], _kwargs: dict[str, Any]) -> None:
-        self._project(optimizer, _FIRST_MOMENTS, ())
+        self._project(optimizer, FIRST_MOMENTS, ())
 
     @torch.no_grad()
     def _project(self, optimizer: Optimizer, first: tuple[str, ...], second: tuple[str, ...]) -> int:

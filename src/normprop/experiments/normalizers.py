@@ -77,7 +77,7 @@ class Normalizer:
 NORMALIZERS: dict[str, Normalizer] = {
     n.name: n
     for n in (
-        Normalizer("normprop", baselines.batch, method="exact", clip=0.05, calibrate=512),
+        Normalizer("normprop", baselines.batch, method="exact", clip=0.05, calibrate=256),
         Normalizer("paper", baselines.batch, method="paper", clip=0.05),
         Normalizer("batch", baselines.batch, smallest_batch=2),
         Normalizer("frozen", baselines.frozen),

@@ -21,9 +21,11 @@ _LEAST = (
     ("weight_decay", 0.0),
     ("calibrate", 0),
     ("directions", 0),
+    ("recalibrate", 0),
 )
-# How many directions in which inputs vary are measured if nobody says.
+# How many directions in which inputs vary are measured, and after how many samples again, if nobody says.
 _DIRECTIONS = 8
+_RECALIBRATE = 6400
 
 
 @dataclass(frozen=True)
@@ -83,9 +85,11 @@ class Recipe(Setting):
     for normprop, paper and nf, none for the others."""
     calibrate: int | None = None
     """Set the constants of normprop from so many training samples before the first step; 0 leaves it at what is computed
-    for independent inputs. By default 512; nothing else has such constants."""
+    for independent inputs. By default 256; nothing else has such constants."""
     directions: int | None = None
     """Measure so many principal directions of every layer's input at that; by default 8."""
+    recalibrate: int | None = None
+    """Calibrate again whenever so many samples have been seen, keeping the function; 0 for never. By default 6400."""
     seed: int = 0
     """Of initialisation, order, augmentation, dropout and samples to calibrate with."""
 
@@ -111,8 +115,9 @@ class Recipe(Setting):
                 f"--norm {self.norm} has nothing to calibrate.\nLeave out --calibrate, or use --norm normprop."
             )
         calibrate = norm.calibrate if self.calibrate is None else self.calibrate
-        if self.directions and not calibrate:
-            raise NormPropError("--directions are measured by calibration.\nUse --calibrate 512, or leave them out.")
+        for name in ("directions", "recalibrate"):
+            if getattr(self, name) and not calibrate:
+                raise NormPropError(f"{_flag(name)} needs calibration.\nUse --calibrate 256, or leave it out.")
         if self.data_norm == "batch" and self.batch_size == 1:
             raise NormPropError("--data-norm batch can't train at batch size 1.\nUse --data-norm global.")
         return dataclasses.replace(
@@ -121,6 +126,7 @@ class Recipe(Setting):
             clip=clip_at(self.batch_size, norm.clip) if self.clip is None else self.clip,
             calibrate=calibrate,
             directions=_DIRECTIONS if calibrate and self.directions is None else self.directions,
+            recalibrate=_RECALIBRATE if calibrate and self.recalibrate is None else self.recalibrate,
             validation=self.validation or 0,
             halve_every=self.halve_every or max(1, self.epochs // 8),
         )

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from normprop.calibrate import calibrate
 from normprop.data import InputStats, Standardize
-from normprop.errors import NormPropError
+from normprop.errors import NormPropError, NotFiniteError
 from normprop.experiments import checkpoint
 from normprop.experiments.baselines import measure_once
 from normprop.experiments.batches import Batches
@@ -30,6 +30,7 @@ from normprop.experiments.processes import Processes, processes
 from normprop.experiments.recipe import Recipe
 from normprop.experiments.schedules import rate_factor
 from normprop.experiments.seeds import derived
+from normprop.recalibrate import recalibrate
 
 # Training samples from which statistics that are frozen before training are measured.
 _MEASURED = 512
@@ -110,9 +111,9 @@ def build_model(recipe: Recipe, images: Images, group: Processes) -> nn.Module:
     # Images lie channels last, see `_placed`; weights that lie so too needn't be reordered in every step.
     model = nn.Sequential(parts).to(group.device).to(memory_format=torch.channels_last)
     if recipe.calibrate:
-        samples = standardize(_placed(_some(images, recipe.seed, recipe.calibrate), group))
-        calibrate(network, samples, directions=recipe.directions or 0)
-    measure_once(model, _placed(_some(images, recipe.seed, _MEASURED), group))
+        samples = _some(images, derived(recipe.seed, -1), recipe.calibrate)
+        calibrate(network, standardize(_placed(samples, group)), directions=recipe.directions or 0)
+    measure_once(model, _placed(_some(images, derived(recipe.seed, -1), _MEASURED), group))
     return model
 
 
@@ -124,7 +125,7 @@ def _placed(x: Tensor, group: Processes) -> Tensor:
 
 def _some(images: Images, seed: int, count: int) -> Tensor:
     """So many random training samples, or all."""
-    chosen = torch.randperm(len(images.x_train), generator=torch.Generator().manual_seed(derived(seed, -1)))
+    chosen = torch.randperm(len(images.x_train), generator=torch.Generator().manual_seed(seed))
     return images.x_train[chosen[:count]]
 
 
@@ -205,7 +206,8 @@ class _Trainer:
             )
             parallel.train()
             for step in range(self.step, len(batches)):
-                loss = self._take_step(parallel, batches, step)
+                measured = self._recalibrate(epoch * len(batches) + step)
+                loss = self._take_step(parallel, batches, step) if measured else math.nan
                 if not math.isfinite(loss):
                     self._end_epoch(len(batches), diverged=True)
                     self._write_metrics(out)
@@ -219,6 +221,22 @@ class _Trainer:
                 checkpoint.save(out / CHECKPOINT, self.state())
             self._write_metrics(out)
         return Run(recipe, self.rows, self.model)
+
+    def _recalibrate(self, steps: int) -> bool:
+        """Do so if it is time after so many steps, on samples that depend on their number alone; False if it can't be."""
+        recipe = self.recipe
+        if not recipe.recalibrate or steps == 0 or steps % max(1, recipe.recalibrate // recipe.batch_size):
+            return True
+        began = time.perf_counter()
+        standardize, network = self.model.children()
+        samples = _some(self.images, derived(recipe.seed, -2, steps), recipe.calibrate or 0)
+        x = standardize(_placed(samples, self.group))
+        try:
+            recalibrate(network, self.optimizer, x, directions=recipe.directions or 0)
+        except NotFiniteError:
+            return False
+        self.seconds += time.perf_counter() - began
+        return True
 
     def _take_step(self, parallel: nn.Module, batches: Batches, step: int) -> float:
         """Loss of one step over all processes; where it isn't finite the weights are left as they were."""
