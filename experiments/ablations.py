@@ -1,6 +1,6 @@
 """What calibration, its directions and gradient clipping do to NormProp, at several rates: the table of docs/results.md.
 
-python experiments/ablations.py             # what isn't finished yet, then the page; about half an hour of one core
+python experiments/ablations.py             # what isn't finished yet, then the page; about forty minutes of one core
 python experiments/ablations.py --report    # the page from the runs that are there
 """
 
@@ -26,18 +26,22 @@ VARIANTS = {
     "NormProp, the default": {},
     "not calibrated": {"calibrate": 0},
     "calibrated on 64 images": {"calibrate": 64},
-    "calibrated, no directions": {"directions": 0},
+    "calibrated once": {"recalibrate": 0},
+    "calibrated once, no directions": {"recalibrate": 0, "directions": 0},
+    "no directions": {"directions": 0},
     "2 directions": {"directions": 2},
     "32 directions": {"directions": 32},
+    "calibrated four times as often": {"recalibrate": 1600},
     "clipping at 0.02": {"clip": 0.02},
     "not clipped": {"clip": 0.0},
-    "not clipped, no directions": {"directions": 0, "clip": 0.0},
+    "not clipped, calibrated once": {"recalibrate": 0, "clip": 0.0},
+    "not clipped, calibrated once, no directions": {"recalibrate": 0, "directions": 0, "clip": 0.0},
     "not clipped, not calibrated": {"calibrate": 0, "clip": 0.0},
     "input standardised by the batch": {"data_norm": "batch"},
     "BatchNorm": {"norm": "batch"},
     "BatchNorm, clipping at 0.05": {"norm": "batch", "clip": 0.05},
 }
-RATES = (0.1, 0.3, 1.0)
+RATES = (0.1, 0.4, 1.6)
 SEEDS = (0, 1, 2)
 
 
