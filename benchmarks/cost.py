@@ -30,6 +30,7 @@ GROWTH = Path("benchmarks", "results", "lane_growth.json")
 PAGE = ROOT / "docs" / "cost.md"
 
 _ALL = "--against plain batch group layer --threads 2 --seconds 6"
+_CALIBRATED = "--against plain calibrated --threads 2 --seconds 6 --skip-memory"
 _COMPILED = "--against plain batch --threads 2 --seconds 6 --compile --skip-memory"
 RUNS = {
     "resnet20": f"resnet20 --batch-size 1 8 64 {_ALL}",
@@ -40,6 +41,8 @@ RUNS = {
     "resnet50-compiled": f"torchvision:resnet50 --batch-size 4 {_COMPILED}",
     "resnet20-accumulated": "resnet20 --batch-size 1 --accumulate 8 --against plain --threads 2 --seconds 6 --skip-memory",
     "resnet18-accumulated": "resnet18 --batch-size 1 --accumulate 8 --against plain --threads 2 --seconds 6 --skip-memory",
+    "resnet20-calibrated": f"resnet20 --batch-size 1 8 64 {_CALIBRATED}",
+    "resnet18-calibrated": f"resnet18 --batch-size 1 8 64 {_CALIBRATED}",
 }
 GROWTH_COMMAND = "--seconds 1 --threads 1"
 

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from normprop.benchmark.replacement import with_layer, without_batchnorm
+from normprop.calibrate import calibrate
 from normprop.errors import NormPropError
 from normprop.experiments.names import unknown
 from normprop.experiments.normalizers import NORMALIZERS, normalizer, realize
@@ -35,6 +36,11 @@ def _converted(name: str) -> Callable[[nn.Module, Shape], nn.Module]:
     return lambda network, shape: realize(network, normalizer(name), shape)
 
 
+def _calibrated(network: nn.Module, shape: Shape) -> nn.Module:
+    """With directions, whatever they are: how many there are is what costs."""
+    return calibrate(realize(network, normalizer("normprop"), shape), torch.randn(32, *shape))
+
+
 def _normalized(name: str) -> Callable[[nn.Module, Shape], nn.Module]:
     return lambda network, _: with_layer(network, NORMALIZERS[name].layer)
 
@@ -47,6 +53,7 @@ CONTENDERS: dict[str, Contender] = {
     c.name: c
     for c in (
         Contender("normprop", "NormProp", _converted("normprop")),
+        Contender("calibrated", "NormProp, calibrated", _calibrated),
         Contender("paper", "NormProp, the paper's form", _converted("paper")),
         Contender("plain", "no normaliser", _plain),
         Contender("batch", "BatchNorm", lambda network, _: network),

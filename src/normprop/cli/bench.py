@@ -58,7 +58,7 @@ def bench(
     Args:
         model: As in normprop train: resnet20, resnet18, nin …, torchvision:NAME, timm:NAME or module:function.
         batch_size: Batch sizes to measure at.
-        against: Contenders: plain (no normaliser: layers with a bias), batch, group, layer, paper. Commas work too.
+        against: Contenders: plain (no normaliser: layers with a bias), batch, group, layer, calibrated, paper; commas work.
         seconds: Time for each of training and inference at each batch size; five rounds are run however long they take.
         shape: Of a sample, like 3x32x32; by default that, or 3x224x224 for networks of torchvision and timm.
         classes: Outputs; by default 10, or 1000 for networks of torchvision and timm.
