@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from typing import Any
 
 import pytest
@@ -173,3 +174,13 @@ def test_training_moves_no_directions_and_gradients_are_those_of_the_function() 
 def test_bad_input() -> None:
     with pytest.raises(NormPropError, match="0 or more"):
         normprop.calibrate(normprop.convert(Residual()), images(4).float(), directions=-1)
+
+
+def test_a_calibrated_network_is_compiled_exported_and_pickled() -> None:
+    torch.manual_seed(0)
+    model = normprop.calibrate(normprop.convert(Residual()), images(16).float(), directions=2)
+    x = images(4).float()
+    expected = model(x)
+    torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="aot_eager")(x), expected)
+    torch.testing.assert_close(torch.export.export(model.eval(), (x,)).module()(x), expected)
+    torch.testing.assert_close(pickle.loads(pickle.dumps(model))(x), expected)
