@@ -56,7 +56,7 @@ def demo(*, out: Path = Path("normprop-demo.png"), epochs: int = 3, seeds: int =
         f"Digits (1,437 training images of 8×8), {epochs} epochs, {seeds} seeds. The same for all: the paper's network "
         "at a quarter of its width, He initialisation, SGD with momentum 0.9 and weight decay 5e-4, one-cycle rate "
         f"{_RATE:g}·(b/64)^¾, adaptive gradient clipping at {_CLIP:g}/√(b/64), where b is the batch size. NormProp's "
-        "constants are set from 512 training images before the first step.",
+        f"constants are set from {recipes[0].resolved().calibrate} training images before the first step.",
         soft_wrap=True,
     )
     columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("runs"))
