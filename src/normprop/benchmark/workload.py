@@ -72,7 +72,7 @@ class Workload:
     def deployed(self, name: str) -> nn.Module:
         """The network that a contender infers with, in evaluation mode: converted ones are folded."""
         network = CONTENDERS[name].build(self.original(), self.shape)
-        if normalizer_folds(name):
+        if isinstance(network, ConvertedModule):
             network = fold(network)
         return self._placed(network).eval()
 
@@ -137,16 +137,6 @@ class Workload:
     def _placed(self, network: nn.Module) -> nn.Module:
         network = network.to(self.device)
         return network.to(memory_format=torch.channels_last) if self.channels_last else network
-
-
-def normalizer_folds(name: str) -> bool:
-    """Whether a contender is a converted network, which `fold` makes plain.
-
-    Example:
-        >>> normalizer_folds("paper"), normalizer_folds("group"), normalizer_folds("plain")
-        (True, False, False)
-    """
-    return name != "plain" and normalizer(name).method is not None
 
 
 def _tensors(output: Any) -> Iterable[Tensor]:
