@@ -34,6 +34,7 @@ VARIANTS = {
     "calibrated four times as often": {"recalibrate": 1600},
     "clipping at 0.02": {"clip": 0.02},
     "not clipped": {"clip": 0.0},
+    "not clipped, no directions": {"directions": 0, "clip": 0.0},
     "not clipped, calibrated once": {"recalibrate": 0, "clip": 0.0},
     "not clipped, calibrated once, no directions": {"recalibrate": 0, "directions": 0, "clip": 0.0},
     "not clipped, not calibrated": {"calibrate": 0, "clip": 0.0},
