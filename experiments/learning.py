@@ -5,7 +5,7 @@
     python experiments/learning.py --report             # the page from the runs that are there
 
 Runs are kept in --out, by default runs/learning, one JSON line each. Tables, figures and the runs of each comparison go to
-experiments/results/NAME. All of them take about twenty hours of one core; several such commands share the work.
+experiments/results/NAME. A run takes half a minute to two of one core; several such commands share the work.
 """
 
 from __future__ import annotations

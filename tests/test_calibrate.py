@@ -80,6 +80,15 @@ def test_bad_input(model: Any, data: Any, message: str) -> None:
         normprop.calibrate(model(), data)
 
 
+@pytest.mark.parametrize("preserve", [False, True])
+def test_statistics_are_computed_in_full_precision_under_autocast(preserve: bool) -> None:
+    model = normprop.convert(Residual())
+    with torch.autocast("cpu", torch.bfloat16):
+        normprop.calibrate(model, images(16).float(), preserve=preserve)
+        assert bool(torch.isfinite(model(images(4).float())).all())
+    assert all(p.dtype is torch.float32 for p in model.parameters())
+
+
 @pytest.mark.parametrize("directions", [0, 4])
 @pytest.mark.parametrize("name", ["residual", "pre-activation", "gated"])
 def test_calibration_can_keep_the_function(name: str, directions: int) -> None:

@@ -8,7 +8,7 @@ from normprop.calibrate import calibrate
 from normprop.channel_moments import Moments
 from normprop.convert import convert
 from normprop.data import InputStats, Standardize
-from normprop.errors import NormPropError, TracingError, UnsupportedOpError
+from normprop.errors import NormPropError, NotFiniteError, TracingError, UnsupportedOpError
 from normprop.fold import fold
 from normprop.inspect import inspect
 from normprop.propagate import propagate
@@ -18,7 +18,7 @@ from normprop.rules import rule
 
 __all__ = [
     "ActivationMoments", "CanonicalErrorBound", "InputStats", "Moments", "Report", "Standardize",
-    "NormPropError", "TracingError", "UnsupportedOpError",
+    "NormPropError", "NotFiniteError", "TracingError", "UnsupportedOpError",
     "accumulate", "calibrate", "canonical_error_bound", "convert", "fold", "inspect", "moments", "propagate",
     "recalibrate", "rule",
     "nn", "optim",

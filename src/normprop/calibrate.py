@@ -12,6 +12,7 @@ from normprop.converted import as_converted
 from normprop.directions import principal_directions
 from normprop.errors import NormPropError, NotFiniteError
 from normprop.lane import LaneValues, SiteCall, last_uses, site_calls
+from normprop.rules.linear import full_precision
 from normprop.scale import Scale, plain_scale
 from normprop.sites import Site, site_operands, site_statistics
 
@@ -31,7 +32,7 @@ def calibrate(model: nn.Module, data: Any, *, directions: int = 8, preserve: boo
     towards them. This is what lets a network train at BatchNorm's learning rates (docs/results.md).
 
     Args:
-        model: a network that `convert` made; its constants are changed in place, nothing else is.
+        model: a network that `convert` made; its constants are changed in place, and with `preserve` γ and β.
         data: a tensor of samples ``(N, …)``, or an iterable of tensors or of tuples whose first entry is one (a
             DataLoader). All batches are carried through the network together: a few hundred samples are enough.
         directions: how many to measure in front of each layer (of transposed convolutions none); 0 for independence. Each
@@ -164,7 +165,7 @@ class _Calibration:
     def _set(self, node: fx.Node) -> None:
         call = self.calls[node]
         site, index = self.lane[call.site], call.options.get("call", 0)
-        if self.given is None and call.path not in self.biases:
+        if self.batches:
             self._set_directions(node, site, index)
         filters, mean, var = site_statistics(self.lane.arguments(call))
         target: Statistics | None
@@ -190,7 +191,8 @@ class _Calibration:
         found = None
         if given.weight is not None and not form.transposed and self.directions:
             layer = lambda filters, batch: self._output(node, batch, filters, len(filters))
-            found = principal_directions(layer, len(self.batches), form, given, self.directions)
+            with full_precision(given.shift):
+                found = principal_directions(layer, len(self.batches), form, given, self.directions)
         if found is None:
             site.directions = None
             return
@@ -207,10 +209,9 @@ class _Calibration:
             (node.args[0], node.args[2:]), lambda a: self.lane[a] if a in self.lane.nodes else known[a]
         )
         x, rest = found
-        if filters is None:
-            return x  # type: ignore[no-any-return]
-        scale = Scale(filters, None, filters.new_zeros(channels))
-        return node.target(x, scale, *rest)  # type: ignore[operator, no-any-return]  # one of the layers
+        layer: Any = node.target
+        output: Tensor = x if filters is None else layer(x, Scale(filters, None, filters.new_zeros(channels)), *rest)
+        return output
 
     def _measure(self, node: fx.Node, filters: Tensor | None, channels: int) -> Statistics:
         """Mean and variance, per channel, of what the site standardises: its layer's output without a bias, or its input."""
@@ -233,8 +234,14 @@ class _Calibration:
 @torch.no_grad()
 def _functions(lane: LaneValues, calls: Mapping[fx.Node, SiteCall]) -> dict[fx.Node, tuple[Tensor, Tensor]]:
     """Factor and offset of every site as it is."""
-    scales = {node: plain_scale(*site_operands(lane.arguments(call)), multiplied=False) for node, call in calls.items()}
-    return {node: (scale.factor, scale.offset) for node, scale in scales.items() if scale.factor is not None}
+    found = {}
+    for node, call in calls.items():
+        form, given = site_operands(lane.arguments(call))
+        with full_precision(given.shift):
+            scale = plain_scale(form, given, multiplied=False)
+        assert scale.factor is not None
+        found[node] = scale.factor, scale.offset
+    return found
 
 
 def _keep(site: Site, factor: Tensor, offset: Tensor, measured: Statistics, *, first: bool) -> Statistics:
@@ -247,8 +254,8 @@ def _keep(site: Site, factor: Tensor, offset: Tensor, measured: Statistics, *, f
     gamma = torch.ones_like(factor) if site.weight is None else site.weight.to(factor.dtype)
     beta = torch.zeros_like(offset) if site.bias is None else site.bias.to(offset.dtype)
     safe = torch.where(factor == 0, 1.0, factor)
-    kept = (beta - offset) / safe, (gamma / safe).square()
-    return tuple(torch.where(factor == 0, m, t) for m, t in zip(measured, kept, strict=True))  # type: ignore[return-value]
+    mean = torch.where(factor == 0, measured[0], (beta - offset) / safe)
+    return mean, torch.where(factor == 0, measured[1], (gamma / safe).square())
 
 
 def _own_output(site: Site, bias: Tensor | None, mean: Tensor, var: Tensor, *, first: bool) -> Statistics:

@@ -34,7 +34,7 @@ def recalibrate(model: nn.Module, optimizer: Optimizer, data: Any, *, directions
         The model.
 
     Raises:
-        NormPropError: as `calibrate`.
+        NormPropError, NotFiniteError: as `calibrate`.
 
     Example:
         >>> import torch, normprop

@@ -52,11 +52,11 @@ class _Scales(torch.autograd.Function):
         ∂L/∂c = G + m ∂L/∂E + 2 v c ∂L/∂V, less its mean over each filter where filters are centred
         ∂L/∂m = Σ_o c ∂L/∂E    ∂L/∂v = Σ_o c² ∂L/∂V
 
-    With directions and p_r = Σ c √v U_r, ∂L/∂c has 2 ∂L/∂V Σ_r p_r √v U_r besides, ∂L/∂v has Σ_o ∂L/∂V Σ_r p_r c U_r/√v.
-
     and where filters come multiplied, with G' = ∂L/∂(f c): h = Σ G' c and G = f G'. What is per channel is computed for all
     sites together, and what is per weight for all small layers of one shape. The gradient of a large layer's weight is
     written into G: what one layer's filters got is nobody else's. Differentiated again, the backward is `plain_scale`'s.
+
+    With directions and p_r = Σ c √v U_r, ∂L/∂c has 2 ∂L/∂V Σ_r p_r √v U_r besides, and ∂L/∂v has Σ_o ∂L/∂V Σ_r p_r c U_r/√v.
     """
 
     @staticmethod

@@ -222,7 +222,7 @@ class Call:
             self.sites, self.layers, self.sizes, filters, self._geometries, strict=True
         ):
             fields.append(0 if layer is None else layer.memory.data_ptr())
-            fields += [0 if t is None else address(t) for t in site[1:7]]
+            fields += [0 if t is None else address(t) for t in site[1:-1]]
             directions = None if layer is None or site.directions is None else layer.rows(site.directions)
             fields.append(0 if directions is None else directions.data_ptr())
             self.alive.append(directions)
