@@ -11,11 +11,13 @@ import torch
 
 from normprop.calibrate import calibrate
 from normprop.errors import NormPropError
-from normprop.experiments import checkpoint, training
+from normprop.experiments import checkpoint
 from normprop.experiments.batches import Batches
 from normprop.experiments.datasets import load
 from normprop.experiments.history import Observer
 from normprop.experiments.optimizer import build_optimizer
+from normprop.experiments.preparation import build_model, prepared, some
+from normprop.experiments.processes import processes
 from normprop.experiments.recipe import Recipe
 from normprop.experiments.schedules import rate_factor
 from normprop.experiments.seeds import derived
@@ -297,7 +299,7 @@ def test_normprop_is_calibrated_on_training_samples_before_the_first_step(digits
     assert (constants(train(dataclasses.replace(start, calibrate=0), images=digits)) == 1).all()
     run = train(dataclasses.replace(start, calibrate=100), images=digits)
     sites = [m for m in run.model.network.modules() if isinstance(m, Site)]
-    sample = run.model.standardize(training._some(training.prepared(digits, start), derived(start.seed, -1), 100))
+    sample = run.model.standardize(some(prepared(digits, start), derived(start.seed, -1), 100))
     before = [t.clone() for site in sites for t in (site.shift, site.scale)]
     calibrate(run.model.network, sample)
     for a, b in zip(before, [t for site in sites for t in (site.shift, site.scale)], strict=True):
@@ -343,7 +345,7 @@ def test_validation_images_are_held_out_and_the_test_set_waits(digits):
     assert [row.test_accuracy is None for row in run.rows] == [True, False]
     assert all(0 < row.validation_accuracy <= 1 for row in run.rows)
     assert all(row.validation_accuracy is None for row in train(TINY, images=digits).rows)
-    parts = training.prepared(digits, recipe.resolved())
+    parts = prepared(digits, recipe.resolved())
     assert (len(parts.x_validation), len(parts.x_train)) == (200, 160)
     assert torch.equal(parts.x_test, digits.x_test)
     everything = digits.hold_out(200)
@@ -356,8 +358,8 @@ def test_validation_images_are_held_out_and_the_test_set_waits(digits):
 @pytest.mark.parametrize("norm", ["nf", "weight", "none-zero", "evonorm-s0"])
 def test_gains_of_any_shape_are_not_decayed(norm, digits):
     recipe = dataclasses.replace(TINY, norm=norm).resolved()
-    with training.processes("cpu") as group:
-        model = training.build_model(recipe, digits, group)
+    with processes("cpu") as group:
+        model = build_model(recipe, digits, group)
     names = {id(p): name for name, p in model.named_parameters()}
     decayed = {names[id(p)] for g in build_optimizer(recipe, model).param_groups for p in g["params"] if g["weight_decay"]}
     assert all(name.endswith(("weight", "original1")) for name in decayed)
@@ -366,8 +368,8 @@ def test_gains_of_any_shape_are_not_decayed(norm, digits):
 
 def test_weight_decay_spares_gains_and_biases(digits):
     recipe = TINY.resolved()
-    with training.processes("cpu") as group:
-        model = training.build_model(recipe, digits, group)
+    with processes("cpu") as group:
+        model = build_model(recipe, digits, group)
     groups = build_optimizer(recipe, model).param_groups
     assert {p.dim() > 1 for g in groups for p in g["params"] if g["weight_decay"]} == {True}
     assert {p.dim() > 1 for g in groups for p in g["params"] if not g["weight_decay"]} == {False}

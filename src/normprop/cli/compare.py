@@ -24,9 +24,9 @@ from normprop.experiments.grid import Grid, check_comparable
 from normprop.experiments.images import Images
 from normprop.experiments.models import build
 from normprop.experiments.normalizers import normalizer
+from normprop.experiments.preparation import prepared
 from normprop.experiments.recipe import Recipe
 from normprop.experiments.records import RUNS, Record
-from normprop.experiments.training import prepared
 from normprop.experiments.workers import work, work_together
 from normprop.plot.compare import plot_batch_sizes, plot_curves, plot_rates
 from normprop.plot.page import html_page

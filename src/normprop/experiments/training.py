@@ -6,7 +6,6 @@ import dataclasses
 import json
 import math
 import time
-from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -14,26 +13,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from normprop.calibrate import calibrate
-from normprop.data import InputStats, Standardize
 from normprop.errors import NormPropError, NotFiniteError
 from normprop.experiments import checkpoint
-from normprop.experiments.baselines import measure_once
 from normprop.experiments.batches import Batches
 from normprop.experiments.datasets import load
 from normprop.experiments.history import Observer, Row, Run, to_json_lines
 from normprop.experiments.images import Images
-from normprop.experiments.models import build
-from normprop.experiments.normalizers import normalizer, realize
 from normprop.experiments.optimizer import build_optimizer
+from normprop.experiments.preparation import build_model, placed, prepared, some
 from normprop.experiments.processes import Processes, processes
 from normprop.experiments.recipe import Recipe
 from normprop.experiments.schedules import rate_factor
 from normprop.experiments.seeds import derived
 from normprop.recalibrate import recalibrate
-
-# Training samples from which statistics that are frozen before training are measured.
-_MEASURED = 512
 
 CHECKPOINT, METRICS, RECIPE = "checkpoint.pt", "metrics.jsonl", "recipe.json"
 
@@ -89,46 +81,6 @@ def train(
         return trainer.run(out if group.writes else None, checkpoint_every)
 
 
-def prepared(images: Images, recipe: Recipe) -> Images:
-    """The data set as the recipe divides it: validation images held out first, then the subset to train on.
-
-    Raises:
-        NormPropError: where there are too few images.
-    """
-    images = images.hold_out(recipe.validation) if recipe.validation else images
-    return images.subset(recipe.train_images) if recipe.train_images else images
-
-
-def build_model(recipe: Recipe, images: Images, group: Processes) -> nn.Module:
-    """The recipe's network behind a `Standardize` that knows the training set, on the group's device."""
-    torch.manual_seed(recipe.seed)
-    norm = normalizer(recipe.norm)
-    network = build(recipe.model, shape=images.shape, classes=images.classes, norm=norm, width=recipe.width)
-    stats = InputStats.from_tensor(images.x_train[group.rank :: group.world]).synchronized()
-    standardize = Standardize(stats, recipe.data_norm)
-    network = realize(network, norm, images.shape)
-    parts = OrderedDict(standardize=standardize, network=network)
-    # Images lie channels last, see `_placed`; weights that lie so too needn't be reordered in every step.
-    model = nn.Sequential(parts).to(group.device).to(memory_format=torch.channels_last)
-    if recipe.calibrate:
-        samples = _some(images, derived(recipe.seed, -1), recipe.calibrate)
-        calibrate(network, standardize(_placed(samples, group)), directions=recipe.directions or 0)
-    measure_once(model, _placed(_some(images, derived(recipe.seed, -1), _MEASURED), group))
-    return model
-
-
-def _placed(x: Tensor, group: Processes) -> Tensor:
-    """Samples on the device; images with their channels innermost, which CPUs and tensor cores convolve fastest."""
-    x = x.to(group.device)
-    return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
-
-
-def _some(images: Images, seed: int, count: int) -> Tensor:
-    """So many random training samples, or all."""
-    chosen = torch.randperm(len(images.x_train), generator=torch.Generator().manual_seed(seed))
-    return images.x_train[chosen[:count]]
-
-
 def _seed_dropout(seed: int, group: Processes) -> None:
     # torch.manual_seed also notes a stack trace for every kind of device, which at batch size 1 takes its time.
     if group.device.type == "cpu":
@@ -143,7 +95,7 @@ def accuracy(model: nn.Module, x: Tensor, y: Tensor, group: Processes, *, batch_
     model.eval()
     right = 0.0
     for xs, ys in zip(*(part[group.rank :: group.world].split(batch_size) for part in (x, y)), strict=True):
-        right += float((model(_placed(xs, group)).argmax(1) == ys.to(group.device)).sum())
+        right += float((model(placed(xs, group)).argmax(1) == ys.to(group.device)).sum())
     return group.total([right])[0] / len(x)
 
 
@@ -229,8 +181,8 @@ class _Trainer:
             return True
         began = time.perf_counter()
         standardize, network = self.model.children()
-        samples = _some(self.images, derived(recipe.seed, -2, steps), recipe.calibrate or 0)
-        x = standardize(_placed(samples, self.group))
+        samples = some(self.images, derived(recipe.seed, -2, steps), recipe.calibrate or 0)
+        x = standardize(placed(samples, self.group))
         try:
             recalibrate(network, self.optimizer, x, directions=recipe.directions or 0)
         except NotFiniteError:
@@ -243,7 +195,7 @@ class _Trainer:
         recipe, group = self.recipe, self.group
         began = time.perf_counter()
         x, y = batches.batch(step, rank=group.rank, world=group.world)
-        x, y = _placed(x, group), y.to(group.device)
+        x, y = placed(x, group), y.to(group.device)
         _seed_dropout(derived(recipe.seed, self.epoch, step, group.rank), group)
         for parameters in self.optimizer.param_groups:
             parameters["lr"] = self._rate(step, len(batches))

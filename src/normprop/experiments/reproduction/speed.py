@@ -12,11 +12,11 @@ from normprop.benchmark.rounds import Step, measure
 from normprop.experiments.batches import Batches
 from normprop.experiments.images import Images
 from normprop.experiments.optimizer import build_optimizer
+from normprop.experiments.preparation import build_model, prepared
 from normprop.experiments.processes import Processes
 from normprop.experiments.recipe import Recipe
 from normprop.experiments.reproduction.runs import CONTENDERS, recipe
 from normprop.experiments.reproduction.scale import Scale
-from normprop.experiments.training import build_model, prepared
 
 RIVAL = "batch"
 

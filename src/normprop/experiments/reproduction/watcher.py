@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from normprop.experiments.history import Row, Watcher
 from normprop.experiments.images import Images
+from normprop.experiments.preparation import prepared
 from normprop.experiments.recipe import Recipe
-from normprop.experiments.training import prepared
 from normprop.probe import probe
 
 

@@ -1,0 +1,61 @@
+"""What a recipe trains: its data and its network, before the first step."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+import torch
+from torch import Tensor, nn
+
+from normprop.calibrate import calibrate
+from normprop.data import InputStats, Standardize
+from normprop.experiments.baselines import measure_once
+from normprop.experiments.images import Images
+from normprop.experiments.models import build
+from normprop.experiments.normalizers import normalizer, realize
+from normprop.experiments.processes import Processes
+from normprop.experiments.recipe import Recipe
+from normprop.experiments.seeds import derived
+
+# Training samples from which statistics that are frozen before training are measured.
+_MEASURED = 512
+
+
+def prepared(images: Images, recipe: Recipe) -> Images:
+    """The data set as the recipe divides it: validation images held out first, then the subset to train on.
+
+    Raises:
+        NormPropError: where there are too few images.
+    """
+    images = images.hold_out(recipe.validation) if recipe.validation else images
+    return images.subset(recipe.train_images) if recipe.train_images else images
+
+
+def build_model(recipe: Recipe, images: Images, group: Processes) -> nn.Module:
+    """The recipe's network behind a `Standardize` that knows the training set, on the group's device."""
+    torch.manual_seed(recipe.seed)
+    norm = normalizer(recipe.norm)
+    network = build(recipe.model, shape=images.shape, classes=images.classes, norm=norm, width=recipe.width)
+    stats = InputStats.from_tensor(images.x_train[group.rank :: group.world]).synchronized()
+    standardize = Standardize(stats, recipe.data_norm)
+    network = realize(network, norm, images.shape)
+    parts = OrderedDict(standardize=standardize, network=network)
+    # Images lie channels last, see `placed`; weights that lie so too needn't be reordered in every step.
+    model = nn.Sequential(parts).to(group.device).to(memory_format=torch.channels_last)
+    if recipe.calibrate:
+        samples = some(images, derived(recipe.seed, -1), recipe.calibrate)
+        calibrate(network, standardize(placed(samples, group)), directions=recipe.directions or 0)
+    measure_once(model, placed(some(images, derived(recipe.seed, -1), _MEASURED), group))
+    return model
+
+
+def placed(x: Tensor, group: Processes) -> Tensor:
+    """Samples on the device; images with their channels innermost, which CPUs and tensor cores convolve fastest."""
+    x = x.to(group.device)
+    return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
+
+
+def some(images: Images, seed: int, count: int) -> Tensor:
+    """So many random training samples, or all."""
+    chosen = torch.randperm(len(images.x_train), generator=torch.Generator().manual_seed(seed))
+    return images.x_train[chosen[:count]]
