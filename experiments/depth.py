@@ -51,7 +51,7 @@ class Ratios(Observer):
         self.before: list[float] = []
         self.model: nn.Module | None = None
 
-    def started(self, recipe: Recipe, model: nn.Module, *, train: int, test: int) -> None:  # noqa: ARG002  Observer's signature
+    def started(self, recipe: Recipe, model: nn.Module, optimizer: Optimizer, *, train: int, test: int) -> None:  # noqa: ARG002  Observer's signature
         """The network before the first step."""
         self.model = model
         self.before = self.measured()

@@ -87,6 +87,8 @@ def test_finalists_alone_get_more_seeds():
         *(("none", done[1].recipe.lr, s) for s in (1, 2)),
     }
     assert [recipe for recipe in wanted if not recipe.seed] == first.recipes()
+    few = promoted(whole.recipes(), done, 1, 1)
+    assert [(recipe.norm, recipe.seed) for recipe in few if recipe.seed] == [(done[1].recipe.norm, s) for s in (1, 2)]
     assert dataclasses.replace(grid, finalists=None).rounds() == [dataclasses.replace(grid, finalists=None)]
 
 

@@ -318,7 +318,7 @@ def test_a_network_that_cannot_be_measured_any_more_has_diverged(digits):
     broken = dataclasses.replace(digits, x_train=digits.x_train * 1.0)
 
     class Break(Observer):
-        def started(self, recipe, model, *, train, test):
+        def started(self, recipe, model, optimizer, *, train, test):
             self.model = model
 
         def stepped(self, epoch, step, steps, loss):

@@ -85,7 +85,7 @@ def _train(grid: Grid, out: Path, jobs: int | None, device: str, screen: Console
     for part in grid.rounds():
         recipes = part.recipes()
         if grid.finalists is not None and part.seeds > 1:
-            recipes = promoted(recipes, records.read(out / RUNS), grid.finalists)
+            recipes = promoted(recipes, records.read(out / RUNS), grid.finalists, grid.contenders)
         if left := _run(recipes, images, out, jobs, device, screen):
             screen.print(f"{left} runs are still being done by another command.", soft_wrap=True)
             return

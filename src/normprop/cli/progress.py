@@ -7,6 +7,7 @@ import time
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from torch import nn
+from torch.optim import Optimizer
 
 from normprop.cli.console import percent
 from normprop.experiments.history import Observer, Row
@@ -25,7 +26,7 @@ class RunDisplay(Observer):
         self.task = TaskID(0)
         self.printed = time.monotonic()
 
-    def started(self, recipe: Recipe, model: nn.Module, *, train: int, test: int) -> None:
+    def started(self, recipe: Recipe, model: nn.Module, optimizer: Optimizer, *, train: int, test: int) -> None:  # noqa: ARG002  Observer's signature
         """Print what is about to be trained."""
         parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
         clip = f", clipping at {recipe.clip:g}" if recipe.clip else ""

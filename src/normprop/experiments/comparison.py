@@ -94,23 +94,30 @@ def points(records: Iterable[Record]) -> list[Point]:
     ]
 
 
-def promoted(recipes: Sequence[Recipe], found: Sequence[Record], finalists: int) -> list[Recipe]:
+def promoted(
+    recipes: Sequence[Recipe], found: Sequence[Record], finalists: int, contenders: int | None = None
+) -> list[Recipe]:
     """The runs with the first seed, and of the others those at the settings that did best with it.
 
     Args:
         recipes: of a grid.
         found: finished runs, all of the grid's first seed among them.
         finalists: pairs of rate and clipping that go on, of each normaliser and batch size.
+        contenders: normalisers that go on at each batch size; None for all.
     """
     first = min(recipe.seed for recipe in recipes)
     wanted = set(recipes)
     groups: dict[tuple[int, str], list[Point]] = defaultdict(list)
     for point in points(record for record in found if record.recipe in wanted and record.recipe.seed == first):
         groups[point.batch_size, point.norm].append(point)
+    rivals: dict[int, list[list[Point]]] = defaultdict(list)
+    for (size, _), group in groups.items():
+        rivals[size].append(sorted(group, key=lambda p: (-p.validation, p.rate))[:finalists])
     best = {
         _place(point.records[0].recipe)
-        for group in groups.values()
-        for point in sorted(group, key=lambda p: (-p.validation, p.rate))[:finalists]
+        for ranked in rivals.values()
+        for group in sorted(ranked, key=lambda group: -group[0].validation)[:contenders]
+        for point in group
     }
     return [recipe for recipe in recipes if recipe.seed == first or _place(recipe) in best]
 

@@ -38,6 +38,8 @@ class Grid(Setting):
     finalists: int | None = None
     """Run seeds after the first only for this many pairs of rate and clipping of each normaliser and batch size: those that
     did best with the first. By default all of them."""
+    contenders: int | None = None
+    """With finalists: of so many normalisers at each batch size, those that did best. By default all of them."""
 
     def fitted(self, images: Images) -> Grid:
         """The same grid with its number of validation images, for the data set it is about.
@@ -67,6 +69,8 @@ class Grid(Setting):
                 raise NormPropError(f"--{axis.replace('_', '-')} names nothing to compare.\nGive one value or more.")
         if self.finalists is not None and self.finalists < 1:
             raise NormPropError(f"--finalists is {self.finalists}.\nUse 1 or more, or leave it out.")
+        if self.contenders is not None and (self.contenders < 1 or self.finalists is None):
+            raise NormPropError(f"--contenders {self.contenders} goes with --finalists.\nUse 1 or more of each, or leave it out.")
         if min(self.seeds, self.epochs) < 1 or min(self.clips) < 0:
             raise NormPropError("--seeds or --epochs is below 1, or one of --clips below 0.\nUse 1 or more; 0 doesn't clip.")
         shared = {field.name: getattr(self, field.name) for field in dataclasses.fields(Setting)}

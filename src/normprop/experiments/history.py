@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
+from torch.optim import Optimizer
 
 from normprop.experiments.recipe import Recipe
 
@@ -66,7 +67,7 @@ class Run:
 class Observer:
     """Is told how a run goes; this one ignores it."""
 
-    def started(self, recipe: Recipe, model: nn.Module, *, train: int, test: int) -> None:
+    def started(self, recipe: Recipe, model: nn.Module, optimizer: Optimizer, *, train: int, test: int) -> None:
         """Training is about to begin, on so many samples."""
 
     def stepped(self, epoch: int, step: int, steps: int, loss: float) -> None:

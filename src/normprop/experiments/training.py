@@ -144,7 +144,7 @@ class _Trainer:
 
     def run(self, out: Path | None, checkpoint_every: int) -> Run:
         recipe, images, group = self.recipe, self.images, self.group
-        self.observer.started(recipe, self.model, train=len(images.x_train), test=len(images.x_test))
+        self.observer.started(recipe, self.model, self.optimizer, train=len(images.x_train), test=len(images.x_test))
         parallel = group.parallel(self.model)
         for epoch in range(self.epoch, recipe.epochs):
             batches = Batches(

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from normprop.experiments.history import Row, Watcher
 from normprop.experiments.images import Images
@@ -50,7 +51,15 @@ class ProbeWatcher(Watcher):
         self.model: nn.Module = nn.Identity()
         self.found: list[dict[str, Any]] = []
 
-    def started(self, recipe: Recipe, model: nn.Module, *, train: int, test: int) -> None:  # noqa: ARG002  Observer's signature
+    def started(
+        self,
+        recipe: Recipe,  # noqa: ARG002  Observer's signature
+        model: nn.Module,
+        optimizer: Optimizer,  # noqa: ARG002
+        *,
+        train: int,  # noqa: ARG002
+        test: int,  # noqa: ARG002
+    ) -> None:
         """Note the network as it is initialised."""
         self.model = model
         self._note(0)
