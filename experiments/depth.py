@@ -21,6 +21,7 @@ import torch
 from learning import PAGE, RESULTS, fill
 from matplotlib.figure import Figure
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 import normprop
 from normprop.experiments.datasets import load
@@ -51,7 +52,7 @@ class Ratios(Observer):
         self.before: list[float] = []
         self.model: nn.Module | None = None
 
-    def started(self, recipe: Recipe, model: nn.Module, optimizer: Optimizer, *, train: int, test: int) -> None:  # noqa: ARG002  Observer's signature
+    def started(self, recipe: Recipe, model: nn.Module, optimizer: Optimizer, *, train: int, test: int) -> None:
         """The network before the first step."""
         self.model = model
         self.before = self.measured()

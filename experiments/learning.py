@@ -21,20 +21,25 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "experiments" / "results"
 PAGE = ROOT / "docs" / "results.md"
-FILES = ("table.md", "table.json", "curves.png", "rate.png", "batch_size.png", "runs.jsonl")
+SHOWN = {
+    "rate.png": "validation accuracy against the learning rate",
+    "batch_size.png": "test accuracy against the batch size",
+    "curves.png": "validation accuracy over epochs",
+}
+FILES = ("table.md", "table.json", "runs.jsonl", *SHOWN)
 
 _ALL = "normprop batch frozen group layer instance ws frn evonorm-s0 nf weight none none-zero"
 _LARGE = "--norms normprop batch --batch-sizes 64 256 --rates 0.05 0.1 0.2 0.4 0.8 --clips 0 0.05 --dtype bf16"
 _FEW = _LARGE.replace("0.05 0.1 0.2 0.4 0.8", "0.1 0.3 0.9")
 _SMALL = f"--norms {_ALL} --batch-sizes 1 2 4 8 --rates 0.03 0.1 0.3 --clips 0 0.05 --validation 2000"
+_SEEDS = "--seeds 3 --finalists 1"
 COMPARISONS = {
-    "resnet8": f"--data cifar10 --model resnet8 --train-images 20000 --epochs 3 {_LARGE}",
-    "resnet20": f"--data cifar10 --model resnet20 --train-images 20000 --epochs 3 {_FEW}",
-    "nin": f"--data cifar10 --model nin --width 0.25 --train-images 20000 --epochs 3 {_FEW}",
-    "plain12": f"--data fashion-mnist --model plain12 --train-images 20000 --epochs 3 {_FEW}",
-    "resnet8-small": f"--data cifar10 --model resnet8 --train-images 4000 --epochs 2 {_SMALL}",
+    "resnet8": f"--data cifar10 --model resnet8 --train-images 20000 --epochs 3 {_LARGE} --seeds 3 --finalists 2",
+    "resnet20": f"--data cifar10 --model resnet20 --train-images 20000 --epochs 3 {_FEW} {_SEEDS}",
+    "nin": f"--data cifar10 --model nin --width 0.25 --train-images 20000 --epochs 3 {_FEW} {_SEEDS}",
+    "plain12": f"--data fashion-mnist --model plain12 --width 0.5 --train-images 20000 --epochs 3 {_FEW} {_SEEDS}",
+    "resnet8-small": f"--data cifar10 --model resnet8 --train-images 4000 --epochs 2 {_SMALL} {_SEEDS} --contenders 4",
 }
-SEEDS = "--seeds 3 --finalists 2"
 
 
 def run(name: str, out: Path, *, jobs: int, report: bool) -> None:
@@ -42,7 +47,7 @@ def run(name: str, out: Path, *, jobs: int, report: bool) -> None:
     folder = out / name
     if report and not (folder / "runs.jsonl").exists():
         return
-    rest = ["--summary-only"] if report else [*shlex.split(f"{COMPARISONS[name]} {SEEDS}"), "--jobs", str(jobs)]
+    rest = ["--summary-only"] if report else [*shlex.split(COMPARISONS[name]), "--jobs", str(jobs)]
     command = [sys.executable, "-m", "normprop", "compare", *rest, "--out", str(folder)]
     print(shlex.join(command[1:]), flush=True)
     subprocess.run(command, check=True)
@@ -54,11 +59,8 @@ def run(name: str, out: Path, *, jobs: int, report: bool) -> None:
 def section(name: str) -> str:
     """A comparison's command, table, notes and figures, for the page."""
     table = (RESULTS / name / "table.md").read_text().split("\n", 2)[2].strip()
-    figures = [
-        f"![{what}](../experiments/results/{name}/{file})"
-        for file, what in (("rate.png", "validation accuracy against the learning rate"), ("curves.png", "curves"))
-    ]
-    return "\n\n".join([f"    normprop compare {COMPARISONS[name]} {SEEDS}", table, *figures])
+    figures = [f"![{what}](../experiments/results/{name}/{file})" for file, what in SHOWN.items()]
+    return "\n\n".join([f"    normprop compare {COMPARISONS[name]}", table, *figures])
 
 
 def fill(page: str, texts: dict[str, str]) -> str:

@@ -166,15 +166,17 @@ class BatchNoise:
         sites, clean = _sites(network), list[tuple[Tensor, Tensor]]()
 
         def disturb(module: nn.Module, _inputs: object) -> None:
+            restore()
             if module.training:
                 clean[:] = [(site.shift.detach().clone(), site.scale.detach().clone()) for site in sites]
                 for site in sites:
                     self.disturb(site)
 
         def restore(*_: object) -> None:
-            for site, (shift, scale) in zip(sites, clean, strict=True):
+            for site, (shift, scale) in zip(sites, clean, strict=False):
                 site.shift.data.copy_(shift)
                 site.scale.data.copy_(scale)
+            clean.clear()
 
         network.register_forward_pre_hook(disturb)
         optimizer.register_step_post_hook(restore)

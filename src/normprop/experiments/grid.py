@@ -70,7 +70,9 @@ class Grid(Setting):
         if self.finalists is not None and self.finalists < 1:
             raise NormPropError(f"--finalists is {self.finalists}.\nUse 1 or more, or leave it out.")
         if self.contenders is not None and (self.contenders < 1 or self.finalists is None):
-            raise NormPropError(f"--contenders {self.contenders} goes with --finalists.\nUse 1 or more of each, or leave it out.")
+            raise NormPropError(
+                f"--contenders {self.contenders} goes with --finalists.\nUse 1 or more of each, or leave it out."
+            )
         if min(self.seeds, self.epochs) < 1 or min(self.clips) < 0:
             raise NormPropError("--seeds or --epochs is below 1, or one of --clips below 0.\nUse 1 or more; 0 doesn't clip.")
         shared = {field.name: getattr(self, field.name) for field in dataclasses.fields(Setting)}
