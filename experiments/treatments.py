@@ -51,7 +51,7 @@ class _Treating(Watcher):
         self.treat(network, optimizer)
         if recipe.calibrate:
             samples = standardize(some(self.images, derived(recipe.seed, -1), recipe.calibrate))
-            normprop.calibrate(network, samples, directions=recipe.directions or 0)
+            normprop.calibrate(network, samples, **recipe.covariance())
 
 
 def untreated(network: nn.Module, optimizer: Optimizer) -> None:

@@ -73,6 +73,22 @@ def test_they_are_those_of_the_unfolded_covariance(options: dict[str, Any], grou
             assert float(unit @ covariance @ unit / values[-1 - i]) == pytest.approx(1, abs=0.05)
 
 
+def test_a_shrunken_covariance_adds_its_part_of_the_variance() -> None:
+    networks = {}
+    for shrinkage in (0.0, 0.75, 1.0):
+        torch.manual_seed(0)
+        block = nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4))
+        networks[shrinkage] = normprop.calibrate(normprop.convert(block.double()), images(96), shrinkage=shrinkage)
+    whole, part, none = (dict(model.named_parameters()) for model in networks.values())
+    assert torch.allclose(part["1.directions"], 0.5 * whole["1.directions"])
+    assert networks[1.0].get_submodule("1").directions is None
+    # k V is what was measured in any case, so that 1/k is V up to a constant.
+    full, quarter, nothing = (1 / one["1.scale"] for one in (whole, part, none))
+    assert torch.allclose(quarter, 0.25 * full + 0.75 * nothing)
+    for model in networks.values():
+        assert torch.allclose(model(images(96)), networks[0.0](images(96)))
+
+
 def test_filters_too_small_for_any_have_none() -> None:
     x = torch.randn(50, 3, dtype=DOUBLE)
     layer = lambda filters, _: F.linear(x[:, : filters.shape[1]], filters)
@@ -174,6 +190,9 @@ def test_training_moves_no_directions_and_gradients_are_those_of_the_function() 
 def test_bad_input() -> None:
     with pytest.raises(NormPropError, match="0 or more"):
         normprop.calibrate(normprop.convert(Residual()), images(4).float(), directions=-1)
+    for shrinkage in (-0.1, 1.1, float("nan")):
+        with pytest.raises(NormPropError, match=f"shrinkage is {shrinkage}"):
+            normprop.calibrate(normprop.convert(Residual()), images(4).float(), shrinkage=shrinkage)
 
 
 def test_a_calibrated_network_is_compiled_exported_and_pickled() -> None:

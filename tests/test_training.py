@@ -301,9 +301,20 @@ def test_normprop_is_calibrated_on_training_samples_before_the_first_step(digits
     sites = [m for m in run.model.network.modules() if isinstance(m, Site)]
     sample = run.model.standardize(some(prepared(digits, start), derived(start.seed, -1), 100))
     before = [t.clone() for site in sites for t in (site.shift, site.scale)]
-    calibrate(run.model.network, sample)
+    calibrate(run.model.network, sample, **run.recipe.covariance())
     for a, b in zip(before, [t for site in sites for t in (site.shift, site.scale)], strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_directions_count_whole_where_nothing_is_clipped():
+    recipe = dataclasses.replace(TINY, norm="normprop")
+    shrinkage = lambda **changes: dataclasses.replace(recipe, **changes).resolved().shrinkage
+    assert shrinkage(clip=0.0) == 0.0 < shrinkage() < 1.0
+    assert shrinkage(clip=0.0, shrinkage=0.5) == 0.5
+    assert shrinkage(norm="batch") is None
+    for changes in ({"shrinkage": 1.5}, {"shrinkage": -0.5}, {"norm": "batch", "shrinkage": 0.5}):
+        with pytest.raises(NormPropError, match="shrinkage"):
+            shrinkage(**changes)
 
 
 def test_normprop_is_calibrated_again_while_it_trains(digits):

@@ -19,7 +19,9 @@ from normprop.sites import Site, site_operands, site_statistics
 Statistics = tuple[Tensor, Tensor]
 
 
-def calibrate(model: nn.Module, data: Any, *, directions: int = 8, preserve: bool = False) -> nn.Module:
+def calibrate(
+    model: nn.Module, data: Any, *, directions: int = 8, shrinkage: float = 0.0, preserve: bool = False
+) -> nn.Module:
     """Set every site's constants from data, so that each site standardises what it really sees.
 
     One pass in the order of the graph: a site is measured behind sites that are calibrated already. With the measured mean
@@ -29,7 +31,8 @@ def calibrate(model: nn.Module, data: Any, *, directions: int = 8, preserve: boo
     V takes the numbers in a filter's window for independent, and images are not: neighbouring pixels and channels vary
     together, and filters that add them up have many times the variance V has for them. So the `directions` U_r along which
     a layer's input varies most are measured first, and V = Σ c² v + Σ_r (Σ c √v U_r)² from there on, also while filters turn
-    towards them. This is what lets a network train at BatchNorm's learning rates (docs/results.md).
+    towards them. This is what lets a network train at BatchNorm's learning rates without clipping. With clipped gradients it
+    learns better with a covariance that is shrunk towards independence (docs/results.md).
 
     Args:
         model: a network that `convert` made; its constants are changed in place, and with `preserve` γ and β.
@@ -37,6 +40,8 @@ def calibrate(model: nn.Module, data: Any, *, directions: int = 8, preserve: boo
             DataLoader). All batches are carried through the network together: a few hundred samples are enough.
         directions: how many to measure in front of each layer (of transposed convolutions none); 0 for independence. Each
             costs as many operations a step as one more output position of every layer.
+        shrinkage: α in [0, 1], by which their covariance is shrunk: V counts (1 − α) of what they add. At 1 they add
+            nothing.
         preserve: change γ and β with the constants, so that the network computes what it did before. (Those of a site that
             is used several times follow its first call; the others, and sites without γ and β, keep their function by
             their constants, and don't standardise.)
@@ -45,7 +50,8 @@ def calibrate(model: nn.Module, data: Any, *, directions: int = 8, preserve: boo
         The model.
 
     Raises:
-        NormPropError: the model is not a converted one; no data; `directions` below 0.
+        NormPropError: the model is not a converted one; no data; `directions` below 0, or `shrinkage` outside
+            [0, 1].
         NotFiniteError: values that are not finite, of the data or in the network.
 
     Example:
@@ -61,12 +67,22 @@ def calibrate(model: nn.Module, data: Any, *, directions: int = 8, preserve: boo
         raise NormPropError("the paper's form has no constants to calibrate.\nConvert with method='exact'.")
     if directions < 0:
         raise NormPropError(f"directions is {directions}.\nUse 0 or more.")
+    if not 0 <= shrinkage <= 1:
+        raise NormPropError(f"shrinkage is {shrinkage}.\nUse a number from 0 to 1.")
     batches = _batches(data, next(converted.parameters()).device)
     mode = converted.training
     converted.eval()
     try:
         for graph in dict.fromkeys(converted.graphs().values()):
-            _Calibration(converted, graph, batches=batches, directions=directions, keep=preserve).run()
+            calibration = _Calibration(
+                converted,
+                graph,
+                batches=batches,
+                directions=directions if shrinkage < 1 else 0,
+                shrinkage=shrinkage,
+                keep=preserve,
+            )
+            calibration.run()
     finally:
         converted.train(mode)
     return model
@@ -116,6 +132,7 @@ class _Calibration:
         biases: bias of the layer, by path, for sites which shall give the layer's own output.
         batches: what to measure otherwise.
         directions: how many to measure of each layer's input.
+        shrinkage: of their covariance.
         keep: whether the function stays.
     """
 
@@ -128,6 +145,7 @@ class _Calibration:
         biases: Mapping[str, Tensor | None] | None = None,
         batches: Sequence[Tensor] = (),
         directions: int = 0,
+        shrinkage: float = 0.0,
         keep: bool = False,
     ) -> None:
         self.graph = graph
@@ -135,6 +153,7 @@ class _Calibration:
         self.biases = biases or {}
         self.batches = batches
         self.directions = directions
+        self.shrinkage = shrinkage
         self.lane = LaneValues(root, graph)
         self.calls = site_calls(graph)
         self.data: list[dict[fx.Node, Any]] = [{} for _ in batches]
@@ -192,7 +211,9 @@ class _Calibration:
         if given.weight is not None and not form.transposed and self.directions:
             layer = lambda filters, batch: self._output(node, batch, filters, len(filters))
             with full_precision(given.shift):
-                found = principal_directions(layer, len(self.batches), form, given, self.directions)
+                found = principal_directions(
+                    layer, len(self.batches), form, given, self.directions, shrinkage=self.shrinkage
+                )
         if found is None:
             site.directions = None
             return

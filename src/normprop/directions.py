@@ -18,14 +18,20 @@ _LEAST = 0.01
 
 
 def principal_directions(
-    layer: Callable[[Tensor, int], Tensor], batches: int, form: Form, given: Operands, count: int
+    layer: Callable[[Tensor, int], Tensor],
+    batches: int,
+    form: Form,
+    given: Operands,
+    count: int,
+    *,
+    shrinkage: float = 0.0,
 ) -> Tensor | None:
     """U of a layer's input x, with which ``Var c·x ≈ λ (Σ c² v + Σ_r (Σ c √v U_r)²)`` for the filters c that occur.
 
     The covariance of x in units of its predicted standard deviations √v, C, gets ``λ (1 + U Uᵀ)`` in its place, with the
     eigenvectors u_r of its largest eigenvalues λ_r, ``U_r = √(λ_r/λ − 1) u_r`` and λ the mean of the others (derived). C is
     never there: subspace iteration asks for C Q alone, which is the layer's own output for filters Q and the gradient that
-    these get. Where filters are centred only centred ones are looked at.
+    these get. Where filters are centred only centred ones are looked at. Shrunk by α, ``U_r = √((1 − α)(λ_r/λ − 1)) u_r``.
 
     Args:
         layer: its output for given filters on the batch of a number, without a bias.
@@ -33,6 +39,7 @@ def principal_directions(
         form: of the layer, which isn't transposed.
         given: its weight, and the moments of its input.
         count: how many directions to find.
+        shrinkage: α.
 
     Returns:
         ``(groups · R, I/groups, …)`` with R ≤ count, None if filters have too few weights for any.
@@ -68,7 +75,7 @@ def principal_directions(
     excess = torch.where(typical > 0, values[:, :kept].T / typical, 1.0).T - 1.0
     top = found[:, :kept]
     sign = torch.gather(top, -1, top.abs().argmax(-1, keepdim=True)).sign()
-    top = top * sign * excess.clamp(min=0).sqrt().unsqueeze(-1)
+    top = top * sign * ((1.0 - shrinkage) * excess.clamp(min=0)).sqrt().unsqueeze(-1)
     return from_rows(top, given.weight, form)
 
 

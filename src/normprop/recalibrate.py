@@ -14,7 +14,9 @@ from normprop.optim import FIRST_MOMENTS, SECOND_MOMENTS
 from normprop.sites import Site
 
 
-def recalibrate(model: nn.Module, optimizer: Optimizer, data: Any, *, directions: int = 8) -> nn.Module:
+def recalibrate(
+    model: nn.Module, optimizer: Optimizer, data: Any, *, directions: int = 8, shrinkage: float = 0.0
+) -> nn.Module:
     """Calibrate again while training, without a change of what the network computes.
 
     Filters turn towards what their inputs have in common, and predictions that were right at the start fall behind: after a
@@ -29,6 +31,7 @@ def recalibrate(model: nn.Module, optimizer: Optimizer, data: Any, *, directions
         optimizer: that trains it; momenta of SGD and of Adam's relatives are known.
         data: some training samples, as for `calibrate`; other ones each time.
         directions: as for `calibrate`.
+        shrinkage: as for `calibrate`.
 
     Returns:
         The model.
@@ -51,7 +54,7 @@ def recalibrate(model: nn.Module, optimizer: Optimizer, data: Any, *, directions
         if isinstance(m, Site) and m.weight is not None and m.bias is not None
     ]
     before = [tuple(t.detach().clone() for t in _affine(site)) for site in sites]
-    calibrate(model, data, directions=directions, preserve=True)
+    calibrate(model, data, directions=directions, shrinkage=shrinkage, preserve=True)
     for site, old in zip(sites, before, strict=True):
         _take_along(optimizer, _affine(site), old)
     return model

@@ -44,7 +44,7 @@ def build_model(recipe: Recipe, images: Images, group: Processes) -> nn.Module:
     model = nn.Sequential(parts).to(group.device).to(memory_format=torch.channels_last)
     if recipe.calibrate:
         samples = some(images, derived(recipe.seed, -1), recipe.calibrate)
-        calibrate(network, standardize(placed(samples, group)), directions=recipe.directions or 0)
+        calibrate(network, standardize(placed(samples, group)), **recipe.covariance())
     measure_once(model, placed(some(images, derived(recipe.seed, -1), _MEASURED), group))
     return model
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 from normprop.errors import NormPropError
 from normprop.experiments.images import Images
@@ -22,10 +22,18 @@ _LEAST = (
     ("calibrate", 0),
     ("directions", 0),
     ("recalibrate", 0),
+    ("shrinkage", 0.0),
 )
-# How many directions in which inputs vary are measured, and after how many samples again, if nobody says.
+# How many directions in which inputs vary are measured, how far what they say is shrunk where gradients are clipped and
+# needn't be restrained, and after how many samples all is measured again, if nobody says.
 _DIRECTIONS = 8
+_SHRINKAGE = 0.9
 _RECALIBRATE = 6400
+
+
+class _Covariance(TypedDict):
+    directions: int
+    shrinkage: float
 
 
 @dataclass(frozen=True)
@@ -88,6 +96,9 @@ class Recipe(Setting):
     for independent inputs. By default 256; nothing else has such constants."""
     directions: int | None = None
     """Measure so many principal directions of every layer's input at that; by default 8."""
+    shrinkage: float | None = None
+    """Shrink their covariance towards independence: 0 counts it whole, 1 not at all. By default 0.9 where gradients are
+    clipped, 0 where only directions restrain them."""
     recalibrate: int | None = None
     """Calibrate again whenever so many samples have been seen, keeping the function; 0 for never. By default 6400."""
     seed: int = 0
@@ -115,21 +126,30 @@ class Recipe(Setting):
                 f"--norm {self.norm} has nothing to calibrate.\nLeave out --calibrate, or use --norm normprop."
             )
         calibrate = norm.calibrate if self.calibrate is None else self.calibrate
-        for name in ("directions", "recalibrate"):
+        for name in ("directions", "shrinkage", "recalibrate"):
             if getattr(self, name) and not calibrate:
                 raise NormPropError(f"{_flag(name)} needs calibration.\nUse --calibrate 256, or leave it out.")
+        if (self.shrinkage or 0.0) > 1:
+            raise NormPropError(f"--shrinkage is {self.shrinkage}.\nUse 1 or less.")
         if self.data_norm == "batch" and self.batch_size == 1:
             raise NormPropError("--data-norm batch can't train at batch size 1.\nUse --data-norm global.")
+        clip = clip_at(self.batch_size, norm.clip) if self.clip is None else self.clip
+        shrinkage = _SHRINKAGE if clip else 0.0
         return dataclasses.replace(
             self,
             lr=rate_at(self.batch_size, norm.rate) if self.lr is None else self.lr,
-            clip=clip_at(self.batch_size, norm.clip) if self.clip is None else self.clip,
+            clip=clip,
             calibrate=calibrate,
             directions=_DIRECTIONS if calibrate and self.directions is None else self.directions,
+            shrinkage=shrinkage if calibrate and self.shrinkage is None else self.shrinkage,
             recalibrate=_RECALIBRATE if calibrate and self.recalibrate is None else self.recalibrate,
             validation=self.validation or 0,
             halve_every=self.halve_every or max(1, self.epochs // 8),
         )
+
+    def covariance(self) -> _Covariance:
+        """How `normprop.calibrate` is to measure the covariance of inputs."""
+        return {"directions": self.directions or 0, "shrinkage": self.shrinkage or 0.0}
 
     def check_fits(self, images: Images, *, world: int = 1) -> None:
         """Refuse data, or a number of processes, that this recipe can't be followed with.

@@ -184,7 +184,7 @@ class _Trainer:
         samples = some(self.images, derived(recipe.seed, -2, steps), recipe.calibrate or 0)
         x = standardize(placed(samples, self.group))
         try:
-            recalibrate(network, self.optimizer, x, directions=recipe.directions or 0)
+            recalibrate(network, self.optimizer, x, **recipe.covariance())
         except NotFiniteError:
             return False
         self.seconds += time.perf_counter() - began

@@ -20,9 +20,9 @@ def setting(scale: Scale, recipes: Sequence[Recipe], records: Sequence[Record], 
     return (
         f"Scale `{scale.name}`: the paper's network at width ×{scale.width:g} on {' and '.join(scale.data)}, {images} with "
         f"{scale.validation:,} more held out, {usual.epochs} epochs, the rate halved after every {usual.halve_every} (the "
-        "paper: width ×1, all images, 200 epochs, after every 25). SGD, momentum 0.9, weight decay 5e-4, no clipping but "
-        "where it says so and for exact moments, which keep this library's default; filters of the printed form are brought "
-        "to unit length after each step. Mean ± standard deviation over seeds.\n\n"
+        "paper: width ×1, all images, 200 epochs, after every 25). SGD, momentum 0.9, weight decay 5e-4, no clipping "
+        "but where it says so and for exact moments, which keep this library's default clipping; filters of the printed "
+        "form are brought to unit length after each step. Mean ± standard deviation over seeds.\n\n"
         f"{len(mine)} of {len(recipes)} runs are finished, {hours:.1f} processor hours"
         f"{f'; {software}' if software else ''}. Command: `{command}`."
     )

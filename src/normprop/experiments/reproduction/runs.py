@@ -10,7 +10,7 @@ from normprop.experiments.normalizers import Normalizer, normalizer
 from normprop.experiments.recipe import Recipe
 from normprop.experiments.reproduction.scale import Scale
 
-# The paper's method without and with gradient clipping, this library's default, the paper's rival, and nothing.
+# The paper's method without and with gradient clipping, this library's form of it, the paper's rival, and nothing.
 CONTENDERS = ("paper", "paper-clip", "normprop", "batch", "none")
 NORM_OF = {"paper-clip": "paper", "none-slow": "none"}
 _CLIPPED = ("paper-clip", "normprop")
@@ -50,8 +50,8 @@ def norm_of(name: str) -> Normalizer:
 def recipe(scale: Scale, name: str, *, batch_size: int = 50, seed: int = 0, **changes: Any) -> Recipe:
     """A contender's run at the paper's settings, which know no gradient clipping.
 
-    Exact moments keep this library's default clipping, and so does the printed form where it says so. Without normaliser
-    the rate is lower by the factor that the library's default is.
+    Exact moments keep this library's default clipping, and so does the printed form where it says so; the covariance of
+    inputs they count whole. Without normaliser the rate is lower by the factor that the library's default is.
     """
     schedule = scale.single if batch_size == 1 else scale.usual
     lr = rate(batch_size) * norm_of(name).rate / normalizer("batch").rate
@@ -70,6 +70,7 @@ def recipe(scale: Scale, name: str, *, batch_size: int = 50, seed: int = 0, **ch
         "batch_size": batch_size,
         "lr": float(f"{lr:.6g}"),
         "clip": None if name in _CLIPPED else 0.0,
+        "shrinkage": 0.0 if name == "normprop" else None,
         "seed": seed,
     }
     return Recipe(**settings | changes).resolved()
