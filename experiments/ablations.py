@@ -73,7 +73,7 @@ class Study:
     base: Recipe
     columns: dict[str, dict[str, Any]]
     variants: tuple[Variant, ...]
-    seeds: tuple[int, ...] = (0, 1, 2)
+    seeds: tuple[int, ...] = (0, 1)
     loss: bool = False
 
     def runs(self) -> list[tuple[str, Recipe]]:
@@ -102,10 +102,13 @@ STUDIES = {
             Variant("no directions", {"directions": 0}),
             Variant("2 directions", {"directions": 2}),
             Variant("32 directions", {"directions": 32}),
+            Variant("8 directions counted by 0.3", {"shrinkage": 0.7}),
+            Variant("8 directions counted whole", {"shrinkage": 0.0}),
             Variant("calibrated four times as often", {"recalibrate": 1600}),
             Variant("clipping at 0.02", {"clip": 0.02}),
             Variant("clipping at 0.1", {"clip": 0.1}),
             Variant("not clipped", {"clip": 0.0}),
+            Variant("not clipped, directions counted by 0.1", {"shrinkage": 0.9, "clip": 0.0}),
             Variant("not clipped, no directions", {"directions": 0, "clip": 0.0}),
             Variant("not clipped, calibrated once", {"recalibrate": 0, "clip": 0.0}),
             Variant("not clipped, not calibrated", {"calibrate": 0, "clip": 0.0}),
