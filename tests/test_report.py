@@ -80,6 +80,14 @@ def test_cells_say_what_the_row_says() -> None:
     assert any(s.get("title") == 'says "why"' for s in reader.styles)
 
 
+def test_the_worst_row_is_the_one_that_drifted_furthest() -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), nn.ReLU())
+    assert normprop.propagate(model).worst is None
+    report = normprop.inspect(model, torch.randn(100, 3))
+    assert report.worst is not None
+    assert report.worst.drift == max(row.drift for row in report)
+
+
 def test_larger_drifts_have_stronger_colours() -> None:
     channels = lambda octaves: [int(colour(octaves)[i : i + 2], 16) for i in (1, 3, 5)]
     for sign in (1, -1):

@@ -122,6 +122,11 @@ class Report(Sequence[Row]):
         """Rows whose rule is an approximation."""
         return tuple(row for row in self.rows if row.standing == "approximate")
 
+    @property
+    def worst(self) -> Row | None:
+        """The row whose standard deviation has drifted furthest from its prediction; None if nothing was measured."""
+        return max((row for row in self.rows if row.drift is not None), key=lambda row: row.drift or 0.0, default=None)
+
     def with_measured(self, measured: dict[str, Moments]) -> Report:
         """The same rows with measured moments by name."""
         return Report([replace(row, measured=measured.get(row.name)) for row in self.rows], self.title)

@@ -64,7 +64,12 @@ def inspect(
         report.save_html(html)
     if plot is not None:
         report.save_plot(plot)
-    print(report.to_json() if json else report.table())
+    if json:
+        print(report.to_json())
+        return
+    print(report.table())
+    if report.worst is not None:
+        print(f"\nFurthest off: {report.worst.path or report.worst.name}, by {report.worst.drift:.2f} octaves.")
 
 
 def _print_coverage(names: tuple[str, ...], json: bool) -> None:
