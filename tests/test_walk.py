@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 import normprop
 from normprop import Moments, NormPropError, TracingError, UnsupportedOpError
-from normprop.walk import input_moments, prepare, reference_tensor
+from normprop.input_moments import input_moments
+from normprop.walk import prepare, reference_tensor
 
 
 def head(*layers: nn.Module) -> nn.Module:
@@ -128,14 +129,14 @@ BAD: dict[str, tuple[Any, str]] = {
 def test_wrong_input_moments(given: Any, message: str) -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3))
     with pytest.raises(NormPropError, match=message):
-        input_moments(prepare(model), given, reference_tensor(model))
+        input_moments(prepare(model).shapes(), given, reference_tensor(model))
 
 
 def test_input_moments_in_every_form() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3))
     walk, like = prepare(model, shape=(3, 8, 8)), reference_tensor(model)
     for shape, expected in (((3,), (1, 3, 1, 1)), ((), (1, 3, 1, 1)), ((3, 8, 8), (1, 3, 8, 8))):
-        (found,) = input_moments(walk, Moments(torch.zeros(shape), torch.ones(shape)), like)
+        (found,) = input_moments(walk.shapes(), Moments(torch.zeros(shape), torch.ones(shape)), like)
         assert found.mean.shape == expected
 
 

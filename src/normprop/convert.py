@@ -15,13 +15,14 @@ from normprop.calibrate import Statistics, preserve_
 from normprop.converted import ConvertedModule
 from normprop.duplicate import independent_copy, tracing_copy
 from normprop.errors import NormPropError
+from normprop.input_moments import input_moments
 from normprop.paper import PaperRewriter, start_as_printed_
 from normprop.plan import SitePlan, nodes_behind, plan_sites
 from normprop.rewrite import Rewriter
 from normprop.rules.table import Key, Rule
 from normprop.sites import Site
 from normprop.trace import Leaf
-from normprop.walk import Walk, input_moments, prepare, reference_tensor
+from normprop.walk import Walk, prepare, reference_tensor
 
 
 def convert(
@@ -272,7 +273,7 @@ def _site(channels: int, calls: int, like: Tensor, weight: Any, bias: Any) -> Si
 
 def _install_inputs(root: nn.Module, walk: Walk, given: Any) -> list[tuple[str, str] | None]:
     """Keep input moments that are not standard normal as constant parameters of the network."""
-    found = input_moments(walk, given, reference_tensor(root))
+    found = input_moments(walk.shapes(), given, reference_tensor(root))
     if given is None:
         return [None] * len(found)
     paths: list[tuple[str, str] | None] = []

@@ -11,12 +11,13 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from normprop.channel_moments import Moments
 from normprop.errors import NormPropError
+from normprop.input_moments import input_moments
 from normprop.propagate import rows_of
 from normprop.report import Report
 from normprop.rewalk import walk_of
 from normprop.rules.table import Key, Rule
 from normprop.trace import Leaf
-from normprop.walk import Walk, input_moments, reference_tensor
+from normprop.walk import Walk, reference_tensor
 
 
 def inspect(
@@ -56,7 +57,7 @@ def inspect(
     try:
         shape = getattr(input, "shape", None) or _sample_shape(data)
         walk = walk_of(model, rules=rules, leaf_modules=leaf_modules, shape=tuple(shape) if shape else None)
-        report = Report(rows_of(walk, input_moments(walk, input, reference_tensor(model))), type(model).__name__)
+        report = Report(rows_of(walk, input_moments(walk.shapes(), input, reference_tensor(model))), type(model).__name__)
         if data is None:
             return report
         return report.with_measured(_measure(walk, report, data, reference_tensor(model).device))

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor, fx, nn
 
 from normprop.channel_moments import Moments
+from normprop.input_moments import input_moments
 from normprop.report import Report, Row
 from normprop.rewalk import Claim, walk_of
 from normprop.rules import arithmetic, elementwise, normalization, shape
 from normprop.rules.composed import composed, full_moments
 from normprop.rules.table import Key, Rule
 from normprop.trace import Leaf
-from normprop.walk import Kind, Walk, input_moments, reference_tensor
+from normprop.walk import Kind, Walk, reference_tensor
 
 _NORMALISERS = frozenset(
     [normalization.batch_norm, normalization.functional_batch_norm, normalization.layer_norm, normalization.rms_norm,
@@ -66,7 +67,7 @@ def propagate(
     """
     sample = getattr(input, "shape", None)
     walk = walk_of(model, rules=rules, leaf_modules=leaf_modules, shape=tuple(sample) if sample else None)
-    return Report(rows_of(walk, input_moments(walk, input, reference_tensor(model))), type(model).__name__)
+    return Report(rows_of(walk, input_moments(walk.shapes(), input, reference_tensor(model))), type(model).__name__)
 
 
 @torch.no_grad()

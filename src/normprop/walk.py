@@ -46,6 +46,10 @@ class Walk:
         """Sample shape and dtype of each input."""
         return sample_shape(self.values, self.graph_module.graph)
 
+    def shapes(self) -> list[Shape]:
+        """Sample shape of each input."""
+        return [shape for shape, _ in self.inputs()]
+
     def module(self, node: fx.Node) -> nn.Module:
         """The module that a call_module node runs."""
         return self.graph_module.get_submodule(str(node.target))
@@ -279,54 +283,6 @@ def _unsupported(walk: Walk, missing: Sequence[tuple[fx.Node, str]]) -> Unsuppor
         lines.append(f"  {walk.operation(node)} in {place} ({node.meta.get('source', '?')}): {reason}")
     lines.append("Register a rule with @normprop.rule(…), or pass rules={operation: function} for this call.")
     return UnsupportedOpError("\n".join(lines), names)
-
-
-def input_moments(walk: Walk, given: Any, like: Tensor) -> list[Moments]:
-    """Moments of each input of a walk, checked and brought to the input's rank.
-
-    Args:
-        walk: the prepared model.
-        given: None (standard normal), `Moments`, an object with ``mean`` and ``var`` such as `InputStats`, or a sequence of
-            these, one an input.
-        like: a tensor with the dtype and device to use.
-
-    Raises:
-        NormPropError: a variance that is negative, zero or NaN, or a wrong number of channels.
-    """
-    shapes = walk.inputs()
-    several = list(given) if isinstance(given, tuple | list) else [given] + [None] * (len(shapes) - 1)
-    if len(several) != len(shapes):
-        raise NormPropError(f"the network has {len(shapes)} inputs, moments were given for {len(several)}.")
-    return [_input(g, shape, like) for g, (shape, _) in zip(several, shapes, strict=True)]
-
-
-def _input(given: Any, shape: Shape, like: Tensor) -> Moments:
-    rank = len(shape) + 1
-    channel = 1
-    channels = shape[0]
-    if given is None:
-        return Moments(like.new_zeros(channels), like.new_ones(channels)).aligned(rank, channel)
-    mean, var = (torch.as_tensor(t).to(like) for t in (given.mean, given.var))
-    if tuple(mean.shape) == shape and mean.dim() > 1:
-        found = Moments(mean.unsqueeze(0), var.unsqueeze(0))
-    elif mean.numel() == 1:
-        found = Moments(mean.reshape(1), var.reshape(1)).expanded((channels,)).aligned(rank, channel)
-    elif mean.dim() == 1 and len(mean) == channels:
-        found = Moments(mean, var).aligned(rank, channel)
-    elif mean.dim() == 1 and len(mean) == shape[-1]:
-        found = Moments(mean, var).aligned(rank, -1)
-    else:
-        raise NormPropError(
-            f"input moments have shape {tuple(mean.shape)}, the network takes samples of shape {shape}.\n"
-            f"Give one mean and variance a channel ({channels}), or an element."
-        )
-    bad = "NaN" if not bool(torch.isfinite(var).all() & torch.isfinite(mean).all()) else ""
-    bad = bad or ("negative" if bool((var < 0).any()) else "zero" if bool((var == 0).all()) else "")
-    if bad and like.device.type != "meta":
-        raise NormPropError(
-            f"the input's moments hold a {bad} variance or mean.\nStandardise the data, drop constant channels."
-        )
-    return found
 
 
 def reference_tensor(model: nn.Module) -> Tensor:
