@@ -365,6 +365,20 @@ def test_the_hook_clips_before_the_step_and_spares_what_is_marked():
     torch.testing.assert_close(a.detach(), torch.full((2, 2), -9.1))
 
 
+def test_steps_grow_no_longer_above_the_rate_that_clip_is_meant_for():
+    weights = [torch.nn.Parameter(torch.ones(2, 2)) for _ in range(3)]
+    rates = (0.05, 0.1, 0.8)
+    optimizer = torch.optim.SGD([{"params": [w], "lr": lr} for w, lr in zip(weights, rates, strict=True)], lr=1.0)
+    AdaptiveGradientClipping(optimizer, 0.5, up_to=0.1)
+    (100 * sum(weight.sum() for weight in weights)).backward()
+    optimizer.step()
+    lengths = [float((1 - weight.detach()).norm() / 2**0.5 / weight.shape[0] ** 0.5) for weight in weights]
+    assert lengths == pytest.approx([0.05 * 0.5, 0.1 * 0.5, 0.1 * 0.5])
+    for up_to in (0.0, -1.0, math.nan):
+        with pytest.raises(NormPropError, match="up_to"):
+            AdaptiveGradientClipping(optimizer, up_to=up_to)
+
+
 def test_a_network_learns_with_both_at_a_high_rate():
     torch.manual_seed(0)
     model = torch.nn.Sequential(nn.Linear(10, 32), nn.Linear(32, 32), nn.Linear(32, 2, activation=None))

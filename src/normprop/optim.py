@@ -3,6 +3,7 @@
 The paper's schedule, the rate halved at intervals, is torch's `StepLR(optimizer, step_size, gamma=0.5)`.
 """
 
+import math
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple, cast
 
@@ -149,13 +150,18 @@ def clip_grad_adaptive_(parameters: Tensor | Iterable[Tensor], clip: float = 0.0
     """
     if not (clip > 0 and eps > 0):
         raise NormPropError(f"clip is {clip} and eps is {eps}.\nBoth have to be positive.")
-    given = [parameters] if isinstance(parameters, Tensor) else list(parameters)
-    pairs = [(p.detach(), p.grad) for p in given if p.grad is not None and p.numel()]
-    if not pairs:
+    return _clip_units([(p, clip) for p in ([parameters] if isinstance(parameters, Tensor) else parameters)], eps)
+
+
+def _clip_units(parameters: Iterable[tuple[Tensor, float]], eps: float) -> Tensor:
+    """`clip_grad_adaptive_` for parameters with a λ each."""
+    given = [(p.detach(), p.grad, clip) for p, clip in parameters if p.grad is not None and p.numel()]
+    if not given:
         return torch.zeros(())
+    pairs = [(weight, gradient) for weight, gradient, _ in given]
     bounds = [_unit_norms(weight) for weight, _ in pairs]
     torch._foreach_clamp_min_(bounds, eps)
-    torch._foreach_mul_(bounds, clip)
+    torch._foreach_mul_(bounds, [clip for *_, clip in given])
     norms = [_unit_norms(gradient) for _, gradient in pairs]
     count = sum(norm.numel() for norm in norms)
     device = norms[0].device
@@ -174,6 +180,23 @@ class AdaptiveGradientClipping:
     `fraction` is what the last call returned. Groups with `clip_adaptive=False` are left out: the output layer, if you
     follow Brock et al. (2021).
 
+    A clipped step of SGD without momentum changes a unit by lr · clip of its length, the more the higher the rate. With
+    `up_to` this grows no further above that rate::
+
+        ‖G_i‖ ≤ clip · min(1, up_to / lr) · max(‖W_i‖, eps)
+
+    so that one `clip` does for all rates, and higher ones cannot turn filters faster than what is known of their inputs
+    holds.
+
+    Args:
+        optimizer: Any torch optimizer.
+        clip: λ, as for `clip_grad_adaptive_`.
+        eps: As there.
+        up_to: The learning rate from which on clip falls as 1/lr; by default it never does.
+
+    Raises:
+        NormPropError: `clip`, `eps` or `up_to` isn't positive.
+
     >>> weight = torch.nn.Parameter(torch.ones(2, 2))
     >>> optimizer = torch.optim.SGD([weight], lr=1.0)
     >>> clipping = AdaptiveGradientClipping(optimizer, clip=0.1)
@@ -183,9 +206,12 @@ class AdaptiveGradientClipping:
     (tensor([1.2728, 1.2728], grad_fn=<LinalgVectorNormBackward0>), tensor(1.))
     """
 
-    def __init__(self, optimizer: Optimizer, clip: float = 0.05, *, eps: float = 1e-3) -> None:
+    def __init__(self, optimizer: Optimizer, clip: float = 0.05, *, eps: float = 1e-3, up_to: float = math.inf) -> None:
+        if not up_to > 0:
+            raise NormPropError(f"up_to is {up_to}.\nUse a learning rate above 0.")
         self.clip = clip
         self.eps = eps
+        self.up_to = up_to
         self.fraction = torch.zeros(())
         clip_grad_adaptive_([], clip, eps=eps)  # refuses a bad clip or eps here and not at the first step
         self._handle = optimizer.register_step_pre_hook(self._hook)
@@ -195,8 +221,10 @@ class AdaptiveGradientClipping:
         self._handle.remove()
 
     def _hook(self, optimizer: Optimizer, _args: tuple[Any, ...], _kwargs: dict[str, Any]) -> None:
-        groups = (group["params"] for group in optimizer.param_groups if group.get("clip_adaptive", True))
-        self.fraction = clip_grad_adaptive_([p for params in groups for p in params], self.clip, eps=self.eps)
+        groups = [group for group in optimizer.param_groups if group.get("clip_adaptive", True)]
+        clips = [self.clip / max(1.0, float(group["lr"]) / self.up_to) for group in groups]
+        pairs = [(p, clip) for group, clip in zip(groups, clips, strict=True) for p in group["params"]]
+        self.fraction = _clip_units(pairs, self.eps)
 
 
 def _filters(source: torch.nn.Module | Tensor | Iterable[Tensor]) -> Iterator[Filters]:

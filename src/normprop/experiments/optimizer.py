@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from normprop.experiments.normalizers import normalizer
-from normprop.experiments.recipe import Recipe
+from normprop.experiments.recipe import CLIP_UP_TO, Recipe, rate_at
 from normprop.optim import AdaptiveGradientClipping, UnitNormProjection
 
 
@@ -23,7 +23,7 @@ def build_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
     ]
     optimizer = torch.optim.SGD(groups, lr=recipe.lr, momentum=recipe.momentum)
     if recipe.clip:
-        AdaptiveGradientClipping(optimizer, clip=recipe.clip)
+        AdaptiveGradientClipping(optimizer, clip=recipe.clip, up_to=rate_at(recipe.batch_size, CLIP_UP_TO))
     if normalizer(recipe.norm).method == "paper":
         UnitNormProjection(optimizer, model)
     return optimizer

@@ -24,6 +24,8 @@ _LEAST = (
     ("recalibrate", 0),
     ("shrinkage", 0.0),
 )
+# The rate at batch size 64 above which clipping gets tighter, so that steps get no longer.
+CLIP_UP_TO = 0.1
 # How many directions in which inputs vary are measured, how far what they say is shrunk where gradients are clipped and
 # needn't be restrained, and after how many samples all is measured again, if nobody says.
 _DIRECTIONS = 8
@@ -90,7 +92,7 @@ class Recipe(Setting):
     """Highest learning rate; by default one that suits the normaliser at batch size 64, times (batch size / 64)^¾."""
     clip: float | None = None
     """Adaptive gradient clipping at this ratio of gradient to weight, 0 for none; by default 0.05·√(64 / batch size)
-    for normprop, paper and nf, none for the others."""
+    for normprop, paper and nf, none for the others. Above a rate of 0.1·(batch size / 64)^¾ the ratio falls as 1/rate."""
     calibrate: int | None = None
     """Set the constants of normprop from so many training samples before the first step; 0 leaves it at what is computed
     for independent inputs. By default 256; nothing else has such constants."""
