@@ -24,7 +24,7 @@ from treatments import BatchNoise, BranchGain, Treated, Treatment, Uncentred, le
 from normprop.experiments import records
 from normprop.experiments.datasets import load
 from normprop.experiments.images import Images
-from normprop.experiments.recipe import Recipe, clip_at, rate_at
+from normprop.experiments.recipe import Recipe
 from normprop.experiments.records import RUNS, Record
 from normprop.experiments.workers import work
 
@@ -110,20 +110,6 @@ STUDIES = {
             Variant("not clipped, not calibrated", {"calibrate": 0, "clip": 0.0}),
             Variant("BatchNorm", _BATCH),
             Variant("BatchNorm, clipping at 0.05", {"norm": "batch", "clip": 0.05}),
-        ),
-    ),
-    "shrinkage": Study(
-        dataclasses.replace(_SHORT, epochs=3, train_images=20_000, validation=5000),
-        {
-            "batch 64": {"lr": 0.4},
-            "batch 256": {"batch_size": 256, "lr": rate_at(256, 0.4), "clip": clip_at(256, 0.05)},
-        },
-        (
-            Variant("no directions", {"directions": 0}),
-            Variant("counted by 0.03", {"shrinkage": 0.97}),
-            Variant("counted by 0.1, the default"),
-            Variant("counted by 0.3", {"shrinkage": 0.7}),
-            Variant("counted whole", {"shrinkage": 0.0}),
         ),
     ),
     "remedies": Study(

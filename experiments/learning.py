@@ -36,7 +36,7 @@ _SEEDS = "--seeds 3 --finalists 1"
 COMPARISONS = {
     "resnet8": f"--data cifar10 --model resnet8 --train-images 20000 --epochs 3 {_LARGE} --seeds 3 --finalists 2",
     "resnet20": f"--data cifar10 --model resnet20 --train-images 10000 --epochs 3 {_FEW} {_SEEDS}",
-    "nin": f"--data cifar10 --model nin --width 0.25 --train-images 10000 --epochs 3 {_FEW} {_SEEDS}",
+    "nin": f"--data cifar10 --model nin --width 0.25 --train-images 20000 --epochs 3 {_FEW} {_SEEDS}",
     "plain12": f"--data fashion-mnist --model plain12 --width 0.5 --train-images 20000 --epochs 3 {_FEW} {_SEEDS}",
     "resnet8-small": f"--data cifar10 --model resnet8 --train-images 4000 --epochs 2 {_SMALL} {_SEEDS} --contenders 4",
 }
