@@ -110,6 +110,8 @@ def test_batch_statistics_are_left_out_at_batch_size_1():
     ("change", "message"),
     [
         ({"rates": ()}, "--rates names nothing"),
+        ({"contenders": 2}, "--contenders 2 goes with --finalists"),
+        ({"contenders": 0, "finalists": 1}, "--contenders 0 goes with --finalists"),
         ({"batch_sizes": ()}, "--batch-sizes names nothing"),
         ({"norms": ("bach",)}, "Did you mean batch"),
         ({"seeds": 0}, "below 1"),

@@ -26,7 +26,7 @@ class RunDisplay(Observer):
         self.task = TaskID(0)
         self.printed = time.monotonic()
 
-    def started(self, recipe: Recipe, model: nn.Module, optimizer: Optimizer, *, train: int, test: int) -> None:  # noqa: ARG002  Observer's signature
+    def started(self, recipe: Recipe, model: nn.Module, optimizer: Optimizer, *, train: int, test: int) -> None:
         """Print what is about to be trained."""
         parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
         clip = f", clipping at {recipe.clip:g}" if recipe.clip else ""

@@ -51,20 +51,12 @@ class ProbeWatcher(Watcher):
         self.model: nn.Module = nn.Identity()
         self.found: list[dict[str, Any]] = []
 
-    def started(
-        self,
-        recipe: Recipe,  # noqa: ARG002  Observer's signature
-        model: nn.Module,
-        optimizer: Optimizer,  # noqa: ARG002
-        *,
-        train: int,  # noqa: ARG002
-        test: int,  # noqa: ARG002
-    ) -> None:
+    def started(self, recipe: Recipe, model: nn.Module, optimizer: Optimizer, *, train: int, test: int) -> None:
         """Note the network as it is initialised."""
         self.model = model
         self._note(0)
 
-    def ended_epoch(self, row: Row, epochs: int) -> None:  # noqa: ARG002  Observer's signature
+    def ended_epoch(self, row: Row, epochs: int) -> None:
         """Note the network after an epoch."""
         if not row.diverged:
             self._note(row.epoch)
