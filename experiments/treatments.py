@@ -39,12 +39,12 @@ class Treated:
 
     def __call__(self, recipe: Recipe, images: Images) -> Watcher:
         """Who does it."""
-        return _Treating(self.treat, recipe, prepared(images, recipe))
+        return _Treating(self.treat, prepared(images, recipe))
 
 
 class _Treating(Watcher):
-    def __init__(self, treat: Treatment, recipe: Recipe, images: Images) -> None:
-        self.treat, self.recipe, self.images = treat, recipe, images
+    def __init__(self, treat: Treatment, images: Images) -> None:
+        self.treat, self.images = treat, images
 
     def started(self, recipe: Recipe, model: nn.Module, optimizer: Optimizer, *, train: int, test: int) -> None:
         standardize, network = model.children()
