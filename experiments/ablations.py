@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from learning import PAGE, RESULTS, fill
-from treatments import BatchNoise, BranchGain, Treated, Treatment, Uncentred, learned_proxies, projected, untreated
+from treatments import BatchNoise, BranchGain, Shifted, Treated, Treatment, Uncentred, learned_proxies, projected, untreated
 
 from normprop.experiments import records
 from normprop.experiments.datasets import load
@@ -35,6 +35,8 @@ TREATMENTS: dict[str, Treatment] = {
     "uncentred-skips": Uncentred(("stages.1.0.skip.0", "stages.2.0.skip.0")),
     "branches-at-0": BranchGain(0.0),
     "branches-scaled": BranchGain(),
+    "beta-0.5": Shifted(0.5),
+    "beta-1": Shifted(1.0),
     "projected": projected,
     "proxies": learned_proxies,
     "noise-64": BatchNoise(64),
@@ -130,6 +132,17 @@ STUDIES = {
             Variant("BatchNorm", _BATCH),
             Variant("BatchNorm, last γ of a branch starts at 0", _BATCH, "branches-at-0"),
             Variant("BatchNorm, no warm-up", {**_BATCH, "schedule": "cosine"}),
+        ),
+    ),
+    "shift": Study(
+        dataclasses.replace(_SHORT, model="resnet20", epochs=3, train_images=10_000, validation=5000),
+        {"rate 0.1": {"lr": 0.1}, "rate 0.9": {"lr": 0.9}},
+        (
+            Variant("the default", {"clip": 0.05}),
+            Variant("β starts at ½", {"clip": 0.05}, "beta-0.5"),
+            Variant("β starts at 1", {"clip": 0.05}, "beta-1"),
+            Variant("BatchNorm", {"norm": "batch", "clip": 0.05}),
+            Variant("BatchNorm, β starts at ½", {"norm": "batch", "clip": 0.05}, "beta-0.5"),
         ),
     ),
     "regularisation": Study(

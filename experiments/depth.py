@@ -22,6 +22,7 @@ from learning import PAGE, RESULTS, fill
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from treatments import Shifted, Treated, Treatment, untreated
 
 import normprop
 from normprop.experiments.datasets import load
@@ -36,9 +37,12 @@ MODELS = {"resnet110": "ResNet-110", "plain50": "plain, 50 layers"}
 VARIANTS: dict[str, dict[str, Any]] = {
     "NormProp": {},
     "not calibrated": {"calibrate": 0},
+    "β starts at 1": {},
     "BatchNorm": {"norm": "batch"},
+    "BatchNorm, β starts at 1": {"norm": "batch"},
     "none": {"norm": "none"},
 }
+TREATMENTS: dict[str, Treatment] = {"β starts at 1": Shifted(1.0), "BatchNorm, β starts at 1": Shifted(1.0)}
 SEEDS = (0,)
 # Test images on which layers are measured.
 PROBED = 128
@@ -47,13 +51,15 @@ PROBED = 128
 class Ratios(Observer):
     """Measured over predicted standard deviation, rms over channels, behind every convolution that a site scales."""
 
-    def __init__(self, images: Images) -> None:
+    def __init__(self, images: Images, treat: Treatment) -> None:
+        self.images, self.treat = images, treat
         self.x = images.x_test[:PROBED]
         self.before: list[float] = []
         self.model: nn.Module | None = None
 
     def started(self, recipe: Recipe, model: nn.Module, optimizer: Optimizer, *, train: int, test: int) -> None:
-        """The network before the first step."""
+        """Treat the network, and measure it before the first step."""
+        Treated(self.treat)(recipe, self.images).started(recipe, model, optimizer, train=train, test=test)
         self.model = model
         self.before = self.measured()
 
@@ -81,7 +87,7 @@ def wanted() -> list[tuple[str, str, int]]:
 def run(model: str, variant: str, seed: int, images: Images) -> dict[str, Any]:
     """Train once."""
     recipe = dataclasses.replace(BASE, model=model, seed=seed, **VARIANTS[variant]).resolved()
-    observer = Ratios(images)
+    observer = Ratios(images, TREATMENTS.get(variant, untreated))
     row = train(recipe, images=images, device="cpu", observer=observer).rows[-1]
     return {
         "model": model,
@@ -131,7 +137,7 @@ def span(series: list[list[float]]) -> str:
 def draw(found: dict[tuple[str, str, int], dict[str, Any]], path: Path) -> None:
     """Ratios over depth, before and after training."""
     figure = Figure(figsize=(9, 3.4), dpi=110, layout="constrained")
-    colours = {"NormProp": "#0072B2", "not calibrated": "#E69F00"}
+    colours = {"NormProp": "#0072B2", "not calibrated": "#E69F00", "β starts at 1": "#009E73"}
     for axes, (model, title) in zip(figure.subplots(1, len(MODELS), sharey=True), MODELS.items(), strict=True):
         for variant, colour in colours.items():
             one = found.get((model, variant, SEEDS[0]))
