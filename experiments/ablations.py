@@ -135,14 +135,14 @@ STUDIES = {
         ),
     ),
     "shift": Study(
-        dataclasses.replace(_SHORT, model="resnet20", epochs=3, train_images=10_000, validation=5000),
+        dataclasses.replace(_SHORT, model="resnet20", epochs=3, train_images=10_000, validation=5000, clip=0.05),
         {"rate 0.1": {"lr": 0.1}, "rate 0.9": {"lr": 0.9}},
         (
-            Variant("the default", {"clip": 0.05}),
-            Variant("β starts at ½", {"clip": 0.05}, "beta-0.5"),
-            Variant("β starts at 1", {"clip": 0.05}, "beta-1"),
-            Variant("BatchNorm", {"norm": "batch", "clip": 0.05}),
-            Variant("BatchNorm, β starts at ½", {"norm": "batch", "clip": 0.05}, "beta-0.5"),
+            Variant("the default"),
+            Variant("β starts at ½", treat="beta-0.5"),
+            Variant("β starts at 1", treat="beta-1"),
+            Variant("BatchNorm", {"norm": "batch"}),
+            Variant("BatchNorm, β starts at ½", {"norm": "batch"}, "beta-0.5"),
         ),
     ),
     "regularisation": Study(

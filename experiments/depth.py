@@ -22,7 +22,7 @@ from learning import PAGE, RESULTS, fill
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from treatments import Shifted, Treated, Treatment, untreated
+from treatments import Shifted, Treated, Treatment
 
 import normprop
 from normprop.experiments.datasets import load
@@ -51,7 +51,7 @@ PROBED = 128
 class Ratios(Observer):
     """Measured over predicted standard deviation, rms over channels, behind every convolution that a site scales."""
 
-    def __init__(self, images: Images, treat: Treatment) -> None:
+    def __init__(self, images: Images, treat: Treatment | None) -> None:
         self.images, self.treat = images, treat
         self.x = images.x_test[:PROBED]
         self.before: list[float] = []
@@ -59,7 +59,8 @@ class Ratios(Observer):
 
     def started(self, recipe: Recipe, model: nn.Module, optimizer: Optimizer, *, train: int, test: int) -> None:
         """Treat the network, and measure it before the first step."""
-        Treated(self.treat)(recipe, self.images).started(recipe, model, optimizer, train=train, test=test)
+        if self.treat is not None:
+            Treated(self.treat)(recipe, self.images).started(recipe, model, optimizer, train=train, test=test)
         self.model = model
         self.before = self.measured()
 
@@ -87,7 +88,7 @@ def wanted() -> list[tuple[str, str, int]]:
 def run(model: str, variant: str, seed: int, images: Images) -> dict[str, Any]:
     """Train once."""
     recipe = dataclasses.replace(BASE, model=model, seed=seed, **VARIANTS[variant]).resolved()
-    observer = Ratios(images, TREATMENTS.get(variant, untreated))
+    observer = Ratios(images, TREATMENTS.get(variant))
     row = train(recipe, images=images, device="cpu", observer=observer).rows[-1]
     return {
         "model": model,

@@ -51,8 +51,8 @@ class LeafTracer(fx.Tracer):
     def create_args_for_root(
         self,
         root_fn: Any,  # noqa: ARG002  fx's signature
-        is_module: bool,  # noqa: ARG002
-        concrete_args: Any = None,  # noqa: ARG002
+        is_module: bool,  # noqa: ARG002  fx's signature
+        concrete_args: Any = None,  # noqa: ARG002  fx's signature
     ) -> tuple[Any, list[Any]]:
         """An input for every parameter of ``forward``; one with a default is fixed at it, and checked.
 
