@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from learning import PAGE, RESULTS, fill
-from treatments import BatchNoise, BranchGain, Shifted, Treated, Treatment, Uncentred, learned_proxies, projected, untreated
+from treatments import BatchNoise, BranchGain, Treated, Treatment, Uncentred, learned_proxies, projected, untreated
 
 from normprop.experiments import records
 from normprop.experiments.datasets import load
@@ -35,8 +35,6 @@ TREATMENTS: dict[str, Treatment] = {
     "uncentred-skips": Uncentred(("stages.1.0.skip.0", "stages.2.0.skip.0")),
     "branches-at-0": BranchGain(0.0),
     "branches-scaled": BranchGain(),
-    "beta-0.5": Shifted(0.5),
-    "beta-1": Shifted(1.0),
     "projected": projected,
     "proxies": learned_proxies,
     "noise-64": BatchNoise(64),
@@ -139,10 +137,10 @@ STUDIES = {
         {"rate 0.1": {"lr": 0.1}, "rate 0.9": {"lr": 0.9}},
         (
             Variant("the default"),
-            Variant("β starts at ½", treat="beta-0.5"),
-            Variant("β starts at 1", treat="beta-1"),
+            Variant("β starts at 0", {"beta": 0.0}),
+            Variant("β starts at 1", {"beta": 1.0}),
             Variant("BatchNorm", {"norm": "batch"}),
-            Variant("BatchNorm, β starts at ½", {"norm": "batch"}, "beta-0.5"),
+            Variant("BatchNorm, β starts at ½", {"norm": "batch", "beta": 0.5}),
         ),
     ),
     "regularisation": Study(

@@ -22,7 +22,6 @@ from learning import PAGE, RESULTS, fill
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from treatments import Shifted, Treated, Treatment
 
 import normprop
 from normprop.experiments.datasets import load
@@ -37,12 +36,11 @@ MODELS = {"resnet110": "ResNet-110", "plain50": "plain, 50 layers"}
 VARIANTS: dict[str, dict[str, Any]] = {
     "NormProp": {},
     "not calibrated": {"calibrate": 0},
-    "β starts at 1": {},
+    "β starts at 0": {"beta": 0.0},
     "BatchNorm": {"norm": "batch"},
-    "BatchNorm, β starts at 1": {"norm": "batch"},
+    "BatchNorm, β starts at 1": {"norm": "batch", "beta": 1.0},
     "none": {"norm": "none"},
 }
-TREATMENTS: dict[str, Treatment] = {"β starts at 1": Shifted(1.0), "BatchNorm, β starts at 1": Shifted(1.0)}
 SEEDS = (0,)
 # Test images on which layers are measured.
 PROBED = 128
@@ -51,16 +49,13 @@ PROBED = 128
 class Ratios(Observer):
     """Measured over predicted standard deviation, rms over channels, behind every convolution that a site scales."""
 
-    def __init__(self, images: Images, treat: Treatment | None) -> None:
-        self.images, self.treat = images, treat
+    def __init__(self, images: Images) -> None:
         self.x = images.x_test[:PROBED]
         self.before: list[float] = []
         self.model: nn.Module | None = None
 
     def started(self, recipe: Recipe, model: nn.Module, optimizer: Optimizer, *, train: int, test: int) -> None:
-        """Treat the network, and measure it before the first step."""
-        if self.treat is not None:
-            Treated(self.treat)(recipe, self.images).started(recipe, model, optimizer, train=train, test=test)
+        """Measure before the first step."""
         self.model = model
         self.before = self.measured()
 
@@ -88,7 +83,7 @@ def wanted() -> list[tuple[str, str, int]]:
 def run(model: str, variant: str, seed: int, images: Images) -> dict[str, Any]:
     """Train once."""
     recipe = dataclasses.replace(BASE, model=model, seed=seed, **VARIANTS[variant]).resolved()
-    observer = Ratios(images, TREATMENTS.get(variant))
+    observer = Ratios(images)
     row = train(recipe, images=images, device="cpu", observer=observer).rows[-1]
     return {
         "model": model,
@@ -138,7 +133,7 @@ def span(series: list[list[float]]) -> str:
 def draw(found: dict[tuple[str, str, int], dict[str, Any]], path: Path) -> None:
     """Ratios over depth, before and after training."""
     figure = Figure(figsize=(9, 3.4), dpi=110, layout="constrained")
-    colours = {"NormProp": "#0072B2", "not calibrated": "#E69F00", "β starts at 1": "#009E73"}
+    colours = {"NormProp": "#0072B2", "not calibrated": "#E69F00", "β starts at 0": "#009E73"}
     for axes, (model, title) in zip(figure.subplots(1, len(MODELS), sharey=True), MODELS.items(), strict=True):
         for variant, colour in colours.items():
             one = found.get((model, variant, SEEDS[0]))

@@ -104,26 +104,6 @@ class BranchGain:
             end.get_parameter("weight").fill_(1 / math.sqrt(len(ends)) if self.gain is None else self.gain)
 
 
-@dataclass(frozen=True)
-class Shifted:
-    """β of every site, or BatchNorm, starts at another value than 0: what follows is nearer to linear.
-
-    A layer and the ReLU behind it stretch differences by √(E[φ′²]/Var φ): 1.21 at β = 0, 1.12 at ½, 1.06 at 1 (γ = 1).
-
-    Attributes:
-        beta: That value.
-    """
-
-    beta: float
-
-    @torch.no_grad()
-    def __call__(self, network: nn.Module, optimizer: Optimizer) -> None:
-        """Set them."""
-        for module in network.modules():
-            if isinstance(module, (Site, nn.BatchNorm2d)) and module.bias is not None:
-                module.bias.fill_(self.beta)
-
-
 def _is_block(module: nn.Module) -> bool:
     return isinstance(module, Block)
 

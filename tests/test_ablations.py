@@ -5,7 +5,7 @@ import pytest
 import torch
 from learning import fill
 from torch.nn import functional as F
-from treatments import BatchNoise, BranchGain, Shifted, Uncentred, learned_proxies, projected
+from treatments import BatchNoise, BranchGain, Uncentred, learned_proxies, projected
 
 import normprop
 from normprop.experiments.models import build
@@ -69,17 +69,6 @@ def test_branches_of_gain_0_do_nothing(network, optimizer):
     assert torch.allclose(network(x), before, atol=1e-5)
     BranchGain()(network, optimizer)
     assert torch.allclose(network.stages[0][0].norm2.weight, torch.tensor(3**-0.5))
-
-
-def test_a_shift_makes_what_follows_nearer_to_linear(network, optimizer):
-    Shifted(0.5)(network, optimizer)
-    sites = [module for module in network.modules() if isinstance(module, Site)]
-    assert sites
-    assert all(torch.equal(site.bias, torch.full_like(site.bias, 0.5)) for site in sites)
-    for beta, stretch in ((0.0, 1.21), (0.5, 1.12), (1.0, 1.06)):
-        relu = normprop.moments("relu", mean=beta)
-        slope = 1 - torch.special.ndtr(torch.tensor(-beta, dtype=torch.float64))  # E[φ′²], the share above the kink
-        assert (slope / relu.var).sqrt().item() == pytest.approx(stretch, abs=0.005)
 
 
 def test_projected_filters_stay_at_unit_length(network, optimizer):

@@ -317,6 +317,41 @@ def test_directions_count_whole_where_nothing_is_clipped():
             shrinkage(**changes)
 
 
+def test_beta_starts_where_the_recipe_says(digits):
+    starts = lambda **changes: train(dataclasses.replace(TINY, epochs=0, **changes), images=digits).model
+    gains = lambda model: [
+        m for m in model.modules() if isinstance(getattr(m, "bias", None), torch.Tensor) and m.weight.dim() == 1
+    ]
+    values = lambda model: {b for module in gains(model) for b in module.bias.tolist()}
+    for norm in ("normprop", "paper", "batch", "frozen", "group", "layer", "instance", "ws", "frn", "evonorm-s0"):
+        assert values(starts(norm=norm)) == {0.0}, norm
+        assert values(starts(norm=norm, beta=0.25)) == {0.25}, norm
+    shifted = starts(norm="normprop", beta=0.25)
+    before = [t.clone() for m in gains(shifted) for t in (m.shift, m.scale)]
+    recipe = dataclasses.replace(TINY, norm="normprop", beta=0.25).resolved()
+    sample = shifted.standardize(some(prepared(digits, recipe), derived(recipe.seed, -1), recipe.calibrate))
+    calibrate(shifted.network, sample, **recipe.covariance())
+    for a, b in zip(before, [t for m in gains(shifted) for t in (m.shift, m.scale)], strict=True):
+        torch.testing.assert_close(a, b)
+    for norm in ("none", "nf", "weight"):
+        with pytest.raises(NormPropError, match="--beta"):
+            starts(norm=norm, beta=0.25)
+    with pytest.raises(NormPropError, match="--beta is nan"):
+        starts(beta=math.nan)
+
+
+def test_a_deep_calibrated_network_starts_above_0(digits):
+    deep = dataclasses.replace(TINY, model="plain24", width=0.5, norm="normprop", epochs=0)
+    values = lambda **changes: {
+        b
+        for m in train(dataclasses.replace(deep, **changes), images=digits).model.modules()
+        if isinstance(m, Site)
+        for b in m.bias.tolist()
+    }
+    assert values() <= {0.5, 1.0}
+    assert values(beta=0.0) == values(calibrate=0) == {0.0}
+
+
 def test_normprop_is_calibrated_again_while_it_trains(digits):
     recipe = dataclasses.replace(TINY, norm="normprop", recalibrate=64)
     often, never = (train(dataclasses.replace(recipe, recalibrate=n), images=digits) for n in (64, 0))

@@ -15,11 +15,12 @@ from normprop.propagate import propagate
 from normprop.recalibrate import recalibrate
 from normprop.report import Report
 from normprop.rules import rule
+from normprop.stretch import init_beta_, stretch
 
 __all__ = [
     "ActivationMoments", "CanonicalErrorBound", "InputStats", "Moments", "Report", "Standardize",
     "NormPropError", "NotFiniteError", "TracingError", "UnsupportedOpError",
-    "accumulate", "calibrate", "canonical_error_bound", "convert", "fold", "inspect", "moments", "propagate",
-    "recalibrate", "rule",
+    "accumulate", "calibrate", "canonical_error_bound", "convert", "fold", "init_beta_", "inspect", "moments",
+    "propagate", "recalibrate", "rule", "stretch",
     "nn", "optim",
 ]  # fmt: skip

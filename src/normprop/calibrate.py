@@ -69,7 +69,7 @@ def calibrate(
         raise NormPropError(f"directions is {directions}.\nUse 0 or more.")
     if not 0 <= shrinkage <= 1:
         raise NormPropError(f"shrinkage is {shrinkage}.\nUse a number from 0 to 1.")
-    batches = _batches(data, next(converted.parameters()).device)
+    batches = samples(data, next(converted.parameters()).device)
     mode = converted.training
     converted.eval()
     try:
@@ -109,16 +109,22 @@ def preserve_(
         _Calibration(root, graph, given=statistics, biases=biases).run()
 
 
-def _batches(data: Any, device: torch.device) -> list[Tensor]:
+def samples(data: Any, device: torch.device) -> list[Tensor]:
+    """The batches of a tensor or loader, checked, on a device; of a loader the first entry of each.
+
+    Raises:
+        NormPropError: no samples.
+        NotFiniteError: values that are not finite.
+    """
     if isinstance(data, Tensor):
         data = [data]
     if not isinstance(data, Iterable):
-        raise NormPropError(f"calibrate measures samples, and {type(data).__name__} holds none.\nPass a tensor or a loader.")
+        raise NormPropError(f"samples are measured, and {type(data).__name__} holds none.\nPass a tensor or a loader.")
     batches = [b[0] if isinstance(b, tuple | list) else b for b in data]
     if not batches or any(b.numel() == 0 for b in batches):
-        raise NormPropError("calibrate got no data.")
+        raise NormPropError("there is no data to measure.")
     if not all(bool(torch.isfinite(b).all()) for b in batches):
-        raise NotFiniteError("the data to calibrate on holds values that are not finite.")
+        raise NotFiniteError("the data to measure holds values that are not finite.")
     return [b.to(device) for b in batches]
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from normprop.calibrate import calibrate
 from normprop.data import InputStats, Standardize
+from normprop.errors import NormPropError
 from normprop.experiments.baselines import measure_once
 from normprop.experiments.images import Images
 from normprop.experiments.models import build
@@ -16,6 +17,7 @@ from normprop.experiments.normalizers import normalizer, realize
 from normprop.experiments.processes import Processes
 from normprop.experiments.recipe import Recipe
 from normprop.experiments.seeds import derived
+from normprop.stretch import init_beta_
 
 # Training samples from which statistics that are frozen before training are measured.
 _MEASURED = 512
@@ -39,14 +41,41 @@ def build_model(recipe: Recipe, images: Images, group: Processes) -> nn.Module:
     stats = InputStats.from_tensor(images.x_train[group.rank :: group.world]).synchronized()
     standardize = Standardize(stats, recipe.data_norm)
     network = realize(network, norm, images.shape)
+    if recipe.beta:
+        start_beta(network, recipe.beta)
     parts = OrderedDict(standardize=standardize, network=network)
     # Images lie channels last, see `placed`; weights that lie so too needn't be reordered in every step.
     model = nn.Sequential(parts).to(group.device).to(memory_format=torch.channels_last)
     if recipe.calibrate:
         samples = some(images, derived(recipe.seed, -1), recipe.calibrate)
-        calibrate(network, standardize(placed(samples, group)), **recipe.covariance())
+        prepare = init_beta_ if recipe.beta is None else calibrate
+        prepare(network, standardize(placed(samples, group)), **recipe.covariance())
     measure_once(model, placed(some(images, derived(recipe.seed, -1), _MEASURED), group))
     return model
+
+
+@torch.no_grad()
+def start_beta(network: nn.Module, beta: float) -> None:
+    """Set β of every normaliser: the bias, a vector, of whatever has a vector of weights.
+
+    Raises:
+        NormPropError: where there is none.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
+        >>> start_beta(net, 0.5)
+        >>> net[1].bias.tolist(), bool((net[0].bias == 0.5).any())
+        ([0.5, 0.5, 0.5], False)
+    """
+    normalizers = [
+        module
+        for module in network.modules()
+        if all(isinstance(p := getattr(module, name, None), nn.Parameter) and p.dim() == 1 for name in ("weight", "bias"))
+    ]
+    if not normalizers:
+        raise NormPropError("The network has no normaliser with a β.\nLeave out --beta.")
+    for module in normalizers:
+        module.get_parameter("bias").fill_(beta)
 
 
 def placed(x: Tensor, group: Processes) -> Tensor:

@@ -103,6 +103,9 @@ class Recipe(Setting):
     clipped, 0 where only directions restrain them."""
     recalibrate: int | None = None
     """Calibrate again whenever so many samples have been seen, keeping the function; 0 for never. By default 6400."""
+    beta: float | None = None
+    """Where β of every normaliser starts: above 0 a ReLU cuts off less. By default 0, and for normprop that is calibrated
+    the first of 0, ½ and 1 that keeps the network from stretching small differences too much."""
     seed: int = 0
     """Of initialisation, order, augmentation, dropout and samples to calibrate with."""
 
@@ -133,6 +136,8 @@ class Recipe(Setting):
                 raise NormPropError(f"{_flag(name)} needs calibration.\nUse --calibrate 256, or leave it out.")
         if (self.shrinkage or 0.0) > 1:
             raise NormPropError(f"--shrinkage is {self.shrinkage}.\nUse 1 or less.")
+        if self.beta is not None and not math.isfinite(self.beta):
+            raise NormPropError(f"--beta is {self.beta}.\nUse a finite number.")
         if self.data_norm == "batch" and self.batch_size == 1:
             raise NormPropError("--data-norm batch can't train at batch size 1.\nUse --data-norm global.")
         clip = clip_at(self.batch_size, norm.clip) if self.clip is None else self.clip
@@ -145,6 +150,7 @@ class Recipe(Setting):
             directions=_DIRECTIONS if calibrate and self.directions is None else self.directions,
             shrinkage=shrinkage if calibrate and self.shrinkage is None else self.shrinkage,
             recalibrate=_RECALIBRATE if calibrate and self.recalibrate is None else self.recalibrate,
+            beta=0.0 if self.beta is None and not calibrate else self.beta,
             validation=self.validation or 0,
             halve_every=self.halve_every or max(1, self.epochs // 8),
         )

@@ -71,6 +71,7 @@ def recipe(scale: Scale, name: str, *, batch_size: int = 50, seed: int = 0, **ch
         "lr": float(f"{lr:.6g}"),
         "clip": None if name in _CLIPPED else 0.0,
         "shrinkage": 0.0 if name == "normprop" else None,
+        "beta": 0.0,
         "seed": seed,
     }
     return Recipe(**settings | changes).resolved()
