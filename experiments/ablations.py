@@ -24,7 +24,7 @@ from treatments import BatchNoise, BranchGain, Treated, Treatment, Uncentred, le
 from normprop.experiments import records
 from normprop.experiments.datasets import load
 from normprop.experiments.images import Images
-from normprop.experiments.recipe import Recipe
+from normprop.experiments.recipe import Recipe, rate_at
 from normprop.experiments.records import RUNS, Record
 from normprop.experiments.workers import work
 
@@ -141,6 +141,31 @@ STUDIES = {
             Variant("β starts at 1", {"beta": 1.0}),
             Variant("BatchNorm", {"norm": "batch"}),
             Variant("BatchNorm, β starts at ½", {"norm": "batch", "beta": 0.5}),
+        ),
+    ),
+    "shallow": Study(
+        _SHORT,
+        {
+            "ResNet-8, batch size 1": {
+                "batch_size": 1,
+                "lr": rate_at(1, 0.1),
+                "train_images": 4000,
+                "validation": 2000,
+                "dtype": "float32",
+            },
+            "the paper's network ×0.25": {
+                "model": "nin",
+                "width": 0.25,
+                "lr": 0.3,
+                "epochs": 3,
+                "train_images": 20_000,
+                "validation": 5000,
+            },
+        },
+        (
+            Variant("the default"),
+            Variant("β starts at ½", {"beta": 0.5}),
+            Variant("β starts at 1", {"beta": 1.0}),
         ),
     ),
     "regularisation": Study(
