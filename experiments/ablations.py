@@ -87,7 +87,9 @@ class Study:
 
 
 _SHORT = Recipe(data="cifar10", model="resnet8", batch_size=64, epochs=2, train_images=8000, validation=3000, dtype="bf16")
+_RESNET20 = dataclasses.replace(_SHORT, model="resnet20", epochs=3, train_images=10_000, validation=5000, clip=0.05)
 _RATES = {"rate 0.1": {"lr": 0.1}, "rate 0.4": {"lr": 0.4}}
+_WIDE_RATES = {"rate 0.1": {"lr": 0.1}, "rate 0.9": {"lr": 0.9}}
 _BATCH = {"norm": "batch", "clip": 0.0}
 STUDIES = {
     "calibration": Study(
@@ -132,9 +134,14 @@ STUDIES = {
             Variant("BatchNorm, no warm-up", {**_BATCH, "schedule": "cosine"}),
         ),
     ),
+    "projection": Study(
+        _RESNET20,
+        _WIDE_RATES,
+        (Variant("the default"), Variant("filters projected to unit length", treat="projected")),
+    ),
     "shift": Study(
-        dataclasses.replace(_SHORT, model="resnet20", epochs=3, train_images=10_000, validation=5000, clip=0.05),
-        {"rate 0.1": {"lr": 0.1}, "rate 0.9": {"lr": 0.9}},
+        _RESNET20,
+        _WIDE_RATES,
         (
             Variant("the default"),
             Variant("β starts at 0", {"beta": 0.0}),

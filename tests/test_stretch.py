@@ -153,6 +153,27 @@ def test_where_no_beta_is_within_the_limit_that_of_the_least_stretch_is_taken() 
         assert normprop.stretch(tanh, x) >= reached * (1 - 1e-6)
 
 
+def test_a_last_layer_that_starts_at_zero_tells_nothing() -> None:
+    torch.manual_seed(0)
+    net, x = plain(12), torch.randn(64, 64)
+    nn.init.zeros_(net[-1].weight)
+    assert normprop.init_beta_(normprop.convert(net), x) == 0.0
+    with pytest.raises(NormPropError, match="same output"):
+        normprop.stretch(net, x)
+
+
+def test_half_precision_sees_the_same() -> None:
+    torch.manual_seed(0)
+    net, x = plain(4), torch.randn(256, 64)
+    assert normprop.stretch(net.bfloat16(), x.bfloat16()) == pytest.approx(normprop.stretch(net.float(), x), rel=0.1)
+
+
+def test_a_loaders_last_batch_may_be_a_single_sample() -> None:
+    torch.manual_seed(0)
+    net, x = plain(2), torch.randn(9, 64)
+    assert normprop.stretch(net, x.split(4)) == pytest.approx(normprop.stretch(net, x[:8].split(4)))
+
+
 def test_bad_input() -> None:
     net, x = plain(1), torch.randn(8, 64)
     with pytest.raises(NormPropError, match="two"):

@@ -14,13 +14,12 @@ from normprop.converted import as_converted
 from normprop.errors import NormPropError, NotFiniteError
 from normprop.sites import Site
 
-# How far towards the next sample a difference is small. In float32 it is seen to about four digits behind a smooth network.
+# How far towards the next sample a difference is small; half precision needs larger steps.
 _STEP = 1e-3
 # What β may start at, the first that does: above 1 networks without skips are next to linear.
 _STARTS = (0.0, 0.5, 1.0)
 
 
-@torch.no_grad()
 def stretch(model: nn.Module, data: Any) -> float:
     """How many times as much a network stretches small differences as large ones, at the start of training about 1 to 4.
 
@@ -33,13 +32,13 @@ def stretch(model: nn.Module, data: Any) -> float:
     Args:
         model: any network of one input; evaluated in eval mode, and left in its own.
         data: a tensor of floating-point samples ``(N, …)``, or an iterable of such tensors or of tuples whose first entry is
-            one (a DataLoader). Two of a batch make a pair.
+            one (a DataLoader). Two of a batch make a pair; batches of one are left out.
 
     Returns:
         The ratio.
 
     Raises:
-        NormPropError: batches of fewer than two samples, or of integers; no data; an output that doesn't depend on them.
+        NormPropError: no batch of two samples or more, or integers; no data; an output that doesn't depend on them.
         NotFiniteError: values that are not finite.
 
     Example:
@@ -51,25 +50,34 @@ def stretch(model: nn.Module, data: Any) -> float:
         >>> normprop.stretch(torch.nn.Sequential(*layers), x) > 1.05
         True
     """
+    found = _ratio(model, samples(data, next((p.device for p in model.parameters()), torch.device("cpu"))))
+    if found is None:
+        raise NormPropError("the network gives every sample the same output.\nPass different samples.")
+    return found
+
+
+@torch.no_grad()
+def _ratio(model: nn.Module, batches: Sequence[Tensor]) -> float | None:
+    """`stretch` of a model, None where all outputs are the same."""
+    batches = [x for x in batches if len(x) > 1]
+    if not batches or not all(x.is_floating_point() for x in batches):
+        raise NormPropError("stretch needs batches of two floating-point samples or more.")
     mode = model.training
     model.eval()
     near = far = 0.0
     try:
-        for x in samples(data, next((p.device for p in model.parameters()), torch.device("cpu"))):
-            if len(x) < 2 or not x.is_floating_point():
-                raise NormPropError("stretch needs batches of two floating-point samples or more.")
+        for x in batches:
             here = list(_values(model(x)))
             there = [y.roll(1, 0) for y in here]
-            little = _values(model(x.lerp(x.roll(1, 0), _STEP)))
-            near += _squares(list(little), here) / _STEP**2
+            step = max(_STEP, torch.finfo(x.dtype).eps ** 0.5)
+            little = list(_values(model(x.lerp(x.roll(1, 0), step))))
+            near += _squares(little, here) / step**2
             far += _squares(there, here)
     finally:
         model.train(mode)
     if not near + far < float("inf"):
         raise NotFiniteError("values behind the network are not finite.")
-    if far == 0:
-        raise NormPropError("the network gives every sample the same output.\nPass different samples.")
-    return float((near / far) ** 0.5)
+    return float((near / far) ** 0.5) if far else None
 
 
 def init_beta_(model: nn.Module, data: Any, *, limit: float = 2.5, directions: int = 8, shrinkage: float = 0.0) -> float:
@@ -77,7 +85,7 @@ def init_beta_(model: nn.Module, data: Any, *, limit: float = 2.5, directions: i
 
     β = 0 has a ReLU cut off half of its inputs. With β above 0 it cuts off less, and layers are nearer to linear, which deep
     networks need and shallow ones don't (docs/results.md). The first of 0, ½ and 1 within the limit is taken, and where none
-    is the one that stretches least.
+    is the one that stretches least; 0 where all outputs are still the same, as behind a last layer that starts at zero.
 
     Args:
         model: a network that `convert` made, before training; β and the constants are changed in place. Gains stay.
@@ -111,9 +119,10 @@ def init_beta_(model: nn.Module, data: Any, *, limit: float = 2.5, directions: i
 
     for beta in _STARTS:
         start(beta)
-        tried[beta] = stretch(converted, batches)
-        if tried[beta] <= limit:
+        ratio = _ratio(converted, batches)
+        if ratio is None or ratio <= limit:
             return beta
+        tried[beta] = ratio
     least = min(tried, key=lambda beta: tried[beta])
     if least != beta:
         start(least)
