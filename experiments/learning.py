@@ -34,11 +34,12 @@ _FEW = _LARGE.replace("0.05 0.1 0.2 0.4 0.8", "0.03 0.1 0.3 0.9")
 _HIGH = _FEW.replace("0.03 0.1 0.3 0.9", "0.1 0.3 0.9 2.7")
 _SMALL = f"--norms {_ALL} --batch-sizes 1 2 4 8 --rates 0.03 0.1 0.3 1 --clips 0 0.05 --validation 2000"
 _SEEDS = "--seeds 3 --finalists 1"
+_MORE_SEEDS = "--seeds 3 --finalists 2"
 COMPARISONS = {
-    "resnet8": f"--data cifar10 --model resnet8 --train-images 20000 --epochs 3 {_LARGE} --seeds 3 --finalists 2",
+    "resnet8": f"--data cifar10 --model resnet8 --train-images 20000 --epochs 3 {_LARGE} {_MORE_SEEDS}",
     "resnet20": f"--data cifar10 --model resnet20 --train-images 10000 --epochs 3 {_HIGH} {_SEEDS}",
     "nin": f"--data cifar10 --model nin --width 0.25 --train-images 20000 --epochs 3 {_FEW} {_SEEDS}",
-    "plain12": f"--data fashion-mnist --model plain12 --width 0.5 --train-images 20000 --epochs 3 {_FEW} {_SEEDS}",
+    "plain12": f"--data fashion-mnist --model plain12 --width 0.5 --train-images 20000 --epochs 3 {_FEW} {_MORE_SEEDS}",
     "resnet8-small": f"--data cifar10 --model resnet8 --train-images 4000 --epochs 2 {_SMALL} {_SEEDS} --contenders 4",
 }
 
