@@ -9,6 +9,7 @@ Calibrated on 256 training images, β of all sites at 0, ½ and 1, before any tr
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 from typing import Any
 
@@ -37,7 +38,7 @@ FILE = RESULTS / "stretch" / "stretch.json"
 def measured(recipe: Recipe, seed: int) -> dict[str, Any]:
     """The stretch of one network at each β, and which of them `init_beta_` takes."""
     images = load(recipe.data)
-    recipe = Recipe(data=recipe.data, model=recipe.model, width=recipe.width, batch_size=64, seed=seed, beta=0.0).resolved()
+    recipe = dataclasses.replace(recipe, batch_size=64, seed=seed, beta=0.0).resolved()
     with processes("cpu") as group:
         standardize, network = build_model(recipe, images, group).children()
     x = standardize(some(images, seed, 256))
