@@ -25,8 +25,8 @@ def stretch(model: nn.Module, data: Any) -> float:
 
     That is lim ‖f(x + s (x' − x)) − f(x)‖ / s ‖f(x') − f(x)‖ for s → 0, root mean square over pairs of samples: 1 for a
     linear network, more the more its function folds between two samples. A standardised layer and the activation φ behind it
-    stretch by γ √(E[φ'(u)²]/Var φ(u)), u ~ N(β, γ²), on average over directions (mean-field theory of Schoenholz et al. 2017,
-    arXiv 1611.01232); skips take it back. Here the limit is taken at a step s of 1e-3, √eps in half precision.
+    stretch by γ √(E[φ'(u)²]/Var φ(u)), u ~ N(β, γ²), on average over directions (mean-field theory, Schoenholz et al. 2017,
+    arXiv 1611.01232); skips take it back. The limit is taken at s = 1e-3, in half precision at the root of its epsilon.
 
     Args:
         model: any network of one input; evaluated in eval mode, and left in its own.
