@@ -19,10 +19,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from normprop.benchmark.contenders import CONTENDERS
-from normprop.benchmark.quartiles import Quartiles
-from normprop.benchmark.report import BatchCost, CostReport, ratio
-from normprop.benchmark.tables import Table, caption, tables
+from normprop.lab.cost.contenders import CONTENDERS
+from normprop.lab.cost.cost_report import BatchCost, CostReport, ratio
+from normprop.lab.cost.quartiles import Quartiles
+from normprop.lab.cost.tables import Table, caption, tables
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path("benchmarks", "results", "cost")

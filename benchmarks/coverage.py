@@ -56,7 +56,7 @@ def work(batch: list[str]) -> None:
     """In the subprocess: a line of JSON a network."""
     import torch
 
-    from normprop.coverage import coverage
+    from normprop.lab.coverage import coverage
 
     torch.set_num_threads(1)
     for name in batch:
@@ -84,7 +84,7 @@ def run(batch: list[str]) -> list[dict[str, Any]]:
 def page(rows: list[Any]) -> str:
     from importlib.metadata import version
 
-    from normprop.coverage import Coverage, summary
+    from normprop.lab.coverage import Coverage, summary
 
     groups: dict[str, list[Coverage]] = defaultdict(list)
     for row in rows:
@@ -140,7 +140,7 @@ def main() -> None:
         known = {n: r for n, r in known.items() if r.get("converted") or not r.get("norms")}
     todo = in_turns([n for n in names(options.only) if n not in known])
     RESULTS.parent.mkdir(parents=True, exist_ok=True)
-    from normprop.coverage import Coverage, summary
+    from normprop.lab.coverage import Coverage, summary
 
     read = lambda: [
         Coverage(**{k: tuple(v) if isinstance(v, list) else v for k, v in known[n].items()}) for n in sorted(known)

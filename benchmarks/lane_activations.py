@@ -22,7 +22,7 @@ from rich.table import Table
 from torch import Tensor
 
 from normprop import Moments
-from normprop.activation_moments import activation_moments, mean_and_var
+from normprop.activations.activation_moments import activation_moments, mean_and_var
 from normprop.rules.composed import Program, composed, find_bends, run
 from normprop.rules.elementwise import named_activation
 

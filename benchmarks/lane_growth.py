@@ -18,12 +18,12 @@ import torch
 from torch import nn
 
 import normprop
-from normprop.benchmark.allocator import keep_freed_memory
-from normprop.benchmark.lane import Lane, lane_step, reading_step
-from normprop.benchmark.machine import Machine
-from normprop.benchmark.quartiles import Quartiles
-from normprop.benchmark.rounds import measure
-from normprop.benchmark.tables import Table
+from normprop.lab.cost.allocator import keep_freed_memory
+from normprop.lab.cost.lane import Lane, lane_step, reading_step
+from normprop.lab.cost.machine import Machine
+from normprop.lab.cost.quartiles import Quartiles
+from normprop.lab.cost.rounds import measure
+from normprop.lab.cost.tables import Table
 
 RESULTS = Path(__file__).resolve().parent / "results" / "lane_growth.json"
 DEPTHS = (4, 16, 64)

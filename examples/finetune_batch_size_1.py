@@ -25,9 +25,9 @@ from torch import Tensor, nn
 
 import normprop
 from normprop.data import InputStats, Standardize
-from normprop.experiments.datasets import load
-from normprop.experiments.models import build
-from normprop.experiments.normalizers import normalizer
+from normprop.lab.networks.models import build
+from normprop.lab.networks.normalizers import normalizer
+from normprop.lab.samples.datasets import load
 from normprop.optim import AdaptiveGradientClipping
 
 

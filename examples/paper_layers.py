@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import normprop
 from normprop.data import InputStats, Standardize
-from normprop.experiments.datasets import load
+from normprop.lab.samples.datasets import load
 from normprop.nn import Conv2d, Linear
 from normprop.optim import UnitNormProjection
 

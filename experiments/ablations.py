@@ -21,12 +21,12 @@ import torch
 from learning import PAGE, RESULTS, fill
 from treatments import BatchNoise, BranchGain, Treated, Treatment, Uncentred, learned_proxies, projected, untreated
 
-from normprop.experiments import records
-from normprop.experiments.datasets import load
-from normprop.experiments.images import Images
-from normprop.experiments.recipe import Recipe, rate_at
-from normprop.experiments.records import RUNS, Record
-from normprop.experiments.workers import work
+from normprop.lab.comparison import records
+from normprop.lab.comparison.records import RUNS, Record
+from normprop.lab.comparison.workers import work
+from normprop.lab.samples.datasets import load
+from normprop.lab.samples.images import Images
+from normprop.lab.training.recipe import Recipe, rate_at
 
 TREATMENTS: dict[str, Treatment] = {
     "untreated": untreated,

@@ -24,12 +24,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import normprop
-from normprop.experiments.datasets import load
-from normprop.experiments.history import Observer
-from normprop.experiments.images import Images
-from normprop.experiments.recipe import Recipe
-from normprop.experiments.training import train
-from normprop.layers import convolution
+from normprop.conversion.layers import convolution
+from normprop.lab.samples.datasets import load
+from normprop.lab.samples.images import Images
+from normprop.lab.training.history import Observer
+from normprop.lab.training.loop import train
+from normprop.lab.training.recipe import Recipe
 
 BASE = Recipe(data="cifar10", batch_size=64, epochs=1, train_images=10_000, dtype="bf16")
 MODELS = {"resnet110": "ResNet-110", "plain50": "plain, 50 layers"}
@@ -63,7 +63,7 @@ class Ratios(Observer):
         """Of every layer now, none for a network that isn't converted."""
         assert self.model is not None
         standardize, network = self.model.children()
-        if not isinstance(network, normprop.converted.ConvertedModule):
+        if not isinstance(network, normprop.conversion.converted.ConvertedModule):
             return []
         return ratios(network, standardize(self.x))
 

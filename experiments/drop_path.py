@@ -5,9 +5,9 @@ from __future__ import annotations
 from timm.layers import DropPath
 from torch import nn
 
-from normprop.experiments.models import build
-from normprop.experiments.normalizers import normalizer
-from normprop.experiments.resnet import Block
+from normprop.lab.networks.models import build
+from normprop.lab.networks.normalizers import normalizer
+from normprop.lab.networks.resnet import Block
 
 RATE = 0.1
 

@@ -17,10 +17,10 @@ import torch
 from learning import PAGE, RESULTS, fill
 
 import normprop
-from normprop.experiments.datasets import load
-from normprop.experiments.preparation import build_model, some, start_beta
-from normprop.experiments.processes import processes
-from normprop.experiments.recipe import Recipe
+from normprop.lab.comparison.processes import processes
+from normprop.lab.samples.datasets import load
+from normprop.lab.training.preparation import build_model, some, start_beta
+from normprop.lab.training.recipe import Recipe
 
 BETAS = (0.0, 0.5, 1.0)
 SEEDS = (0, 1, 2)

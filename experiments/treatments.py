@@ -12,16 +12,16 @@ from torch.optim import Optimizer
 
 import normprop
 from normprop.channel_moments import Moments
-from normprop.converted import ConvertedModule
-from normprop.experiments.history import Watcher
-from normprop.experiments.images import Images
-from normprop.experiments.preparation import prepared, some
-from normprop.experiments.recipe import Recipe
-from normprop.experiments.resnet import Block
-from normprop.experiments.seeds import derived
-from normprop.lane import site_calls
+from normprop.conversion.converted import ConvertedModule
+from normprop.conversion.lane import site_calls
+from normprop.lab.networks.resnet import Block
+from normprop.lab.samples.images import Images
+from normprop.lab.training.history import Watcher
+from normprop.lab.training.preparation import prepared, some
+from normprop.lab.training.recipe import Recipe
+from normprop.lab.training.seeds import derived
 from normprop.optim import UnitNormProjection
-from normprop.sites import Site, site_moments, site_scales
+from normprop.sites.site import Site, site_moments, site_scales
 
 # Changes a network, or the optimizer that is to train it.
 Treatment = Callable[[nn.Module, Optimizer], None]

@@ -8,9 +8,9 @@ from torch.nn import functional as F
 from treatments import BatchNoise, BranchGain, Uncentred, learned_proxies, projected
 
 import normprop
-from normprop.experiments.models import build
-from normprop.experiments.normalizers import normalizer, realize
-from normprop.sites import Site
+from normprop.lab.networks.models import build
+from normprop.lab.networks.normalizers import normalizer, realize
+from normprop.sites.site import Site
 
 SHAPE = (3, 8, 8)
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import normprop
-from normprop import NormPropError, scales
+from normprop import NormPropError
+from normprop.sites import engine as scales
 from tests.test_promises import outputs, without_dropout
 from tests.zoo import SMALL, randomise
 
@@ -48,7 +49,7 @@ def test_gradients_are_those_without(name: str, options: dict[str, object]) -> N
 def counted(model: nn.Module, batches: Tensor) -> int:
     with (
         mock.patch.object(scales, "scales", wraps=scales.scales),
-        mock.patch("normprop.sites.scales", wraps=scales.scales) as run,
+        mock.patch("normprop.sites.site.scales", wraps=scales.scales) as run,
     ):
         passes(model, batches)
     return int(run.call_count)

@@ -10,11 +10,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import normprop
 from normprop import Moments
-from normprop.activation_lane import lane_moments
-from normprop.activation_moments import activation_moments
-from normprop.batch import composed_activations
-from normprop.gaussian import working_dtype
-from normprop.panels import SINGLE, lane_panels
+from normprop.activations.activation_moments import activation_moments
+from normprop.activations.fast_moments import lane_moments
+from normprop.activations.normal import working_dtype
+from normprop.activations.panels import SINGLE, lane_panels
+from normprop.conversion.batch import composed_activations
 from normprop.rules.composed import _known
 from normprop.rules.elementwise import module_activation, named_activation
 
@@ -169,7 +169,7 @@ def test_many_channels_are_those_one_by_one() -> None:
 
 def test_single_precision_throughout(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on Metal, which has no float64."""
-    monkeypatch.setattr("normprop.activation_lane.working_dtype", lambda device: torch.float32)
+    monkeypatch.setattr("normprop.activations.fast_moments.working_dtype", lambda device: torch.float32)
     mean, var = torch.tensor([-2.0, 0.0, 0.7, 5.0]), torch.tensor([0.5, 1.0, 2.0, 0.01])
     found = lane_moments("silu", mean, var, {})
     monkeypatch.undo()
@@ -192,7 +192,7 @@ def test_the_rules_take_it(monkeypatch: pytest.MonkeyPatch) -> None:
     def never(*args: object, **kwargs: object) -> None:
         raise AssertionError("all moments were computed")
 
-    monkeypatch.setattr("normprop.activation_lane.activation_moments", never)
+    monkeypatch.setattr("normprop.activations.fast_moments.activation_moments", never)
     x = Moments(torch.zeros(1, 4, 1, 1), torch.ones(1, 4, 1, 1))
     by_module = module_activation(nn.Hardtanh(-0.5, 2.0), x)
     by_name = named_activation("hardtanh", ("min_val", "max_val"), x, -0.5, max_val=2.0, inplace=True)

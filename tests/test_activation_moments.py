@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from normprop.activation_moments import ActivationMoments, activation_moments, module_moments, moments
+from normprop.activations.activation_moments import ActivationMoments, activation_moments, module_moments, moments
 from normprop.errors import NormPropError
 
 NAMES = ["relu", "leaky_relu", "hardtanh", "hardswish", "softshrink", "gelu", "silu", "elu", "tanh", "sigmoid", "sin"]

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from normprop.activation_moments import activation_moments, moments
-from normprop.activations import ALIASES, FORMS, MODULES, canonical
+from normprop.activations.activation_moments import activation_moments, moments
+from normprop.activations.catalogue import ALIASES, FORMS, MODULES, canonical
 from normprop.errors import NormPropError
 
 MEANS = [0.0, *(s * m for m in (1e-3, 0.03, 0.7, 2.9, 6.5, 30.0, 200.0, 1e3) for s in (1, -1))]

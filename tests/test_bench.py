@@ -5,9 +5,9 @@ import json
 import pytest
 import torch
 
-from normprop.benchmark.report import CostReport
-from normprop.cli import main
 from normprop.errors import NormPropError
+from normprop.lab.commands import main
+from normprop.lab.cost.cost_report import CostReport
 
 TINY = ("bench", "resnet8", "--width", "0.25", "--shape", "3x8x8", "--seconds", "0", "--threads", "1", "--skip-memory")
 
@@ -39,7 +39,7 @@ def test_table_file_and_figure(tmp_path, capsys, monkeypatch):
         asked.update(options, workload=workload)
         raise NormPropError("not measured again")
 
-    monkeypatch.setattr("normprop.cli.bench.measure_cost", asked_for)
+    monkeypatch.setattr("normprop.lab.commands.bench.measure_cost", asked_for)
     assert main(report.command.split()[1:]) == 2
     assert asked["workload"] == report.workload, "the command that is kept measures the same"
     assert (asked["batch_sizes"], asked["against"], asked["seconds"], asked["memory"]) == (

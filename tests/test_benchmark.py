@@ -11,20 +11,20 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
 import normprop
-from normprop.benchmark.allocator import keep_freed_memory
-from normprop.benchmark.contenders import CONTENDERS, rivals
-from normprop.benchmark.cost import measure_cost
-from normprop.benchmark.lane import Lane, lane_step, reading_step
-from normprop.benchmark.memory import measured, peak_memory
-from normprop.benchmark.quartiles import Quartiles
-from normprop.benchmark.replacement import without_batchnorm
-from normprop.benchmark.report import CONVERT, FOLD, LANE, READING, STEP, CostReport, ratio
-from normprop.benchmark.rounds import Rounds, measure
-from normprop.benchmark.tables import caption, tables
-from normprop.benchmark.workload import Workload
 from normprop.errors import NormPropError
-from normprop.experiments.models import build
-from normprop.experiments.normalizers import normalizer
+from normprop.lab.cost.allocator import keep_freed_memory
+from normprop.lab.cost.contenders import CONTENDERS, rivals
+from normprop.lab.cost.cost_report import CONVERT, FOLD, LANE, READING, STEP, CostReport, ratio
+from normprop.lab.cost.lane import Lane, lane_step, reading_step
+from normprop.lab.cost.measurement_rounds import measure_cost
+from normprop.lab.cost.memory import measured, peak_memory
+from normprop.lab.cost.quartiles import Quartiles
+from normprop.lab.cost.replacement import without_batchnorm
+from normprop.lab.cost.rounds import Rounds, measure
+from normprop.lab.cost.tables import caption, tables
+from normprop.lab.cost.workload import Workload
+from normprop.lab.networks.models import build
+from normprop.lab.networks.normalizers import normalizer
 
 TINY = Workload("resnet8", shape=(3, 8, 8), width=0.25, threads=torch.get_num_threads())
 NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm)

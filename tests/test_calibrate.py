@@ -104,7 +104,9 @@ def test_calibration_can_keep_the_function(name: str, directions: int) -> None:
             if parameter.requires_grad:
                 parameter += 0.3 * parameter.std().nan_to_num() * torch.randn_like(parameter)
     before, plain = model(x), normprop.fold(model)(x)
-    worst = lambda: max(off(row) for row in normprop.inspect(model, x) if row.operation.startswith("normprop.layers"))
+    worst = lambda: max(
+        off(row) for row in normprop.inspect(model, x) if row.operation.startswith("normprop.conversion.layers")
+    )
     error = worst()
     normprop.calibrate(model, x, directions=directions, preserve=True)
     torch.testing.assert_close(model(x), before)

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from normprop.cli import COMMANDS, main
-from normprop.cli.demo import SETTINGS, conclusion, recipe_of
-from normprop.experiments import checkpoint
-from normprop.experiments.history import Row
-from normprop.plot.curves import Curve, plot_curves
+from normprop.lab.commands import COMMANDS, main
+from normprop.lab.commands.demo import SETTINGS, conclusion, recipe_of
+from normprop.lab.figures.curves import Curve, plot_curves
+from normprop.lab.training import checkpoint
+from normprop.lab.training.history import Row
 
 TINY = ("--model", "resnet8", "--width", "0.25", "--norm", "batch", "--batch-size", "32", "--train-images", "96")
 LAUNCHER = (
@@ -108,14 +108,14 @@ def test_interruption_says_how_to_go_on(monkeypatch, capsys):
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("normprop.experiments.training.train", interrupted)
+    monkeypatch.setattr("normprop.lab.training.loop.train", interrupted)
     assert run("train", *TINY) == 130
     assert "--resume" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("library", ["tyro", "rich"])
 def test_a_missing_library_is_one_line(library, monkeypatch, capsys):
-    for name in [name for name in sys.modules if name.startswith("normprop.cli.")]:
+    for name in [name for name in sys.modules if name.startswith("normprop.lab.commands.")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, library, None)
     for name in [name for name in sys.modules if name.startswith(f"{library}.")]:
@@ -167,7 +167,7 @@ def test_data_lists_every_set_and_where_it_is(tmp_path, monkeypatch, capsys):
 
 
 def test_demo_at_its_smallest(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("normprop.cli.demo.SETTINGS", [(a, b, 50 * (n > 2) + 479) for a, b, n in SETTINGS])
+    monkeypatch.setattr("normprop.lab.commands.demo.SETTINGS", [(a, b, 50 * (n > 2) + 479) for a, b, n in SETTINGS])
     assert run("demo", "--epochs", "1", "--seeds", "1", "--workers", "1", "--out", "figures/demo.png") == 0
     out = capsys.readouterr().out
     assert "NormProp, batch size 1" in out
@@ -223,7 +223,7 @@ def test_no_thread_of_the_group_outlives_it(tmp_path):
     script.write_text(
         "from pathlib import Path\n"
         "import torch\n"
-        "from normprop.experiments.processes import processes\n"
+        "from normprop.lab.comparison.processes import processes\n"
         "def threads(): return sorted(p.read_text().strip() for p in Path('/proc/self/task').glob('*/comm'))\n"
         "with processes('cpu') as group:\n"
         "    model = group.parallel(torch.nn.Linear(3, 3))\n"

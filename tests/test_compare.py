@@ -7,19 +7,19 @@ import math
 import pytest
 from filelock import FileLock
 
-from normprop.cli import main
 from normprop.errors import NormPropError
-from normprop.experiments import records, workers
-from normprop.experiments.comparison import cells, choices, columns, points, promoted, remaining_seconds, to_dict
-from normprop.experiments.datasets import load
-from normprop.experiments.grid import Grid, check_comparable
-from normprop.experiments.history import Row
-from normprop.experiments.normalizers import NORMALIZERS
-from normprop.experiments.recipe import Recipe, clip_at, rate_at
-from normprop.experiments.records import RUNS, Record
-from normprop.experiments.training import train
-from normprop.experiments.workers import work, work_together
-from normprop.plot.compare import plot_batch_sizes, plot_curves, plot_rates
+from normprop.lab.commands import main
+from normprop.lab.comparison import records, workers
+from normprop.lab.comparison.comparison import cells, choices, columns, points, promoted, remaining_seconds, to_dict
+from normprop.lab.comparison.grid import Grid, check_comparable
+from normprop.lab.comparison.records import RUNS, Record
+from normprop.lab.comparison.workers import work, work_together
+from normprop.lab.figures.comparison_figure import plot_batch_sizes, plot_curves, plot_rates
+from normprop.lab.networks.normalizers import NORMALIZERS
+from normprop.lab.samples.datasets import load
+from normprop.lab.training.history import Row
+from normprop.lab.training.loop import train
+from normprop.lab.training.recipe import Recipe, clip_at, rate_at
 
 TINY = Grid(
     model="mlp", width=0.1, norms=("batch", "none"), batch_sizes=(16,), rates=(0.05, 0.2), clips=(0.0,),

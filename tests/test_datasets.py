@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 
 from normprop.errors import NormPropError
-from normprop.experiments.datasets import SOURCES, load, locate
-from normprop.experiments.images import from_arrays
+from normprop.lab.samples.datasets import SOURCES, load, locate
+from normprop.lab.samples.images import from_arrays
 
 
 def md5(path):

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 import normprop
 from normprop import NormPropError
-from normprop.directions import principal_directions
-from normprop.filter_rows import Form, Operands, to_rows
-from normprop.sites import Site
+from normprop.sites.directions import principal_directions
+from normprop.sites.rows import Form, Operands, to_rows
+from normprop.sites.site import Site
 from tests.test_calibrate import images
 from tests.zoo import Residual
 

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 import normprop
 from normprop import Moments, NormPropError, UnsupportedOpError
+from normprop.graph.walk import prepare
 from normprop.rules.composed import composed, find_bends
-from normprop.walk import prepare
 
 Function = Callable[[Tensor], Tensor]
 

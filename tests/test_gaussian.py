@@ -4,8 +4,8 @@ import mpmath
 import pytest
 import torch
 
+from normprop.activations.normal import density, gauss_legendre, half_moments, tail_moments
 from normprop.errors import NormPropError
-from normprop.gaussian import density, gauss_legendre, half_moments, tail_moments
 
 T = [0.0, 1e-9, 1e-3, 0.3, 1.0, 2.5, 3.0, 5.0, 8.0, 13.0, 21.0, 30.0, 36.0]
 

@@ -11,26 +11,19 @@ from pathlib import Path
 
 SOURCE = Path(__file__).parents[1] / "src" / "normprop"
 
-# From what knows nothing to what knows all; a module imports from its own line or from those above. A name stands for a
-# file or a package. Files that aren't here only have to be free of cycles.
+# From what knows nothing to what knows all; a package imports from its own line or from those above.
 LAYERS = [
-    "errors",
-    "gaussian breakpoints piecewise quadrature elementary rectifiers smooth activations activation_moments",
-    "channel_moments data",
-    "rules",
-    "trace sized example",
-    "input_moments integrations kind elementwise_operation fusion walk lane sites duplicate converted report",
-    "plan rewrite paper rewalk",
-    "calibrate convert fold propagate",
-    "inspect probe coverage",
-    "experiments benchmark plot",
-    "cli",
+    "errors precision native",
+    "activations",
+    "channel_moments data double_backward optim",
+    "rules integrations",
+    "graph sites nn",
+    "conversion",
+    "inspection",
+    "lab",
 ]
 LEVEL = {name: level for level, line in enumerate(LAYERS) for name in line.split()}
-ACTIVATIONS = LEVEL["activation_moments"]
-# Beside the layers: the paper's layers need activations, the optimizer's hooks and the bound need filters.
-BESIDE = {"nn", "optim", "bound"}
-OUTER = {"cli", "experiments", "plot", "integrations", "coverage"}  # may need more than torch
+OUTER = {"lab", "integrations"}  # may need more than torch
 
 
 def modules() -> dict[str, Path]:
@@ -120,11 +113,11 @@ def fresh(code: str) -> str:
 def test_the_compiler_is_not_imported() -> None:
     """It takes longer than torch itself."""
     slow = "torch._dynamo torch._inductor sympy tyro rich matplotlib torchvision".split()
-    assert fresh(f"import sys, normprop, normprop.cli; print([m for m in {slow!r} if m in sys.modules])") == "[]\n"
+    assert fresh(f"import sys, normprop, normprop.lab.commands; print([m for m in {slow!r} if m in sys.modules])") == "[]\n"
 
 
 def test_the_overview_is_printed_without_any_command() -> None:
-    code = "import sys; from normprop.cli import main; main(['--help']); print([m for m in sys.modules if 'prop.cli.' in m])"
+    code = "import sys; from normprop.lab.commands import main; main(['--help']); print([m for m in sys.modules if 'commands.' in m])"
     printed = fresh(code)
     assert "usage: normprop COMMAND" in printed
     assert printed.endswith("[]\n")

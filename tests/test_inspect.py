@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import normprop
-from normprop.cli import main
+from normprop.lab.commands import main
 from tests.zoo import SMALL, Residual, build
 
 

@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from normprop.errors import NormPropError
-from normprop.experiments.baselines import measure_once
-from normprop.experiments.models import build
-from normprop.experiments.normalizers import NORMALIZERS, normalizer, realize
+from normprop.lab.networks.baselines import measure_once
+from normprop.lab.networks.models import build
+from normprop.lab.networks.normalizers import NORMALIZERS, normalizer, realize
 
 NETS = ["nin", "mlp", "plain12", "resnet8"]
 

@@ -11,10 +11,10 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import normprop
-from normprop.filter_rows import Form, Operands
 from normprop.native import operands
 from normprop.native.library import Library, library
-from normprop.scales import scales
+from normprop.sites.engine import scales
+from normprop.sites.rows import Form, Operands
 from tests.zoo import SMALL, outputs
 
 there = pytest.mark.skipif(isinstance(library(), str), reason=str(library()))

@@ -13,7 +13,7 @@ from normprop import nn
 from normprop.errors import NormPropError
 from normprop.nn.filters import filter_norms, filter_view
 from normprop.optim import AdaptiveGradientClipping, UnitNormProjection, clip_grad_adaptive_, project_unit_norm_
-from normprop.sites import Site
+from normprop.sites.site import Site
 from tests.zoo import SMALL, outputs, randomise
 
 

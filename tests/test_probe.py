@@ -9,9 +9,9 @@ from torch import nn
 
 import normprop
 from normprop.errors import NormPropError
-from normprop.experiments.models import build
-from normprop.experiments.normalizers import normalizer, realize
-from normprop.probe import probe
+from normprop.inspection.probe import probe
+from normprop.lab.networks.models import build
+from normprop.lab.networks.normalizers import normalizer, realize
 
 
 def network(norm, seed=0):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
 import normprop
-from normprop.lane import site_calls
+from normprop.conversion.lane import site_calls
 from tests.zoo import FAST, SMALL, TIMM, TORCHVISION, build, outputs, randomise, without_dropout
 
 DTYPES = (torch.float64, torch.float32)

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from scipy import integrate as scipy_integrate
 from scipy.stats import norm
 
-from normprop.activation_moments import activation_moments
-from normprop.breakpoints import Breakpoints, find_breakpoints
-from normprop.quadrature import integrate
+from normprop.activations.activation_moments import activation_moments
+from normprop.activations.breakpoints import Breakpoints, find_breakpoints
+from normprop.activations.quadrature import integrate
 
 FUNCTIONS = {
     "two pieces": lambda x: torch.where(x > 1, x.square(), -x),

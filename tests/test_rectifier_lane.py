@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from normprop import Moments
-from normprop.activation_moments import activation_moments
+from normprop.activations.activation_moments import activation_moments
+from normprop.activations.compiled_rectifiers import native_rectified
+from normprop.activations.rectifier_moments import rectified_moments
 from normprop.native.library import library
-from normprop.native.rectifiers import native_rectified
-from normprop.rectifier_lane import rectified_moments
 from normprop.rules.elementwise import module_activation
 
 Rectify = Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor]]

@@ -13,9 +13,9 @@ from torch import nn
 
 import normprop
 from normprop import Moments, NormPropError, Report
-from normprop.cli import main
-from normprop.report import Row
-from normprop.report_page import colour
+from normprop.inspection.report import Row
+from normprop.inspection.report_page import colour
+from normprop.lab.commands import main
 from tests.zoo import SMALL
 
 

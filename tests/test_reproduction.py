@@ -9,22 +9,22 @@ import sys
 
 import pytest
 
-from normprop.cli import main
 from normprop.errors import NormPropError
-from normprop.experiments import records, workers
-from normprop.experiments.datasets import load
-from normprop.experiments.history import Row
-from normprop.experiments.records import RUNS, Record
-from normprop.experiments.reproduction import account, outcome, published
-from normprop.experiments.reproduction.page import filled, markdown, skeleton
-from normprop.experiments.reproduction.runs import CONTENDERS, cells, probed, rate, recipe, runs
-from normprop.experiments.reproduction.scale import SCALES, Schedule
-from normprop.experiments.reproduction.sections import HEADINGS, PARTS, TABLES, shown_epochs
-from normprop.experiments.reproduction.speed import measure_speed
-from normprop.experiments.reproduction.watcher import ProbeSome
-from normprop.experiments.training import train
-from normprop.plot.reproduction import PLOTS
-from normprop.probe import Agreement, HiddenLayer
+from normprop.inspection.probe import Agreement, HiddenLayer
+from normprop.lab.commands import main
+from normprop.lab.comparison import records, workers
+from normprop.lab.comparison.records import RUNS, Record
+from normprop.lab.figures.reproduction_figure import PLOTS
+from normprop.lab.reproduction import account, outcome, published
+from normprop.lab.reproduction.results_page import filled, markdown, skeleton
+from normprop.lab.reproduction.runs import CONTENDERS, cells, probed, rate, recipe, runs
+from normprop.lab.reproduction.scale import SCALES, Schedule
+from normprop.lab.reproduction.sections import HEADINGS, PARTS, TABLES, shown_epochs
+from normprop.lab.reproduction.speed import measure_speed
+from normprop.lab.reproduction.watcher import ProbeSome
+from normprop.lab.samples.datasets import load
+from normprop.lab.training.history import Row
+from normprop.lab.training.loop import train
 
 FULL, QUARTER, SMOKE = (SCALES[name] for name in ("full", "quarter", "smoke"))
 TINY = dataclasses.replace(

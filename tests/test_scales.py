@@ -10,12 +10,13 @@ from functorch.compile import make_boxed_func
 from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
 
-from normprop import filter_sums, scales
-from normprop.filter_rows import Form, Operands, from_rows, to_rows
-from normprop.native import scales as native_scales
 from normprop.native.library import library
 from normprop.native.operands import prepare
-from normprop.scale import Scale
+from normprop.sites import c_engine as native_scales
+from normprop.sites import engine as scales
+from normprop.sites import torch_engine as filter_sums
+from normprop.sites.reference import Scale
+from normprop.sites.rows import Form, Operands, from_rows, to_rows
 
 DOUBLE = torch.float64
 FORMS = [

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import normprop
 from normprop import NormPropError, NotFiniteError
-from normprop.sites import Site
+from normprop.sites.site import Site
 from tests.test_calibrate import images
 from tests.zoo import Residual
 

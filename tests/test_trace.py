@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 import normprop
 from normprop import TracingError
+from normprop.graph.trace import LeafTracer, trace
 from normprop.rules import TABLE
-from normprop.trace import LeafTracer, trace
 
 
 def convert(model: nn.Module) -> nn.Module:

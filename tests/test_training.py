@@ -9,20 +9,20 @@ import os
 import pytest
 import torch
 
-from normprop.calibrate import calibrate
+from normprop.conversion.calibration import calibrate
 from normprop.errors import NormPropError
-from normprop.experiments import checkpoint
-from normprop.experiments.batches import Batches
-from normprop.experiments.datasets import load
-from normprop.experiments.history import Observer
-from normprop.experiments.optimizer import build_optimizer
-from normprop.experiments.preparation import build_model, prepared, some
-from normprop.experiments.processes import processes
-from normprop.experiments.recipe import Recipe
-from normprop.experiments.schedules import rate_factor
-from normprop.experiments.seeds import derived
-from normprop.experiments.training import CHECKPOINT, METRICS, RECIPE, train
-from normprop.sites import Site
+from normprop.lab.comparison.processes import processes
+from normprop.lab.samples.batches import Batches
+from normprop.lab.samples.datasets import load
+from normprop.lab.training import checkpoint
+from normprop.lab.training.history import Observer
+from normprop.lab.training.loop import CHECKPOINT, METRICS, RECIPE, train
+from normprop.lab.training.optimizer import build_optimizer
+from normprop.lab.training.preparation import build_model, prepared, some
+from normprop.lab.training.recipe import Recipe
+from normprop.lab.training.schedules import rate_factor
+from normprop.lab.training.seeds import derived
+from normprop.sites.site import Site
 
 TINY = Recipe(
     model="resnet8", width=0.25, norm="batch", batch_size=32, epochs=2, train_images=160, flips=True, crops=1, seed=3

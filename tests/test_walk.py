@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 import normprop
 from normprop import Moments, NormPropError, TracingError, UnsupportedOpError
-from normprop.input_moments import input_moments
-from normprop.walk import prepare, reference_tensor
+from normprop.graph.input_moments import input_moments
+from normprop.graph.walk import prepare, reference_tensor
 
 
 def head(*layers: nn.Module) -> nn.Module:

@@ -18,16 +18,16 @@ import torch
 from torch import Tensor, nn
 
 import normprop
-from normprop.experiments.datasets import load
-from normprop.experiments.models import build
-from normprop.experiments.normalizers import normalizer
+from normprop.lab.networks.models import build
+from normprop.lab.networks.normalizers import normalizer
+from normprop.lab.samples.datasets import load
 from normprop.optim import AdaptiveGradientClipping
 
 STEPS = 300
 AGAIN = 80
 
 
-def before_activations(model: nn.Module, x: Tensor) -> list[normprop.report.Row]:
+def before_activations(model: nn.Module, x: Tensor) -> list[normprop.inspection.report.Row]:
     """What goes into each ReLU."""
     rows = list(normprop.inspect(model, x))
     return [row for row, after in itertools.pairwise(rows) if after.operation == "ReLU"]

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 import normprop
-from normprop.experiments.datasets import load
-from normprop.experiments.models import build
-from normprop.experiments.normalizers import normalizer
+from normprop.lab.networks.models import build
+from normprop.lab.networks.normalizers import normalizer
+from normprop.lab.samples.datasets import load
 
 
 def pairwise_correlation(maps: Tensor, size: int) -> float:

@@ -2,6 +2,6 @@
 
 import sys
 
-from normprop.cli import main
+from normprop.lab.commands import main
 
 sys.exit(main())

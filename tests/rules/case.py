@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from normprop import Moments
-from normprop.walk import Kind, Walk, prepare
+from normprop.graph.walk import Kind, Walk, prepare
 
 Shape = tuple[int, ...]
 

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 import normprop
 from normprop import Moments, NormPropError
+from normprop.graph.walk import Kind, Walk
 from normprop.rules import TABLE
 from normprop.rules.shape import regroup
 from normprop.rules.table import Rule, RuleTable, describe
-from normprop.walk import Kind, Walk
 from tests.rules import activations, arithmetic, attention, libraries, linear, normalization, pooling, shape, stochastic
 from tests.rules.case import Case, evaluate, flat, measured
 

@@ -7,8 +7,8 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from normprop.activation_moments import moments
-from normprop.activations import canonical, torch_function
+from normprop.activations.activation_moments import moments
+from normprop.activations.catalogue import canonical, torch_function
 from normprop.errors import NormPropError
 from normprop.nn.filters import accumulation_dtype
 from normprop.nn.plain import plain_graph

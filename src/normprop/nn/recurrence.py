@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.nn.utils.rnn import PackedSequence
 
-from normprop.activation_moments import moments
+from normprop.activations.activation_moments import moments
 from normprop.errors import NormPropError
 from normprop.nn.filters import unit_filters
 

@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from normprop.activation_lane import eager
-from normprop.activation_moments import ActivationMoments, check_elementwise, function_moments, mean_and_var
-from normprop.breakpoints import Breakpoints, find_breakpoints
+from normprop.activations.activation_moments import ActivationMoments, check_elementwise, function_moments, mean_and_var
+from normprop.activations.breakpoints import Breakpoints, find_breakpoints
+from normprop.activations.fast_moments import eager
 from normprop.channel_moments import Moments
 from normprop.rules import elementwise
 

@@ -10,12 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from normprop.activation_lane import lane_moments
-from normprop.activation_moments import ActivationMoments, activation_moments, canonical, moments
+from normprop.activations.activation_moments import ActivationMoments, activation_moments, canonical, moments
+from normprop.activations.compiled_rectifiers import native_rectified
+from normprop.activations.fast_moments import lane_moments
+from normprop.activations.rectifier_moments import rectified_moments
 from normprop.channel_moments import Moments
 from normprop.native.operands import handles
-from normprop.native.rectifiers import native_rectified
-from normprop.rectifier_lane import rectified_moments
 from normprop.rules.table import TABLE, Rule, rule
 
 # One line an operation: its name for `activation_moments`, its parameters in order, and where a graph meets it.

@@ -1,0 +1,141 @@
+"""Mean and variance behind an activation in one autograd function: what a moment lane needs of `activation_moments`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from normprop.activations.activation_moments import activation_moments
+from normprop.activations.normal import working_dtype
+from normprop.activations.panels import DOUBLE, SINGLE, Panels, lane_panels
+from normprop.channel_moments import safe_sqrt
+from normprop.double_backward import gradients_again
+
+# Nodes of one pass on a CPU: their vectors stay in the cache, and the allocator has blocks of that size at hand.
+_TOGETHER = 24_000
+
+Plain = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+def lane_moments(name: str, mean: Tensor, var: Tensor, parameters: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    """E f and Var f of a named activation for u ~ N(mean, var), as exact as the dtype of a lane can show.
+
+    Smooth activations and continuous piecewise polynomials take one autograd function, exact to 1e-10 of the natural
+    scale (single precision: 1e-6). Everything else takes `activation_moments`, as do all of them under `torch.compile`,
+    `torch.export` and the transforms of `torch.func`, and where they are differentiated twice.
+
+    Args:
+        name: as for `activation_moments`.
+        mean: float tensor, any shape.
+        var: float tensor that broadcasts against it, not negative.
+        parameters: of the activation, named as in torch.nn.functional.
+
+    Returns:
+        Both of the broadcast shape, in the promoted dtype (float32 for half precision).
+
+    >>> first, second = lane_moments("silu", torch.zeros(1), torch.ones(1), {})
+    >>> print(f"{float(first):.6f} {float(second):.6f}")
+    0.206621 0.313083
+    """
+
+    def plain(mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
+        found = activation_moments(name, mean, safe_sqrt(var), **parameters)
+        return found.mean, found.var
+
+    if not (eager(mean) and eager(var)) or any(isinstance(value, Tensor) for value in parameters.values()):
+        return plain(mean, var)
+    exact = torch.promote_types(mean.dtype, var.dtype) == torch.float64
+    panels = lane_panels(name, tuple(sorted(parameters.items())), DOUBLE if exact else SINGLE)
+    if panels is None:
+        return plain(mean, var)
+    first, second = _LaneMoments.apply(*torch.broadcast_tensors(mean, var), panels, plain)
+    return first, second
+
+
+def eager(x: Tensor) -> bool:
+    """Whether no compiler, transform or mode (fake tensors) looks on, and no subclass has operations of its own."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack():
+        return False
+    return type(x) in (Tensor, nn.Parameter)
+
+
+class _LaneMoments(torch.autograd.Function):
+    """E f and Var f for u = m + s z, s = √v, with the derivatives by Stein's identities (derived; f' in the weak sense).
+
+        ∂E/∂m = E f'           ∂Var/∂m = 2 Cov(f, f')
+        ∂E/∂v = E f'z / (2s)   ∂Var/∂v = E (f − E f) f'z / s
+
+    All are sums over the same nodes. Differentiated again, the backward is that of `activation_moments`.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, mean: Tensor, var: Tensor, panels: Panels, plain: Plain) -> tuple[Tensor, Tensor]:
+        work = working_dtype(mean.device)
+        m, v = mean.reshape(-1).to(work), var.reshape(-1).to(work)
+        passes = -(-m.numel() * panels.places.shape[1] // _TOGETHER) if m.device.type == "cpu" else 1
+        slopes = any(ctx.needs_input_grad)
+        parts = [_sums(panels, *few, slopes) for few in zip(m.chunk(passes or 1), v.chunk(passes or 1), strict=True)]
+        found = parts[0] if len(parts) == 1 else [torch.cat(column) for column in zip(*parts, strict=True)]
+        found = [x.reshape(mean.shape) for x in found]
+        ctx.save_for_backward(mean, var, *found[2:])
+        ctx.plain = plain
+        dtype = torch.promote_types(mean.dtype, var.dtype)
+        dtype = dtype if dtype == torch.float64 else torch.float32
+        return found[0].to(dtype), found[1].to(dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        mean, var, *slopes = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            by_mean, by_var = gradients_again(ctx.plain(mean, var), (mean, var), grads)
+            return by_mean, by_var, None, None
+        first, second = grads
+        by_mean = torch.addcmul(first * slopes[0], second, slopes[2])
+        by_var = torch.addcmul(first * slopes[1], second, slopes[3])
+        return by_mean.to(mean.dtype), by_var.to(var.dtype), None, None
+
+
+def _sums(panels: Panels, mean: Tensor, var: Tensor, slopes: bool) -> list[Tensor]:
+    """E f and Var f, and if wanted ∂E/∂m, ∂E/∂v, ∂Var/∂m and ∂Var/∂v, ``(n,)`` each.
+
+    The value at the mean is taken off f, then E f, and E f' off f', so that little cancels where s is small. Below
+    s = ε^p (|m| + |f(m)|) + ε^{2/3} the sums are those at that s: there derivatives are at their limits, Var f goes down
+    with s², and E f − f(m) with s², or with s where f has a kink. With p = 1/3, or 1/2 at a kink, rounding and what the
+    limits leave out are equally small. At s = 0 a kink makes ∂E/∂v infinite: it is 0.
+    """
+    center = panels.center(mean)
+    rounding = torch.finfo(mean.dtype).eps
+    smallest = (mean.abs() + center.abs()).mul_(rounding ** (1 / 2 if panels.kinked else 1 / 3)).add_(rounding ** (2 / 3))
+    root = var.sqrt()
+    std = torch.maximum(root, smallest)
+    ratio = root / std
+    z, weight = panels.nodes(mean, std)
+    u = torch.addcmul(mean.unsqueeze(1), std.unsqueeze(1), z)
+    f = panels.value(u).sub_(center.unsqueeze(1))
+    weighted = weight * f
+    average = weighted.sum(-1)
+    f.sub_(average.unsqueeze(1))
+    second = torch.mul(weight, f, out=weighted).mul_(f).sum(-1)
+    shrunk = ratio.square()
+    found = [torch.addcmul(center, average, ratio if panels.kinked else shrunk), second * shrunk]
+    if not slopes:
+        return found
+    slope = panels.slope(u)
+    expected = torch.mul(weight, slope, out=weighted).sum(-1)
+    slope.sub_(expected.unsqueeze(1))
+    weight.mul_(slope)
+    along = torch.mul(weight, f, out=weighted).sum(-1)
+    weight.mul_(z)
+    bend = weight.sum(-1)
+    # E (f − E f) z = s E f', so that the part of f' that was taken off comes back as its square.
+    tilt = weight.mul_(f).sum(-1)
+    return [
+        *found,
+        expected,
+        torch.where(var > 0, bend / (2 * std), 0.0),
+        2 * along * shrunk,
+        torch.addcmul(tilt / std, expected, expected),
+    ]

@@ -1,0 +1,1 @@
+"""BatchNorm networks in, NormProp networks out: conversion, calibration, folding."""

@@ -1,0 +1,1 @@
+"""What every tensor of a network should be, and what it is."""

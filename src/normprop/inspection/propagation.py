@@ -1,0 +1,205 @@
+"""Moments of every tensor of a network, without data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from normprop.channel_moments import Moments
+from normprop.graph.input_moments import input_moments
+from normprop.graph.trace import Leaf
+from normprop.graph.walk import Kind, Walk, reference_tensor
+from normprop.inspection.report import Report, Row
+from normprop.inspection.rewalk import Claim, walk_of
+from normprop.rules import arithmetic, elementwise, normalization, shape
+from normprop.rules.composed import composed, full_moments
+from normprop.rules.table import Key, Rule
+
+_NORMALISERS = frozenset(
+    [normalization.batch_norm, normalization.functional_batch_norm, normalization.layer_norm, normalization.rms_norm,
+     normalization.functional_layer_norm, normalization.group_norm, normalization.functional_group_norm,
+     normalization.instance_norm]
+)  # fmt: skip
+
+
+_JOINS = frozenset([arithmetic.add, arithmetic.sub, arithmetic.mul, arithmetic.div])
+_ELEMENTWISE = _JOINS | {
+    arithmetic.neg, arithmetic.power, elementwise.named_activation, elementwise.module_activation, composed,
+    shape.same, shape.same_module,
+}  # fmt: skip
+_DEPENDENT = "both sides are functions of one tensor, and are taken for independent"
+
+
+def propagate(
+    model: nn.Module,
+    input: Any = None,
+    *,
+    rules: Mapping[Key, Rule | Callable[..., Any]] | None = None,
+    leaf_modules: Sequence[Leaf] = (),
+) -> Report:
+    """Predicted mean and variance of every tensor of a network, and how a small change of the input grows.
+
+    No data and no training: the moments of the input are carried through the traced graph by the moment rules. A
+    BatchNorm is taken at its word, N(β, γ²).
+
+    Args:
+        model: a network that torch.fx can trace, or one that `convert` made. Its mode decides about dropout.
+        input: moments of the input, `InputStats` or `Moments` (a sequence for several inputs); standard normal by default.
+        rules: moment rules for this call.
+        leaf_modules: modules, classes or paths that tracing must not enter.
+
+    Returns:
+        A `Report`, one row an operation.
+
+    Raises:
+        UnsupportedOpError: operations without a moment rule, all of them named.
+        TracingError: control flow on values.
+        NormPropError: input moments that cannot be.
+
+    Example:
+        >>> import torch, normprop
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU())
+        >>> [row.operation for row in normprop.propagate(net)]
+        ['input', 'Linear', 'ReLU']
+    """
+    sample = getattr(input, "shape", None)
+    walk = walk_of(model, rules=rules, leaf_modules=leaf_modules, shape=tuple(sample) if sample else None)
+    return Report(rows_of(walk, input_moments(walk.shapes(), input, reference_tensor(model))), type(model).__name__)
+
+
+@torch.no_grad()
+def rows_of(walk: Walk, inputs: list[Moments]) -> list[Row]:
+    """The rows of a prepared walk from its inputs' moments on."""
+    interpreter = fx.Interpreter(walk.graph_module, garbage_collect_values=False)
+    known: dict[fx.Node, Any] = {}
+    moments: dict[fx.Node, Any] = {}
+    change: dict[fx.Node, Any] = {}
+    rows: list[Row] = []
+    given = iter(inputs)
+    for node in walk.graph_module.graph.nodes:
+        kind = walk.kinds[node]
+        if kind is Kind.TENSOR:
+            known[node] = _value(interpreter, walk, node, known)
+        if kind is not Kind.DATA or node.op == "output" or (node.op != "placeholder" and node not in walk.rules):
+            continue
+        slope = None
+        if node.op == "placeholder":
+            moments[node] = next(given)
+            change[node] = moments[node].var
+        else:
+            module = walk.module(node) if node.op == "call_module" else None
+            call = walk.call(node, moments.__getitem__, known.__getitem__, module)
+            moments[node] = call[0](*call[1], **call[2])
+            full = full_moments(call)
+            slope = None if full is None else full.slope
+            change[node] = _change(walk, node, call, moments, change, known, module, slope)
+        if isinstance(moments[node], Moments):
+            if slope is not None:
+                slope = slope * moments[walk.data_arguments(node)[0]].var.mean() / moments[node].var.mean()
+            rows.append(_row(walk, node, moments[node], slope, change[node]))
+    return rows
+
+
+def _value(interpreter: fx.Interpreter, walk: Walk, node: fx.Node, known: Mapping[fx.Node, Any]) -> Any:
+    """A tensor made of parameters alone, computed."""
+    fetch = lambda a: known[a] if walk.kinds[a] is Kind.TENSOR else walk.values[a]
+    args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), fetch)
+    return getattr(interpreter, node.op)(node.target, args, kwargs)
+
+
+def _change(
+    walk: Walk,
+    node: fx.Node,
+    call: tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]],
+    moments: Mapping[fx.Node, Any],
+    change: Mapping[fx.Node, Any],
+    known: Mapping[fx.Node, Any],
+    module: nn.Module | None,
+    slope: Tensor | None,
+) -> Any:
+    """Variance of a small random change of the input when it arrives here.
+
+    A scalar function multiplies it by E f'², a normaliser by what it multiplies the variance with; everything else is linear
+    in the variance, so that the rule itself says what becomes of a little more of it.
+    """
+    sources = walk.data_arguments(node)
+    if slope is not None:
+        return slope * change[sources[0]]
+    if call[0] in _NORMALISERS:
+        before, after = moments[sources[0]].var, moments[node].var
+        return change[sources[0]] * (after.mean() / before.mean().clamp(min=torch.finfo(before.dtype).tiny))
+    function, args, kwargs = call
+    function = function.layer if isinstance(function, Claim) else function
+    step = min(_step(moments[source], change[source]) for source in sources)
+    larger = {source: _larger(moments[source], change[source], step) for source in sources}
+    _, changed, changed_kwargs = walk.call(node, larger.__getitem__, known.__getitem__, module)
+    return _difference(function(*changed, **changed_kwargs), function(*args, **kwargs), step)
+
+
+def _step(moments: Any, change: Any) -> float:
+    """The share of a change that adds a hundredth to the variance."""
+    if isinstance(moments, Moments):
+        return 0.01 * float(moments.var.mean() / change.mean().clamp(min=torch.finfo(change.dtype).tiny))
+    return min(_step(m, c) for m, c in zip(moments, change, strict=True))
+
+
+def _larger(moments: Any, change: Any, step: float) -> Any:
+    if isinstance(moments, Moments):
+        return Moments(moments.mean, moments.var + step * change)
+    return type(moments)(_larger(m, c, step) for m, c in zip(moments, change, strict=True))
+
+
+def _difference(after: Any, before: Any, step: float) -> Any:
+    if isinstance(after, Moments):
+        return ((after.var - before.var) / step).clamp(min=0.0)
+    return type(after)(_difference(a, b, step) for a, b in zip(after, before, strict=True))
+
+
+def _scalar_roots(walk: Walk, node: fx.Node) -> set[fx.Node]:
+    """The tensors of which a node is an elementwise function."""
+    roots: set[fx.Node] = set()
+    seen: set[fx.Node] = set()
+    stack = [node]
+    while stack:
+        current = stack.pop()
+        if current in seen:
+            continue
+        seen.add(current)
+        if current in walk.rules and walk.rules[current].function in _ELEMENTWISE:
+            stack.extend(walk.data_arguments(current))
+        else:
+            roots.add(current)
+    return roots
+
+
+def _entangled(walk: Walk, node: fx.Node) -> bool:
+    """Whether a sum or product joins two functions of one tensor, which its rule takes for independent."""
+    if walk.rules[node].function not in _JOINS:
+        return False
+    sources = walk.data_arguments(node)
+    if len(sources) != 2 or sources[0] is sources[1]:
+        return False
+    return bool(_scalar_roots(walk, sources[0]) & _scalar_roots(walk, sources[1]))
+
+
+def _row(walk: Walk, node: fx.Node, moments: Moments, slope: Tensor | None, change: Tensor) -> Row:
+    rule = walk.rules.get(node)
+    standing, reason = ("input", "") if rule is None else walk.standing(node)
+    if rule is not None and _entangled(walk, node):
+        standing, reason = "approximate", _DEPENDENT
+    variance = moments.var.mean().clamp(min=torch.finfo(moments.var.dtype).tiny)
+    return Row(
+        name=node.name,
+        path=walk.place(node),
+        operation="input" if rule is None else walk.operation(node),
+        standing=standing,
+        reason=reason,
+        source=str(node.meta.get("source", "")),
+        shape=tuple(walk.values[node].shape),
+        predicted=Moments(moments.mean.detach(), moments.var.detach()),
+        slope=None if slope is None else float(slope.mean()),
+        sensitivity=float(change.mean() / variance),
+    )

@@ -1,0 +1,170 @@
+"""`normprop compare`."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from normprop.errors import NormPropError
+from normprop.lab.commands.console import console
+from normprop.lab.commands.runs import RunsDisplay
+from normprop.lab.comparison import records
+from normprop.lab.comparison.comparison import cells, choices, clips_of, columns, points, promoted, to_dict
+from normprop.lab.comparison.grid import Grid, check_comparable
+from normprop.lab.comparison.records import RUNS, Record
+from normprop.lab.comparison.workers import work, work_together
+from normprop.lab.figures.comparison_figure import plot_batch_sizes, plot_curves, plot_rates
+from normprop.lab.figures.page import html_page
+from normprop.lab.figures.panels import png
+from normprop.lab.networks.models import build
+from normprop.lab.networks.normalizers import normalizer
+from normprop.lab.samples.datasets import load
+from normprop.lab.samples.images import Images
+from normprop.lab.training.checkpoint import write_whole
+from normprop.lab.training.preparation import prepared
+from normprop.lab.training.recipe import Recipe
+
+
+def compare(
+    grid: Grid,
+    *,
+    out: Path = Path("comparison"),
+    jobs: int | None = None,
+    device: str = "cpu",
+    summary_only: bool = False,
+) -> int:
+    """Compare normalisers, each at its own best learning rate and clipping, chosen on validation images.
+
+    Every run is one line of runs.jsonl. A grid that was interrupted goes on with the same command; more normalisers,
+    rates, batch sizes or seeds in the same folder add to what is there, and several commands may share the work. It ends
+    with table.md, table.json, curves.png, rate.png, batch_size.png and index.html.
+
+    Args:
+        grid: What to compare, and the setting.
+        out: Folder for the results.
+        jobs: Runs at a time, one thread each; by default one for each core.
+        device: cpu, cuda, cuda:1, mps …
+        summary_only: Train nothing; draw table and figures from the runs that are there.
+    """
+    screen = console()
+    if records.drop_fragment(out / RUNS):
+        screen.print(f"{out / RUNS} ended in the middle of a line: that run is repeated.", soft_wrap=True)
+    try:
+        if not summary_only:
+            _train(grid, out, jobs, device, screen)
+    except KeyboardInterrupt:
+        print(f"\nInterrupted. The same command goes on; {out / RUNS} has the finished runs.", file=sys.stderr)
+        return 130
+    found = records.read(out / RUNS)
+    if not found:
+        raise NormPropError(f"{out / RUNS} has no finished runs.\nName the folder of a comparison with --out.")
+    check_comparable([record.recipe for record in found])
+    summarize(found, out, screen)
+    return 0
+
+
+def _train(grid: Grid, out: Path, jobs: int | None, device: str, screen: Console) -> None:
+    jobs = jobs if jobs is not None else os.cpu_count() or 1
+    if jobs < 1:
+        raise NormPropError(f"--jobs is {jobs}.\nUse 1 or more.")
+    images = load(grid.data, image_size=grid.image_size)
+    grid = grid.fitted(images)
+    recipes = grid.recipes()
+    check_comparable([*recipes, *(record.recipe for record in records.read(out / RUNS))])
+    _check_buildable(recipes, images)
+    for norm, size in grid.left_out():
+        screen.print(f"{norm} can't train at batch size {size} and is left out there.", soft_wrap=True)
+    for part in grid.rounds():
+        recipes = part.recipes()
+        if grid.finalists is not None and part.seeds > 1:
+            recipes = promoted(recipes, records.read(out / RUNS), grid.finalists, grid.contenders)
+        if left := _run(recipes, images, out, jobs, device, screen):
+            screen.print(f"{left} runs are still being done by another command.", soft_wrap=True)
+            return
+    shutil.rmtree(out / ".claims", ignore_errors=True)
+
+
+def _run(recipes: Sequence[Recipe], images: Images, out: Path, jobs: int, device: str, screen: Console) -> int:
+    """Do what has not been done; returns how many runs somebody else is still doing."""
+    with RunsDisplay(screen, out, recipes, jobs) as display:
+        if jobs == 1:
+            torch.set_num_threads(1)
+            work(recipes, out, images=images, device=device, finished=display.update)
+        else:
+            work_together(recipes, out, jobs=jobs, device=device, finished=display.update)
+        return len(display.missing())
+
+
+def _check_buildable(recipes: Sequence[Recipe], images: Images) -> None:
+    """Find out now, not after hours, what doesn't go together."""
+    part = prepared(images, recipes[0])
+    for recipe in {(r.norm, r.batch_size): r for r in recipes}.values():
+        recipe.check_fits(part)
+        norm = normalizer(recipe.norm)
+        build(recipe.model, shape=part.shape, classes=part.classes, norm=norm, width=recipe.width)
+
+
+def summarize(found: Sequence[Record], out: Path, screen: Console) -> None:
+    """Print the table, and write it and the figures to `out`."""
+    by_point = points(found)
+    chosen, clips = choices(by_point), clips_of(by_point)
+    heads, rows = columns(clips), [cells(choice, clips) for choice in chosen]
+    title, notes = _title(found[0].recipe), _notes(found)
+    figures = {
+        "curves.png": ("Validation accuracy over epochs, each at its best", plot_curves(chosen, title)),
+        "rate.png": ("Validation accuracy against the learning rate", plot_rates(by_point, title)),
+        "batch_size.png": ("Test accuracy against the batch size, each at its best", plot_batch_sizes(chosen, title)),
+    }
+    images = {caption: png(figure) for caption, figure in figures.values()}
+    for name, (caption, _) in figures.items():
+        write_whole(out / name, images[caption])
+    write_whole(out / "table.md", _markdown(title, notes, heads, rows).encode())
+    report = {"setting": title, "notes": notes, "choices": [to_dict(choice) for choice in chosen]}
+    write_whole(out / "table.json", json.dumps(report, indent=2).encode())
+    write_whole(out / "index.html", html_page(title, notes, heads, rows, images).encode())
+    table = Table(title=title, title_justify="left")
+    for head in heads:
+        table.add_column(head, justify="left" if head == "normaliser" else "right")
+    for row in rows:
+        table.add_row(*row)
+    screen.print(table)
+    for note in notes:
+        screen.print(note, soft_wrap=True)
+    screen.print(f"Results in {out}: index.html has all of it.", soft_wrap=True)
+
+
+def _title(recipe: Recipe) -> str:
+    epochs = "1 epoch" if recipe.epochs == 1 else f"{recipe.epochs} epochs"
+    images = "" if recipe.train_images is None else f" of {recipe.train_images:,} images"
+    return f"{recipe.model} ×{recipe.width:g} on {recipe.data}, {epochs}{images}, {recipe.schedule}"
+
+
+def _notes(found: Sequence[Record]) -> list[str]:
+    recipe = found[0].recipe
+    seeds = len({record.recipe.seed for record in found})
+    spread = "One seed." if seeds == 1 else f"Mean ± standard deviation over up to {seeds} seeds."
+    software = sorted({", ".join(f"{k} {v}" for k, v in record.versions.items()) for record in found})
+    return [
+        f"Rate and clipping of each row are the best by mean accuracy on {recipe.validation:,} validation images; the test "
+        f"set took no part in the choice. {spread} A run that diverged counts as a guess. CPU s: processor time of a run.",
+        "Rates and clippings are those at batch size 64: at b the rate is multiplied with (b/64)^¾, the clipping divided "
+        "by √(b/64). The same were tried for all. A rate trains if it reaches 80 % of the best validation accuracy at its "
+        "batch size; (edge): the best may lie beyond the rates tried.",
+        f"SGD, momentum {recipe.momentum:g}, weight decay {recipe.weight_decay:g}; flips {'on' if recipe.flips else 'off'}, "
+        f"crops {recipe.crops}. {len(found)} runs, {sum(r.cpu_seconds for r in found) / 3600:.2f} CPU hours; "
+        f"{'; '.join(software)}.",
+    ]
+
+
+def _markdown(title: str, notes: Sequence[str], heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    rule = ["---" if head == "normaliser" else "---:" for head in heads]
+    lines = "\n".join(f"| {' | '.join(row)} |" for row in (heads, rule, *rows))
+    return f"# {title}\n\n{lines}\n\n" + "\n\n".join(notes) + "\n"

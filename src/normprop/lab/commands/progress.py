@@ -1,0 +1,75 @@
+"""How a run shows itself: a bar on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import time
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from torch import nn
+from torch.optim import Optimizer
+
+from normprop.lab.commands.console import percent
+from normprop.lab.training.history import Observer, Row
+from normprop.lab.training.recipe import Recipe
+
+# A log that says nothing for longer looks like a run that hangs.
+_LINE_EVERY_SECONDS = 60.0
+
+
+class RunDisplay(Observer):
+    """Prints a run's settings, its epochs and, on a terminal, a bar of the steps of the current one."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.bar: Progress | None = None
+        self.task = TaskID(0)
+        self.printed = time.monotonic()
+
+    def started(self, recipe: Recipe, model: nn.Module, optimizer: Optimizer, *, train: int, test: int) -> None:
+        """Print what is about to be trained."""
+        parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        clip = f", clipping at {recipe.clip:g}" if recipe.clip else ""
+        self._line(
+            f"{recipe.model} ×{recipe.width:g} with --norm {recipe.norm} on {recipe.data}: {parameters:,} parameters, "
+            f"{train:,} training and {test:,} test samples; batch size {recipe.batch_size}, rate {recipe.lr:.3g} "
+            f"{recipe.schedule}{clip}, seed {recipe.seed}"
+        )
+        if self.console.is_terminal:
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+            self.bar = Progress(*columns, console=self.console, transient=True)
+            self.task = self.bar.add_task("", total=None)
+            self.bar.start()
+
+    def stepped(self, epoch: int, step: int, steps: int, loss: float) -> None:
+        """Move the bar, or print a line now and then."""
+        if self.bar:
+            self.bar.update(self.task, description=f"epoch {epoch}  loss {loss:.3f}", completed=step, total=steps)
+        elif time.monotonic() - self.printed > _LINE_EVERY_SECONDS:
+            self._line(f"epoch {epoch}  step {step}/{steps}  loss {loss:.3f}")
+
+    def ended_epoch(self, row: Row, epochs: int) -> None:
+        """Print the epoch."""
+        if row.diverged:
+            self._line(f"epoch {row.epoch:>3}/{epochs}  the loss is no longer finite at step {row.step}")
+        else:
+            self._line(
+                f"epoch {row.epoch:>3}/{epochs}  loss {row.train_loss:.4f}  train {percent(row.train_accuracy)}  "
+                f"{_held_out(row)}  rate {row.lr:.2g}  {row.seconds:.1f} s  "
+                f"{row.images_per_second:,.0f} images/s"
+            )
+
+    def close(self) -> None:
+        """Take the bar off the screen."""
+        if self.bar:
+            self.bar.stop()
+
+    def _line(self, text: str) -> None:
+        self.console.print(text, soft_wrap=True, markup=False)
+        self.printed = time.monotonic()
+
+
+def _held_out(row: Row) -> str:
+    """Accuracies on samples that aren't trained on, those that were measured."""
+    accuracies = (("validation", row.validation_accuracy), ("test", row.test_accuracy))
+    return "  ".join(f"{name} {percent(value)}" for name, value in accuracies if value is not None)

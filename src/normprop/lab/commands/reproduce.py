@@ -1,0 +1,226 @@
+"""`normprop reproduce`."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import rich.table
+import torch
+import tyro
+from rich.console import Console
+
+from normprop.errors import NormPropError
+from normprop.lab.commands.console import console
+from normprop.lab.commands.runs import RunsDisplay
+from normprop.lab.comparison import records
+from normprop.lab.comparison.records import RUNS, Record
+from normprop.lab.comparison.workers import work, work_in_step, work_together
+from normprop.lab.figures.panels import png
+from normprop.lab.figures.reproduction_figure import PLOTS
+from normprop.lab.reproduction import account, layers
+from normprop.lab.reproduction.outcome import Found, found, plain
+from normprop.lab.reproduction.results_page import SETTING, UNFINISHED, filled, markdown, skeleton
+from normprop.lab.reproduction.runs import cells, probed, runs
+from normprop.lab.reproduction.scale import SCALES, Scale
+from normprop.lab.reproduction.sections import HEADINGS, PARTS, TABLES, Table
+from normprop.lab.reproduction.speed import measure_speed
+from normprop.lab.reproduction.watcher import ProbeSome
+from normprop.lab.samples.datasets import load
+from normprop.lab.training.checkpoint import write_whole
+from normprop.lab.training.recipe import Recipe
+
+_SPEED = "speed"
+# What of the findings in hidden layers belongs to which experiment.
+_FINDINGS = {
+    "fig2": ("incoming", "preactivation"),
+    "bound": ("coherence", "bound", "error", "correlation", "deviation"),
+}
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What the command was asked for."""
+
+    parts: tuple[str, ...]
+    scale: Scale
+    seeds: int
+    out: Path
+    device: str
+    screen: Console
+
+    @property
+    def speed_file(self) -> Path:
+        """Where the measured times are kept."""
+        return self.out / f"speed-{self.scale.name}.json"
+
+    def runs(self) -> list[Recipe]:
+        """All runs."""
+        return runs(self.parts, self.scale, self.seeds)
+
+
+def reproduce(
+    parts: Annotated[
+        tuple[Literal["fig1", "fig2", "fig3", "fig4", "table1", "speed", "bound", "all"], ...], tyro.conf.Positional
+    ] = ("all",),
+    *,
+    scale: Literal["smoke", "quarter", "full"] = "smoke",
+    data_root: Path | None = None,
+    seeds: int | None = None,
+    out: Path = Path("runs/paper"),
+    results: Path | None = None,
+    report: Path | None = None,
+    jobs: int | None = None,
+    device: str = "cpu",
+    summary_only: bool = False,
+) -> int:
+    """Run the experiments of the paper: its method beside exact moments, BatchNorm and no normaliser, and its own figures.
+
+    Every run is one line of runs.jsonl; experiments share runs, and the same command goes on after an interruption. Each
+    experiment ends with a table, a figure and JSON. Under torchrun all processes share every batch.
+
+    Args:
+        parts: Experiments: fig1 (data normalisation), fig2 (what enters hidden units), fig3 (accuracy per epoch), fig4
+            (batch sizes), table1 (test error), speed (time per epoch), bound (Proposition 1), or all.
+        scale: smoke takes two minutes on digits, quarter a few hours of two cores on CIFAR-10; full is the paper's own.
+        data_root: Where data sets are kept; by default $NORMPROP_DATA or ~/.cache/normprop.
+        seeds: Runs of each setting in fig3, fig4 and table1; by default 1 for smoke, 3 otherwise.
+        out: Folder for the runs.
+        results: Folder for tables, figures and JSON; by default `out`.
+        report: Page of Markdown whose generated blocks are brought up to date; written if it isn't there.
+        jobs: Runs at a time, one thread each; by default one for each core.
+        device: cpu, cuda, cuda:1, mps …
+        summary_only: Train and time nothing; write results from the runs that are there.
+    """
+    if data_root:
+        os.environ["NORMPROP_DATA"] = str(data_root)  # processes that are started find it too
+    chosen = PARTS if "all" in parts else tuple(part for part in PARTS if part in parts)
+    job = _Job(chosen, SCALES[scale], SCALES[scale].with_seeds(seeds), out, device, console())
+    writes = int(os.environ.get("RANK", 0)) == 0
+    try:
+        if not summary_only:
+            _train(job, jobs)
+            if writes and _SPEED in chosen:
+                _time(job)
+    except KeyboardInterrupt:
+        print(f"\nInterrupted. The same command goes on; {out / RUNS} has the finished runs.", file=sys.stderr)
+        return 130
+    if writes:
+        _summarize(job, results or out, report)
+    return 0
+
+
+def _train(job: _Job, jobs: int | None) -> None:
+    jobs = jobs if jobs is not None else os.cpu_count() or 1
+    if jobs < 1:
+        raise NormPropError(f"--jobs is {jobs}.\nUse 1 or more.")
+    watch = ProbeSome(probed(job.scale), job.scale.probed)
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    for data, group in groupby(job.runs(), key=lambda run: run.data):
+        recipes, images = list(group), load(data)
+        if world > 1:
+            left = work_in_step(recipes, job.out, images=images, device=job.device, watch=watch)
+            if left and os.environ["RANK"] == "0":
+                job.screen.print(f"{len(left)} runs can't share batches among {world} processes: run them in one.")
+            continue
+        with RunsDisplay(job.screen, job.out, recipes, jobs) as display:
+            if jobs == 1:
+                torch.set_num_threads(1)
+                work(recipes, job.out, images=images, device=job.device, watch=watch, finished=display.update)
+            else:
+                work_together(recipes, job.out, jobs=jobs, device=job.device, watch=watch, finished=display.update)
+            left = display.missing()
+        if left:
+            job.screen.print(f"{len(left)} runs on {data} are still being done by another command.", soft_wrap=True)
+    if world == 1 and not _missing(job):
+        shutil.rmtree(job.out / ".claims", ignore_errors=True)
+
+
+def _missing(job: _Job) -> set[Recipe]:
+    return set(job.runs()) - {record.recipe for record in records.read(job.out / RUNS)}
+
+
+def _time(job: _Job) -> None:
+    if job.speed_file.exists():
+        return
+    job.screen.print("timing training steps")
+    measured = measure_speed(job.scale, load(job.scale.data[0]), job.device)
+    write_whole(job.speed_file, json.dumps(measured, indent=1).encode())
+
+
+def _summarize(job: _Job, results: Path, report: Path | None) -> None:
+    """Write and print each experiment's results, and bring the report up to date."""
+    runs_found = records.read(job.out / RUNS)
+    blocks = {SETTING: account.setting(job.scale, job.runs(), runs_found, _command(job))}
+    for part in job.parts:
+        text = _write_part(job, part, runs_found, results)
+        figure = f"![{HEADINGS[part]}]({_link(results / f'{part}.png', report)})"
+        blocks[part] = f"{figure}\n\n{text}" if text else "**Not measured yet.**"
+    blocks[UNFINISHED] = account.not_run(job.scale, job.seeds, runs_found, timed=job.speed_file.exists())
+    if report:
+        page = report.read_text() if report.exists() else skeleton()
+        write_whole(report, filled(page, blocks).encode())
+    job.screen.print(f"Results in {results}" + (f" and {report}." if report else "."), soft_wrap=True)
+
+
+def _write_part(job: _Job, part: str, runs_found: Sequence[Record], results: Path) -> str:
+    """Markdown of an experiment; nothing if it has no results yet."""
+    found_here: Any = found(cells(part, job.scale, job.seeds), runs_found)
+    if part == _SPEED:
+        if not job.speed_file.exists():
+            return ""
+        found_here = json.loads(job.speed_file.read_bytes())
+    elif not any(found_here.values()):
+        return ""
+    table = TABLES[part](found_here, job.scale)
+    left = account.progress(part, job.scale, job.seeds, runs_found)
+    title = f"{HEADINGS[part]} — scale {job.scale.name}"
+    text = markdown(table) + (f"\n\n{left}" if left else "")
+    values = {"measured": found_here} if part == _SPEED else {"runs": plain(found_here), **_findings(part, found_here)}
+    about = {
+        "title": title,
+        "scale": job.scale.name,
+        "heads": list(table.heads),
+        "rows": table.rows,
+        "reading": table.reading,
+    }
+    write_whole(results / f"{part}.json", json.dumps(about | values, indent=1, allow_nan=False).encode())
+    write_whole(results / f"{part}.png", png(PLOTS[part](found_here, title)))
+    write_whole(results / f"{part}.md", f"# {title}\n\n![{HEADINGS[part]}]({part}.png)\n\n{text}\n".encode())
+    _print(job.screen, title, table, left)
+    return text
+
+
+def _findings(part: str, found_here: Found) -> dict[str, Any]:
+    names = _FINDINGS.get(part)
+    if names is None:
+        return {}
+    watched = {key[0]: found_runs[0] for key, found_runs in found_here.items() if found_runs}
+    return {"findings": {name: layers.plain(record, *names) for name, record in watched.items()}}
+
+
+def _print(screen: Console, title: str, table: Table, left: str) -> None:
+    shown = rich.table.Table(title=title, title_justify="left")
+    for i, head in enumerate(table.heads):
+        shown.add_column(head, justify="right" if i else "left")
+    for row in table.rows:
+        shown.add_row(*row)
+    screen.print(shown)
+    if left:
+        screen.print(left.strip("*"))
+
+
+def _link(file: Path, report: Path | None) -> str:
+    return os.path.relpath(file, report.parent).replace(os.sep, "/") if report else file.name
+
+
+def _command(job: _Job) -> str:
+    return shlex.join(["normprop", "reproduce", "all", "--scale", job.scale.name, "--seeds", str(job.seeds)])

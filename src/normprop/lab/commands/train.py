@@ -1,0 +1,86 @@
+"""`normprop train`."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+from normprop.errors import NormPropError
+from normprop.lab.commands.console import console, percent
+from normprop.lab.commands.progress import RunDisplay
+from normprop.lab.training import loop as training
+from normprop.lab.training.recipe import Recipe
+
+
+def train(
+    recipe: Recipe,
+    *,
+    out: Path | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    device: str = "auto",
+    threads: int | None = None,
+    checkpoint_every: int = 1000,
+) -> int:
+    """Train a network on a data set with any normaliser, and write checkpoint.pt, metrics.jsonl and recipe.json.
+
+    For example `normprop train --data fashion-mnist --model nin --width 0.25 --batch-size 1 --epochs 1`. A run that was
+    interrupted goes on with the same command and --resume, to the same weights as if it hadn't been.
+
+    Args:
+        recipe: What to train and how.
+        out: Folder for the results; by default runs/DATA-MODEL-NORM-bSIZE-sSEED.
+        resume: Continue the run in that folder.
+        overwrite: Replace the run in that folder.
+        device: auto, cpu, cuda, cuda:1, mps …
+        threads: Threads for CPU arithmetic; by default torch's choice.
+        checkpoint_every: Steps between checkpoints within an epoch; 0 for one after each epoch only.
+    """
+    if threads is not None:
+        if threads < 1:
+            raise NormPropError(f"--threads is {threads}.\nUse 1 or more.")
+        torch.set_num_threads(threads)
+    out = out or default_folder(recipe)
+    screen = console()
+    display = RunDisplay(screen)
+    try:
+        run = training.train(
+            recipe,
+            out=out,
+            resume=resume,
+            overwrite=overwrite,
+            device=device,
+            checkpoint_every=checkpoint_every,
+            observer=display,
+        )
+    except KeyboardInterrupt:
+        display.close()
+        print(f"Interrupted. The same command with --resume continues from the checkpoint in {out}.", file=sys.stderr)
+        return 130
+    finally:
+        display.close()
+    if int(os.environ.get("RANK", 0)):
+        return int(run.diverged)
+    if run.diverged:
+        print(
+            f"normprop: the run diverged at a rate of {run.recipe.lr:.3g}; {out / training.METRICS} records it.\n"
+            "Try a lower --lr, or adaptive gradient clipping: --clip 0.05.",
+            file=sys.stderr,
+        )
+        return 1
+    screen.print(f"test accuracy {percent(run.test_accuracy)}; results in {out}")
+    return 0
+
+
+def default_folder(recipe: Recipe) -> Path:
+    """Where a run is kept if nobody says.
+
+    Example:
+        >>> default_folder(Recipe(norm="batch", batch_size=64)).name
+        'digits-nin-batch-b64-s0'
+    """
+    settings = (recipe.model.replace(":", "-"), recipe.norm, f"b{recipe.batch_size}", f"s{recipe.seed}")
+    return Path("runs", "-".join((Path(recipe.data).stem, *settings)))

@@ -1,0 +1,1 @@
+"""Normalisers compared over grids of settings."""

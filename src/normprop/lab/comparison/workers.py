@@ -1,0 +1,192 @@
+"""Processes that work through a list of runs together: each takes the next one that nobody has done or is doing."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+
+import torch
+from filelock import FileLock, Timeout
+
+from normprop.errors import NormPropError
+from normprop.lab.comparison import records
+from normprop.lab.comparison.processes import processes
+from normprop.lab.comparison.records import RUNS, Record
+from normprop.lab.samples.datasets import load
+from normprop.lab.samples.images import Images
+from normprop.lab.training.history import Watcher
+from normprop.lab.training.loop import train
+from normprop.lab.training.recipe import Recipe
+
+# Who is to watch a run; it may be sent to other processes.
+Watch = Callable[[Recipe, Images], Watcher]
+
+# Seconds between two looks at what has been finished.
+_POLL = 0.5
+
+
+def unwatched(_recipe: Recipe, _images: Images) -> Watcher:
+    """Nobody."""
+    return Watcher()
+
+
+def work(
+    recipes: Sequence[Recipe],
+    folder: Path,
+    *,
+    images: Images,
+    device: str = "cpu",
+    watch: Watch = unwatched,
+    finished: Callable[[], None] = lambda: None,
+) -> None:
+    """Do the runs that `folder` lacks, in order, and add each to its runs.jsonl.
+
+    Any number of processes may do so at once: a run is claimed by a lock that ends with the process that holds it.
+
+    Args:
+        recipes: Resolved, all on one data set.
+        folder: Where the results are.
+        images: That data set.
+        device: Where to compute.
+        watch: Who notes findings in each run.
+        finished: Called after each run.
+
+    Raises:
+        NormPropError: for a recipe that can't be followed, or results that can't be written.
+    """
+    parent = multiprocessing.parent_process()
+    done = {record.recipe for record in records.read(folder / RUNS)}
+    for recipe in recipes:
+        if parent and not parent.is_alive():
+            return
+        if recipe in done:
+            continue
+        with _claimed(recipe, folder) as mine:
+            done = {record.recipe for record in records.read(folder / RUNS)}
+            if mine and recipe not in done:
+                records.append(folder / RUNS, measured(recipe, images, device, watch))
+                finished()
+
+
+def work_in_step(
+    recipes: Sequence[Recipe], folder: Path, *, images: Images, device: str, watch: Watch = unwatched
+) -> list[Recipe]:
+    """`work` in processes that torchrun started, all of them on one run at a time; what they can't share is left out.
+
+    Args:
+        recipes: Resolved, all on one data set.
+        folder: Where the results are; the first process writes them.
+        images: That data set.
+        device: Where to compute, as for `train`.
+        watch: Who notes findings in each run.
+
+    Returns:
+        The runs left out, whose batches can't be divided evenly.
+    """
+    with processes(device) as group:  # once for all runs: leaving and joining again is not safe
+        done = {record.recipe for record in records.read(folder / RUNS)}
+        group.wait()
+        missing = [recipe for recipe in recipes if recipe not in done]
+        for recipe in missing:
+            if recipe.batch_size % group.world == 0:
+                record = measured(recipe, images, device, watch)
+                if group.writes:
+                    records.append(folder / RUNS, record)
+        return [recipe for recipe in missing if recipe.batch_size % group.world]
+
+
+def measured(recipe: Recipe, images: Images, device: str, watch: Watch = unwatched) -> Record:
+    """Train once."""
+    began = time.process_time()
+    watcher = watch(recipe, images)
+    run = train(recipe, images=images, device=device, observer=watcher)
+    seconds = time.process_time() - began
+    return Record(run.recipe, tuple(run.rows), images.classes, seconds, records.versions(), watcher.findings())
+
+
+def work_together(
+    recipes: Sequence[Recipe],
+    folder: Path,
+    *,
+    jobs: int,
+    device: str = "cpu",
+    watch: Watch = unwatched,
+    finished: Callable[[], None],
+) -> None:
+    """`work` in so many processes of one thread each; small networks don't fill two cores with one run.
+
+    Raises:
+        NormPropError: what one of them raised, or that it was killed; the others are then stopped.
+    """
+    context = multiprocessing.get_context("spawn")  # forking a process that has used torch's threads can hang
+    team = []
+    for _ in range(jobs):
+        receiver, sender = context.Pipe(duplex=False)
+        team.append((context.Process(target=_worker, args=(recipes, folder, device, watch, sender), daemon=True), receiver))
+    try:
+        for process, _ in team:
+            process.start()
+        alive = [process.sentinel for process, _ in team]
+        while alive:
+            wait(alive, timeout=_POLL)
+            # Asked before the exit codes are read: a process that fails in between is noticed in the next round.
+            alive = [process.sentinel for process, _ in team if process.is_alive()]
+            finished()
+            for process, receiver in team:
+                if process.exitcode:
+                    raise NormPropError(_message(receiver, process.exitcode))
+    finally:
+        for process, _ in team:
+            if process.pid:
+                process.terminate()
+                process.join()
+
+
+def _message(receiver: Connection, code: int) -> str:
+    try:
+        if receiver.poll():
+            return str(receiver.recv())
+    except EOFError:
+        pass
+    return (
+        f"A process that trained ended with code {code}.\nRepeat the command to go on, with fewer --jobs if memory is short."
+    )
+
+
+def _worker(recipes: Sequence[Recipe], folder: Path, device: str, watch: Watch, sender: Connection) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent stops its workers
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # unwinds, where the default would just end
+    torch.set_num_threads(1)
+    try:
+        images = load(recipes[0].data, image_size=recipes[0].image_size)
+        work(recipes, folder, images=images, device=device, watch=watch)
+    except NormPropError as error:
+        sender.send(str(error))
+        raise SystemExit(2) from error
+
+
+@contextmanager
+def _claimed(recipe: Recipe, folder: Path) -> Iterator[bool]:
+    """Whether this process may do the run; others may not until it is done."""
+    key = hashlib.blake2b(json.dumps(asdict(recipe)).encode(), digest_size=16).hexdigest()
+    claims = folder / ".claims"
+    claims.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(claims / key)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        lock.release()

@@ -1,0 +1,72 @@
+"""Panels side by side in which a normaliser always looks the same."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullLocator
+
+from normprop.lab.networks.normalizers import NORMALIZERS
+
+# Okabe & Ito's palette in three rounds of line styles: a normaliser looks the same in every figure, whatever is beside it.
+_COLOURS = ("#0072B2", "#E69F00", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#555555")
+_STYLES = ("-", "--", ":")
+_MARKERS = "os^DvPX<>phd*8"
+
+
+def look_of(norm: str) -> dict[str, Any]:
+    """Label, colour, line style and marker of a normaliser."""
+    place = list(NORMALIZERS).index(norm)
+    return {
+        "label": norm,
+        "color": _COLOURS[place % len(_COLOURS)],
+        "linestyle": _STYLES[place // len(_COLOURS)],
+        "marker": _MARKERS[place],
+        "markersize": 5,
+        "linewidth": 1.6,
+    }
+
+
+def make_panels(rows: int, columns: int, title: str) -> tuple[Figure, list[list[Axes]]]:
+    """A figure of equal panels under one title."""
+    figure = Figure(figsize=(1.8 + 4.2 * columns, 0.6 + 3.4 * rows), dpi=130, layout="constrained")
+    figure.suptitle(title, x=0.01, ha="left", fontsize=10)
+    return figure, figure.subplots(rows, columns, squeeze=False, sharey="row").tolist()
+
+
+def logarithmic(axes: Axes, ticks: Sequence[float], base: int) -> None:
+    """Mark the places on an axis of factors."""
+    if len(ticks) > 1 and math.log(ticks[-1] / ticks[0]) > 0:
+        axes.set_xscale("log", base=base)
+    axes.set_xticks(list(ticks))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+
+
+def finish(figure: Figure, panels: Sequence[Sequence[Axes]], y_label: str) -> Figure:
+    """Grid, labels at the left, and one legend for all panels."""
+    names: dict[str, Artist] = {}
+    for row in panels:
+        row[0].set_ylabel(y_label)
+        for axes in row:
+            axes.grid(axis="y", color="#dddddd", linewidth=0.7)
+            axes.spines[["top", "right"]].set_visible(False)
+            axes.title.set_fontsize(9)
+            handles, labels = axes.get_legend_handles_labels()
+            names |= dict(zip(labels, handles, strict=True))
+    order = [*(name for name in NORMALIZERS if name in names), *(name for name in names if name not in NORMALIZERS)]
+    figure.legend([names[name] for name in order], order, loc="outside right center", frameon=False, fontsize=9)
+    return figure
+
+
+def png(figure: Figure) -> bytes:
+    """The figure as a file of that format."""
+    image = io.BytesIO()
+    figure.savefig(image, format="png")
+    return image.getvalue()

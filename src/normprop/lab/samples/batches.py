@@ -1,0 +1,63 @@
+"""The mini-batches of an epoch: their order and augmentation depend on (seed, epoch) alone."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from normprop.lab.training.seeds import derived
+
+
+class Batches:
+    """An epoch over images `(n, channels, height, width)` or vectors `(n, features)`, without an incomplete last batch.
+
+    Everything random is drawn at once for the epoch, so that a batch is the same whether or not those before it were
+    seen: a run continues where it stopped, and processes share a batch without talking.
+
+    Args:
+        x: Samples.
+        y: Their classes.
+        batch_size: Samples in a batch, at most as many as there are.
+        seed: Of the run.
+        epoch: Of the run.
+        flips: Mirror each image with probability ½.
+        crops: Shift each image by up to this many pixels, zeros moving in.
+
+    Example:
+        >>> x, y = torch.arange(10)[:, None], torch.arange(10)
+        >>> epoch = Batches(x, y, batch_size=4, seed=0, epoch=3)
+        >>> len(epoch), epoch.batch(1)[0].shape
+        (2, torch.Size([4, 1]))
+    """
+
+    def __init__(
+        self, x: Tensor, y: Tensor, *, batch_size: int, seed: int, epoch: int, flips: bool = False, crops: int = 0
+    ) -> None:
+        self.x, self.y, self.batch_size, self.flips, self.crops = x, y, batch_size, flips, crops
+        g = torch.Generator().manual_seed(derived(seed, epoch))
+        self._order = torch.randperm(len(x), generator=g)
+        self._mirror = torch.rand(len(x), generator=g) < 0.5
+        self._shift = torch.randint(0, 2 * crops + 1, (len(x), 2), generator=g)
+
+    def __len__(self) -> int:
+        return len(self.x) // self.batch_size
+
+    def batch(self, step: int, *, rank: int = 0, world: int = 1) -> tuple[Tensor, Tensor]:
+        """Samples and classes of one batch, or of every `world`-th sample of it from `rank` on."""
+        places = slice(step * self.batch_size + rank, (step + 1) * self.batch_size, world)
+        chosen = self._order[places]
+        x = self.x[chosen]
+        if self.flips:
+            x = torch.where(self._mirror[places, None, None, None], x.flip(-1), x)
+        if self.crops:
+            x = _shifted(x, self._shift[places], self.crops)
+        return x, self.y[chosen]
+
+
+def _shifted(x: Tensor, offset: Tensor, by: int) -> Tensor:
+    """Windows of the zero-padded images, `offset` `(n, 2)` rows and columns from its corner."""
+    height, width = x.shape[-2:]
+    corners = offset.tolist()
+    windows = [image[:, r : r + height, c : c + width] for image, (r, c) in zip(F.pad(x, (by,) * 4), corners, strict=True)]
+    return torch.stack(windows)

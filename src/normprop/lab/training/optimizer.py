@@ -1,0 +1,29 @@
+"""The optimizer of a recipe, with what its normaliser asks for besides."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from normprop.lab.networks.normalizers import normalizer
+from normprop.lab.training.recipe import CLIP_UP_TO, Recipe, rate_at
+from normprop.optim import AdaptiveGradientClipping, UnitNormProjection
+
+
+def build_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
+    """SGD with momentum, weight decay on weights alone, and what the normaliser asks for besides."""
+    assert recipe.lr is not None
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    # Some layers shape their gains as filters of one number.
+    weights = [p for p in trainable if p.dim() > 1 and p[0].numel() > 1]
+    others = [p for p in trainable if p.dim() <= 1 or p[0].numel() == 1]
+    groups = [
+        {"params": weights, "weight_decay": recipe.weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.SGD(groups, lr=recipe.lr, momentum=recipe.momentum)
+    if recipe.clip:
+        AdaptiveGradientClipping(optimizer, clip=recipe.clip, up_to=rate_at(recipe.batch_size, CLIP_UP_TO))
+    if normalizer(recipe.norm).method == "paper":
+        UnitNormProjection(optimizer, model)
+    return optimizer

@@ -1,0 +1,90 @@
+"""What a recipe trains: its data and its network, before the first step."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+import torch
+from torch import Tensor, nn
+
+from normprop.conversion.calibration import calibrate
+from normprop.conversion.stretch import init_beta_
+from normprop.data import InputStats, Standardize
+from normprop.errors import NormPropError
+from normprop.lab.comparison.processes import Processes
+from normprop.lab.networks.baselines import measure_once
+from normprop.lab.networks.models import build
+from normprop.lab.networks.normalizers import normalizer, realize
+from normprop.lab.samples.images import Images
+from normprop.lab.training.recipe import Recipe
+from normprop.lab.training.seeds import derived
+
+# Training samples from which statistics that are frozen before training are measured.
+_MEASURED = 512
+
+
+def prepared(images: Images, recipe: Recipe) -> Images:
+    """The data set as the recipe divides it: validation images held out first, then the subset to train on.
+
+    Raises:
+        NormPropError: where there are too few images.
+    """
+    images = images.hold_out(recipe.validation) if recipe.validation else images
+    return images.subset(recipe.train_images) if recipe.train_images else images
+
+
+def build_model(recipe: Recipe, images: Images, group: Processes) -> nn.Module:
+    """The recipe's network behind a `Standardize` that knows the training set, on the group's device."""
+    torch.manual_seed(recipe.seed)
+    norm = normalizer(recipe.norm)
+    network = build(recipe.model, shape=images.shape, classes=images.classes, norm=norm, width=recipe.width)
+    stats = InputStats.from_tensor(images.x_train[group.rank :: group.world]).synchronized()
+    standardize = Standardize(stats, recipe.data_norm)
+    network = realize(network, norm, images.shape)
+    if recipe.beta:
+        start_beta(network, recipe.beta)
+    parts = OrderedDict(standardize=standardize, network=network)
+    # Images lie channels last, see `placed`; weights that lie so too needn't be reordered in every step.
+    model = nn.Sequential(parts).to(group.device).to(memory_format=torch.channels_last)
+    if recipe.calibrate:
+        samples = some(images, derived(recipe.seed, -1), recipe.calibrate)
+        prepare = init_beta_ if recipe.beta is None else calibrate
+        prepare(network, standardize(placed(samples, group)), **recipe.covariance())
+    measure_once(model, placed(some(images, derived(recipe.seed, -1), _MEASURED), group))
+    return model
+
+
+@torch.no_grad()
+def start_beta(network: nn.Module, beta: float) -> None:
+    """Set β of every normaliser: the bias, a vector, of whatever has a vector of weights.
+
+    Raises:
+        NormPropError: where there is none.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
+        >>> start_beta(net, 0.5)
+        >>> net[1].bias.tolist(), bool((net[0].bias == 0.5).any())
+        ([0.5, 0.5, 0.5], False)
+    """
+    normalizers = [
+        module
+        for module in network.modules()
+        if all(isinstance(p := getattr(module, name, None), nn.Parameter) and p.dim() == 1 for name in ("weight", "bias"))
+    ]
+    if not normalizers:
+        raise NormPropError("The network has no normaliser with a β.\nLeave out --beta.")
+    for module in normalizers:
+        module.get_parameter("bias").fill_(beta)
+
+
+def placed(x: Tensor, group: Processes) -> Tensor:
+    """Samples on the device; images with their channels innermost, which CPUs and tensor cores convolve fastest."""
+    x = x.to(group.device)
+    return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
+
+
+def some(images: Images, seed: int, count: int) -> Tensor:
+    """So many random training samples, or all."""
+    chosen = torch.randperm(len(images.x_train), generator=torch.Generator().manual_seed(seed))
+    return images.x_train[chosen[:count]]

@@ -1,0 +1,217 @@
+"""Everything that determines what a run learns, and the defaults that depend on each other."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any, Literal, TypedDict
+
+from normprop.errors import NormPropError
+from normprop.lab.networks.normalizers import normalizer
+from normprop.lab.samples.images import Images
+from normprop.lab.training.schedules import Schedule
+
+_LEAST = (
+    ("batch_size", 1),
+    ("epochs", 0),
+    ("validation", 0),
+    ("crops", 0),
+    ("momentum", 0.0),
+    ("weight_decay", 0.0),
+    ("calibrate", 0),
+    ("directions", 0),
+    ("recalibrate", 0),
+    ("shrinkage", 0.0),
+)
+# The rate at batch size 64 above which clipping gets tighter, so that steps get no longer.
+CLIP_UP_TO = 0.1
+# How many directions in which inputs vary are measured, how far what they say is shrunk where gradients are clipped and
+# needn't be restrained, and after how many samples all is measured again, if nobody says.
+_DIRECTIONS = 8
+_SHRINKAGE = 0.9
+_RECALIBRATE = 6400
+
+
+class _Covariance(TypedDict):
+    directions: int
+    shrinkage: float
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What the runs of a comparison have in common: data, network and all of the training but what is compared."""
+
+    data: str = "digits"
+    """digits, mnist, fashion-mnist, cifar10, cifar100, svhn, FILE.npz, or a folder of images."""
+    model: str = "nin"
+    """nin, mlp, plain12 (any plainN), resnet8 … resnet110, resnet18, torchvision:NAME, timm:NAME, or MODULE:FUNCTION."""
+    width: float = 1.0
+    """Factor on the number of channels of the built-in networks."""
+    epochs: int = 10
+    """Passes over the training set."""
+    train_images: int | None = None
+    """Use a fixed random subset of the training set."""
+    validation: int | None = None
+    """Hold so many training images out, the same in every run, to choose settings by. Test accuracy is then measured
+    after the last epoch only. By default 0, and a tenth of the training set where settings are compared."""
+    image_size: int | None = None
+    """Resize the images of a folder to this height and width."""
+    schedule: Schedule = "onecycle"
+    """How the learning rate moves; halving is the paper's."""
+    halve_every: int | None = None
+    """Epochs between two halvings; by default an eighth of the run, as in the paper."""
+    momentum: float = 0.9
+    """Of SGD."""
+    weight_decay: float = 5e-4
+    """On weights; never on gains and biases."""
+    flips: bool = False
+    """Mirror training images at random."""
+    crops: int = 0
+    """Shift training images at random by up to this many pixels."""
+    data_norm: Literal["global", "batch"] = "global"
+    """Standardise the input by statistics of the training set or of the mini-batch."""
+    dtype: Literal["float32", "bf16"] = "float32"
+    """bf16 computes under autocast; weights stay float32."""
+
+
+@dataclass(frozen=True)
+class Recipe(Setting):
+    """One training run: equal recipes on equal machines give equal weights.
+
+    Example:
+        >>> Recipe(norm="batch", batch_size=64).resolved().lr
+        0.1
+    """
+
+    norm: str = "normprop"
+    """normprop, paper, batch, frozen, group, layer, instance, ws, frn, evonorm-s0, nf, weight, none or none-zero."""
+    batch_size: int = 50
+    """Samples in a step, over all processes together."""
+    lr: float | None = None
+    """Highest learning rate; by default one that suits the normaliser at batch size 64, times (batch size / 64)^¾."""
+    clip: float | None = None
+    """Adaptive gradient clipping at this ratio of gradient to weight, 0 for none; by default 0.05·√(64 / batch size)
+    for normprop, paper and nf, none for the others. Above a rate of 0.1·(batch size / 64)^¾ the ratio falls as 1/rate."""
+    calibrate: int | None = None
+    """Set the constants of normprop from so many training samples before the first step; 0 leaves it at what is computed
+    for independent inputs. By default 256; nothing else has such constants."""
+    directions: int | None = None
+    """Measure so many principal directions of every layer's input at that; by default 8."""
+    shrinkage: float | None = None
+    """Shrink their covariance towards independence: 0 counts it whole, 1 not at all. By default 0.9 where gradients are
+    clipped, 0 where only directions restrain them."""
+    recalibrate: int | None = None
+    """Calibrate again whenever so many samples have been seen, keeping the function; 0 for never. By default 6400."""
+    beta: float | None = None
+    """Where β of every normaliser starts: above 0 a ReLU cuts off less. By default 0, and for normprop that is calibrated
+    the first of 0, ½ and 1 that keeps the network from stretching small differences too much."""
+    seed: int = 0
+    """Of initialisation, order, augmentation, dropout and samples to calibrate with."""
+
+    def resolved(self) -> Recipe:
+        """The same recipe with its dependent defaults filled in, checked.
+
+        Raises:
+            NormPropError: for numbers out of range and combinations that can't train.
+        """
+        norm = normalizer(self.norm)
+        for name, least in _LEAST:
+            if (getattr(self, name) or 0) < least:
+                raise NormPropError(f"{_flag(name)} is {getattr(self, name)}.\nUse {least} or more.")
+        if self.lr is not None and not 0 < self.lr < math.inf:
+            raise NormPropError(f"--lr is {self.lr}.\nUse a rate above 0.")
+        if self.batch_size < norm.smallest_batch:
+            raise NormPropError(
+                f"--norm {self.norm} can't train at batch size {self.batch_size}: a batch of one has no statistics.\n"
+                f"Use --batch-size {norm.smallest_batch} or more, or --norm normprop, which works at any batch size."
+            )
+        if self.calibrate and norm.method != "exact":
+            raise NormPropError(
+                f"--norm {self.norm} has nothing to calibrate.\nLeave out --calibrate, or use --norm normprop."
+            )
+        calibrate = norm.calibrate if self.calibrate is None else self.calibrate
+        for name in ("directions", "shrinkage", "recalibrate"):
+            if getattr(self, name) and not calibrate:
+                raise NormPropError(f"{_flag(name)} needs calibration.\nUse --calibrate 256, or leave it out.")
+        if (self.shrinkage or 0.0) > 1:
+            raise NormPropError(f"--shrinkage is {self.shrinkage}.\nUse 1 or less.")
+        if self.beta is not None and not math.isfinite(self.beta):
+            raise NormPropError(f"--beta is {self.beta}.\nUse a finite number.")
+        if self.data_norm == "batch" and self.batch_size == 1:
+            raise NormPropError("--data-norm batch can't train at batch size 1.\nUse --data-norm global.")
+        clip = clip_at(self.batch_size, norm.clip) if self.clip is None else self.clip
+        shrinkage = _SHRINKAGE if clip else 0.0
+        return dataclasses.replace(
+            self,
+            lr=rate_at(self.batch_size, norm.rate) if self.lr is None else self.lr,
+            clip=clip,
+            calibrate=calibrate,
+            directions=_DIRECTIONS if calibrate and self.directions is None else self.directions,
+            shrinkage=shrinkage if calibrate and self.shrinkage is None else self.shrinkage,
+            recalibrate=_RECALIBRATE if calibrate and self.recalibrate is None else self.recalibrate,
+            beta=0.0 if self.beta is None and not calibrate else self.beta,
+            validation=self.validation or 0,
+            halve_every=self.halve_every or max(1, self.epochs // 8),
+        )
+
+    def covariance(self) -> _Covariance:
+        """How `normprop.calibrate` is to measure the covariance of inputs."""
+        return {"directions": self.directions or 0, "shrinkage": self.shrinkage or 0.0}
+
+    def check_fits(self, images: Images, *, world: int = 1) -> None:
+        """Refuse data, or a number of processes, that this recipe can't be followed with.
+
+        Raises:
+            NormPropError: for batches larger than the data or not divisible by `world`; flips or crops of vectors.
+        """
+        if self.batch_size > len(images.x_train):
+            raise NormPropError(
+                f"--batch-size {self.batch_size} is more than the {len(images.x_train)} training images.\nUse a smaller one."
+            )
+        if self.batch_size % world:
+            raise NormPropError(
+                f"{world} processes can't share batches of {self.batch_size} evenly.\n"
+                f"Use a --batch-size divisible by {world}."
+            )
+        if (self.flips or self.crops) and len(images.shape) != 3:
+            raise NormPropError(f"--flips and --crops need images, not samples of shape {images.shape}.\nLeave them out.")
+
+    def changes_from(self, earlier: dict[str, Any]) -> list[str]:
+        """What keeps a run recorded with the `earlier` recipe from being continued with this one: `field: old → new`.
+
+        More epochs are no obstacle under a schedule that doesn't look at the end.
+        """
+        open_ended = self.schedule in ("constant", "halving")
+        return [
+            f"{_flag(name)} {earlier.get(name)} → {value}"
+            for name, value in dataclasses.asdict(self).items()
+            if earlier.get(name) != value and not (name == "epochs" and open_ended and value > earlier.get(name, 0))
+        ]
+
+
+def rate_at(batch_size: int, rate: float) -> float:
+    """The learning rate that goes with `rate` at batch size 64.
+
+    Between the √ of independent noise and the proportionality of a noiseless gradient; on Fashion-MNIST at batch size 1
+    with a narrow `nin` it beat √ for both forms of NormProp.
+
+    Example:
+        >>> round(rate_at(4, 0.1), 4)
+        0.0125
+    """
+    return rate * math.pow(batch_size / 64, 0.75)
+
+
+def clip_at(batch_size: int, clip: float) -> float:
+    """The adaptive clipping that goes with `clip` at batch size 64: the noise in a gradient falls as 1/√batch.
+
+    Example:
+        >>> clip_at(4, 0.05)
+        0.2
+    """
+    return clip / math.sqrt(batch_size / 64)
+
+
+def _flag(field: str) -> str:
+    return "--" + field.replace("_", "-")

@@ -1,0 +1,1 @@
+"""Normalisation sites: effective weights and biases computed from parameters, by whichever engine fits."""

@@ -1,0 +1,183 @@
+"""Normalisation sites: what takes BatchNorm's place, as differentiable arithmetic on parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from normprop.channel_moments import Moments
+from normprop.rules.linear import full_precision, wide
+from normprop.sites.engine import scales
+from normprop.sites.reference import Scale, plain_statistics
+from normprop.sites.rows import Form, Operands
+
+
+class Site(nn.Module):
+    """The parameters of one normalisation, under BatchNorm's own names.
+
+    A converted network reads them in its moment lane; the module itself is not called.
+
+    Attributes:
+        weight: γ, ``(C,)``, or None.
+        bias: β, ``(C,)``, or None.
+        shift: d, ``(C,)``, constant: what calibration adds to the computed mean. ``(calls, C)`` if the site is used
+            several times in one forward.
+        scale: k, of the same shape, constant: what calibration multiplies the computed variance with.
+        directions: U, constant, or None: along what the input of the layer before the site varies most, as calibration
+            found it, ``(groups · R, I/groups, …)``, as `Operands` has it. ``(calls, groups · R, …)`` for several calls.
+    """
+
+    weight: nn.Parameter | None
+    bias: nn.Parameter | None
+    directions: nn.Parameter | None
+
+    def __init__(self, weight: nn.Parameter | None, bias: nn.Parameter | None, shift: Tensor, scale: Tensor) -> None:
+        super().__init__()
+        self.register_parameter("weight", weight)
+        self.register_parameter("bias", bias)
+        self.shift = nn.Parameter(shift, requires_grad=False)
+        self.scale = nn.Parameter(scale, requires_grad=False)
+        self.register_parameter("directions", None)
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        """Take directions as they come: whether there are any, and how many, is known from calibration alone."""
+        found = state_dict.get(f"{prefix}directions")
+        if found is None and f"{prefix}scale" in state_dict:
+            self.directions = None
+        elif found is not None and (self.directions is None or self.directions.shape != found.shape):
+            self.directions = nn.Parameter(self.scale.new_empty(found.shape), requires_grad=False)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def extra_repr(self) -> str:
+        """Number of channels and of calls."""
+        calls = f", calls={self.shift.shape[0]}" if self.shift.dim() == 2 else ""
+        return f"{self.shift.shape[-1]}{calls}"
+
+
+def standard_normal(like: Tensor, shape: tuple[int, ...]) -> Moments:
+    """Moments of a standardised input: mean 0 and variance 1 everywhere."""
+    like = wide(like)
+    return Moments(like.new_zeros(shape), like.new_ones(shape))
+
+
+def given_moments(mean: Tensor, var: Tensor) -> Moments:
+    """Moments of an input which is not standardised, kept as constants of the network."""
+    return Moments(mean, var)
+
+
+def site_moments(*calls: tuple[Site, int, int]) -> list[Moments]:
+    """What leaves several sites: ``u = γ û + β ~ N(β, γ²)`` (METHOD §3).
+
+    Args:
+        calls: one entry a site: the site, the rank of the tensor that it gives, and the channel dimension of that.
+    """
+    gammas, betas, shapes = [], [], []
+    for site, rank, channel in calls:
+        gamma, beta, *_ = _constants(site, 0)
+        gammas.append(gamma)
+        betas.append(beta)
+        shapes.append([len(gamma) if d == channel % rank else 1 for d in range(rank)])
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return [Moments(b.reshape(s), g.square().reshape(s)) for b, g, s in zip(betas, gammas, shapes, strict=True)]
+    flat = _SiteMoments.apply(shapes, *gammas, *betas)
+    return [Moments(*pair) for pair in zip(flat[len(calls) :], flat[: len(calls)], strict=True)]
+
+
+class _SiteMoments(torch.autograd.Function):
+    """γ² and β of several sites in given shapes, by few operations: small networks spend their time on these."""
+
+    @staticmethod
+    def forward(ctx: Any, shapes: list[list[int]], *tensors: Tensor) -> tuple[Tensor, ...]:
+        gammas, betas = tensors[: len(shapes)], tensors[len(shapes) :]
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*gammas)
+        squares = torch._foreach_mul(gammas, gammas)
+        return (
+            *(t.view(s) for t, s in zip(squares, shapes, strict=True)),
+            *(t.view(s) for t, s in zip(betas, shapes, strict=True)),
+        )
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        gammas = ctx.saved_tensors
+        by_var, by_mean = grads[: len(gammas)], grads[len(gammas) :]
+        found = [None if g is None else 2.0 * gamma * g.reshape(-1) for gamma, g in zip(gammas, by_var, strict=True)]
+        return (None, *found, *(g if g is None else g.reshape(-1) for g in by_mean))
+
+
+SiteArguments = tuple[Tensor | None, Site, Moments | None, Mapping[str, Any]]
+
+
+def site_scales(*calls: SiteArguments) -> list[Scale]:
+    """What several sites make of the layers before them.
+
+    ``f = γ/√(kV)`` and ``b = β − (E + d√V) f`` (METHOD §3, with d in units of √V, so that a calibrated site doesn't feel
+    the scale of its weight either). A bias that a layer had is taken away by the normalisation and
+    does not appear.
+
+    Args:
+        calls: one entry a site: the weight of the layer before it (None if there is none), the site, the moments of the
+            layer's input, or of what the site normalises (None for a standardised input), and options: ``channel``, its
+            channel dimension, ``groups`` and ``center`` as in `Form`, ``transposed_stride``, the product of the strides of a
+            transposed convolution, and ``call``, which of the site's calls this is.
+
+    Returns:
+        A `Scale` a site.
+    """
+    forms, operands = zip(*(site_operands(call) for call in calls), strict=True)
+    with full_precision(operands[0].shift):
+        return scales(forms, operands)
+
+
+def site_statistics(call: SiteArguments) -> tuple[Tensor | None, Tensor, Tensor]:
+    """Filters, E and V of one site, which `site_scales` would use."""
+    form, operands = site_operands(call)
+    with full_precision(operands.shift):
+        return plain_statistics(form, operands)
+
+
+def site_operands(arguments: SiteArguments) -> tuple[Form, Operands]:
+    """What the arithmetic of one site takes."""
+    weight, site, x, options = arguments
+    stride = options.get("transposed_stride", 0)
+    form = Form(options.get("groups", 1), stride > 0, max(stride, 1), options.get("center", False))
+    weight = None if weight is None else wide(weight)
+    vectors = _vectors(site, weight, x, options.get("channel", 1), form)
+    call = options.get("call", 0)
+    return form, Operands(weight, *vectors, *_constants(site, call), _directions(site, call))
+
+
+def _vectors(
+    site: Site, weight: Tensor | None, x: Moments | None, channel: int, form: Form
+) -> tuple[Tensor | None, Tensor | None]:
+    """Mean and variance a channel."""
+    if x is None:
+        return None, None
+    count = site.shift.shape[-1]
+    if weight is not None:
+        count = weight.shape[0] if form.transposed else weight.shape[1] * form.groups
+    if not x.mean.numel() == x.var.numel() == x.mean.shape[channel] == count:
+        x = x.channels(channel).expanded((count,))
+    return wide(x.mean), wide(x.var)
+
+
+def _directions(site: Site, call: int) -> Tensor | None:
+    """U of one call of a site."""
+    known: Any = site._parameters
+    directions = known["directions"]
+    if directions is None:
+        return None
+    return wide(directions[call] if known["shift"].dim() == 2 else directions)
+
+
+def _constants(site: Site, call: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """γ, β, d and k of one call of a site, ``(C,)`` each."""
+    known: Any = site._parameters  # a module's own lookup takes a while, and small networks do little else
+    shift, scale = known["shift"], known["scale"]
+    shift, scale = (wide(t[call] if t.dim() == 2 else t) for t in (shift, scale))
+    gamma = torch.ones_like(shift) if known["weight"] is None else wide(known["weight"])
+    beta = torch.zeros_like(shift) if known["bias"] is None else wide(known["bias"])
+    return gamma, beta, shift, scale
