@@ -7,6 +7,7 @@ from normprop.conversion.accumulation import accumulate
 from normprop.conversion.calibration import calibrate
 from normprop.conversion.conversion import convert
 from normprop.conversion.folding import fold
+from normprop.conversion.lane import lane
 from normprop.conversion.recalibration import recalibrate
 from normprop.conversion.stretch import init_beta_, stretch
 from normprop.data import InputStats, Standardize
@@ -20,7 +21,7 @@ from normprop.rules import rule
 __all__ = [
     "ActivationMoments", "CanonicalErrorBound", "InputStats", "Moments", "Report", "Standardize",
     "NormPropError", "NotFiniteError", "TracingError", "UnsupportedOpError",
-    "accumulate", "calibrate", "canonical_error_bound", "convert", "fold", "init_beta_", "inspect", "moments",
+    "accumulate", "calibrate", "canonical_error_bound", "convert", "fold", "init_beta_", "inspect", "lane", "moments",
     "propagate", "recalibrate", "rule", "stretch",
     "nn", "optim",
 ]  # fmt: skip

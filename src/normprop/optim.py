@@ -244,9 +244,9 @@ def _filters_of(module: torch.nn.Module) -> Iterator[Filters]:
     """The filters that a module itself normalises."""
     if hasattr(module, "filters"):
         yield from (Filters(*item) for item in cast(Any, module).filters())
-    meta: dict[str, Any] = getattr(module, "meta", {})  # what convert leaves on its result
-    for entry in meta.get("normprop", {}).get("filters", ()):
-        yield Filters(module.get_parameter(entry["weight"]), entry["channel_dim"], entry["groups"])
+    for hook in module._forward_pre_hooks.values():  # what convert leaves on its result
+        for entry in hook.lane.filters if getattr(hook, "begins", False) else ():
+            yield Filters(module.get_parameter(entry["weight"]), entry["channel_dim"], entry["groups"])
 
 
 def _marked(optimizer: Optimizer) -> list[Tensor]:

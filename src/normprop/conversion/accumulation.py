@@ -3,20 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import operator
-from collections.abc import Callable, Iterator
-from typing import Any
-from weakref import WeakKeyDictionary
+from collections.abc import Iterator, Sequence
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
-from normprop.conversion.converted import ConvertedModule
-from normprop.conversion.lane import lane_graph, lane_nodes, read_by_data
+from normprop.conversion.lane import Entry, Key, Lane, lanes_in
 from normprop.errors import NormPropError
-
-_Split = tuple[Callable[..., Any], Callable[..., Any]]
-_SPLITS: WeakKeyDictionary[fx.Graph, _Split] = WeakKeyDictionary()
+from normprop.sites.reference import Scale
 
 
 @contextlib.contextmanager
@@ -47,58 +41,58 @@ def accumulate(model: nn.Module) -> Iterator[nn.Module]:
         >>> model[0].weight.grad.shape
         torch.Size([8, 4])
     """
-    networks = [m for m in model.modules() if isinstance(m, ConvertedModule)]
-    if not networks:
+    lanes = lanes_in(model)
+    if not lanes:
         raise NormPropError(f"accumulate found no converted network in {type(model).__name__}.\nConvert it first.")
-    shared = [_SharedLane(network) for network in networks]
-    for one in shared:
-        one.network.__dict__["forward"] = one
+    for lane in lanes:
+        lane.shared = _Shared(lane)
+    shared = [lane.shared for lane in lanes]
     try:
         yield model
     finally:
-        for one in shared:
-            del one.network.__dict__["forward"]
+        for lane in lanes:
+            lane.shared = None
     for one in shared:
         one.backward()
 
 
-class _SharedLane:
-    """Stands for a network's forward while its lane is shared.
+class _Shared:
+    """Gives every forward the same values of a lane, cut off from it.
 
     Args:
-        network: the network.
+        lane: the lane.
     """
 
-    def __init__(self, network: ConvertedModule) -> None:
-        self.network = network
+    def __init__(self, lane: Lane) -> None:
+        self.lane = lane
         self.versions = self._versions()
-        self.values: dict[fx.Graph, Any] = {}
+        self.values: dict[Key, Scale] = {}
         self.leaves: list[tuple[Tensor, Tensor]] = []
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, root: nn.Module, entries: Sequence[Entry]) -> dict[Key, Scale]:
         if not torch.is_grad_enabled():
-            return type(self.network).forward(self.network, *args, **kwargs)
+            return self.lane.evaluate(root, entries)
         if self.versions != self._versions():
             raise NormPropError(
                 "a parameter was changed while micro-batches share what is computed from it.\n"
-                "Leave normprop.accumulate before optimizer.step(), and enter it again behind."
+                "Leave normprop.accumulate before optimizer.step(), and enter it again after."
             )
-        graph = self.network.graph
-        lane, data = _split(graph)
-        if graph not in self.values:
-            self.values[graph] = fx.node.map_aggregate(lane(self.network), self._leaf)
-        return data(self.network, self.values[graph], *args, **kwargs)
+        missing = [entry for entry in entries if entry.key not in self.values]
+        if missing:
+            found = self.lane.evaluate(root, missing)
+            self.values |= {key: Scale(*map(self._leaf, scale)) for key, scale in found.items()}
+        return {entry.key: self.values[entry.key] for entry in entries}
 
-    def _leaf(self, value: Any) -> Any:
+    def _leaf(self, value: Tensor | None) -> Tensor | None:
         """A value of the lane, cut off from it if gradients flow through it."""
-        if not isinstance(value, Tensor) or not value.requires_grad:
+        if value is None or not value.requires_grad:
             return value
         leaf = value.detach().requires_grad_()
         self.leaves.append((value, leaf))
         return leaf
 
     def _versions(self) -> list[int]:
-        return [parameter._version for parameter in self.network.parameters()]
+        return [parameter._version for parameter in self.lane.root.parameters()]
 
     def backward(self) -> None:
         """Send what the passes have left through the lane."""
@@ -106,33 +100,3 @@ class _SharedLane:
         self.leaves.clear()
         if pairs:
             torch.autograd.backward([value for value, _ in pairs], [grad for _, grad in pairs])
-
-
-def _split(graph: fx.Graph) -> _Split:
-    """The lane of a graph, a function of the network, and the rest, one of the network, the lane's values and the data."""
-    if graph not in _SPLITS:
-        _SPLITS[graph] = _function(lane_graph(graph)), _function(_data_graph(graph))
-    return _SPLITS[graph]
-
-
-def _data_graph(graph: fx.Graph) -> fx.Graph:
-    nodes = lane_nodes(graph)
-    places = {node: i for i, node in enumerate(read_by_data(graph, nodes))}
-    data = fx.Graph()
-    values = data.placeholder("lane_values")
-    copies: dict[fx.Node, fx.Node] = {}
-    for node in graph.nodes:
-        if node not in nodes or (node.op == "get_attr" and any(user not in nodes for user in node.users)):
-            copies[node] = data.node_copy(node, copies.__getitem__)
-        elif node in places:
-            copies[node] = data.call_function(operator.getitem, (values, places[node]))
-    return data
-
-
-def _function(graph: fx.Graph) -> Callable[..., Any]:
-    """The Python function that a graph stands for; its first argument is the network."""
-    code = graph.python_code("self")
-    names = dict(code.globals)
-    exec(code.src, names)
-    function: Callable[..., Any] = names["forward"]
-    return function

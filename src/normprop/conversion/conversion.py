@@ -4,67 +4,87 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from operator import attrgetter
 from typing import Any, Literal
 
-from torch import Tensor, fx, nn
+import torch
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from normprop.conversion.batch import batched
+from normprop.conversion.agreement import Agreement
+from normprop.conversion.attachment import attach
 from normprop.conversion.calibration import Statistics, preserve_
-from normprop.conversion.converted import ConvertedModule
-from normprop.conversion.paper_form import PaperRewriter, start_as_printed_
-from normprop.conversion.rewrite import Rewriter
-from normprop.conversion.site_plan import SitePlan, nodes_behind, plan_sites
-from normprop.errors import NormPropError
-from normprop.graph.copies import independent_copy, tracing_copy
-from normprop.graph.input_moments import input_moments
-from normprop.graph.trace import Leaf
+from normprop.conversion.lane import Entry, Lane, lanes_in
+from normprop.conversion.lane_writer import LaneWriter
+from normprop.conversion.paper_form import start_as_printed_
+from normprop.conversion.site_plan import SitePlan, nodes_behind, plan_sites, refuse_batch_statistics, united
+from normprop.errors import NormPropError, TracingError
+from normprop.graph.copies import independent_copy
+from normprop.graph.input_moments import input_moments, sample_shapes
+from normprop.graph.recorder import Leaf
 from normprop.graph.walk import Walk, prepare, reference_tensor
-from normprop.rules.table import Key, Rule
+from normprop.native.operands import prepare as prepare_native
+from normprop.rules import normalization
+from normprop.rules.table import TABLE, Key, Rule
 from normprop.sites.site import Site
+
+DIRECTIONS = 8  # as many as `calibrate` measures by default
+_WRAPPERS = (
+    nn.DataParallel,
+    nn.parallel.DistributedDataParallel,
+    torch.jit.ScriptModule,
+    torch.optim.swa_utils.AveragedModel,
+)
 
 
 def convert(
     model: nn.Module,
     input: Any = None,
     *,
+    example: Any = None,
     method: Literal["exact", "paper"] = "exact",
     center: Literal["auto"] | bool = "auto",
     preserve: Literal["auto"] | bool = "auto",
     normalize: Literal["batchnorm", "all"] = "batchnorm",
     rules: Mapping[Key, Rule | Callable[..., Any]] | None = None,
     leaf_modules: Sequence[Leaf] = (),
-) -> ConvertedModule:
-    """A copy of the network in which computed statistics take the place of batch statistics.
+    in_place: bool = False,
+) -> nn.Module:
+    """The network with computed statistics in place of batch statistics: the same class, which runs its own forward.
 
-    Every BatchNorm becomes ``γ (z − E − d)/√(k V) + β`` with E and V computed from the weights and from the moments of the
-    layer's input (METHOD §3). Where it follows a convolution or linear layer that nothing else reads, all of that is folded
-    into an effective weight and bias, recomputed from the parameters in every forward, so that the data sees the plain
-    network only.
+    Every BatchNorm becomes a `Site`, ``γ (z − E − d√V)/√(k V) + β`` with E and V computed from the weights and from the
+    moments of the layer's input, d and k constants that calibration sets (0 and 1 before). A layer that nothing but a site
+    reads runs with an effective weight and bias, recomputed from the parameters in every forward; its own ``weight`` stays
+    the parameter, so that the data sees the plain network only. How moments flow is taken from a record of one forward.
 
     Args:
-        model: a network that torch.fx can trace. It is not changed.
+        model: any module with BatchNorms in it, torchvision's FrozenBatchNorm2d included; or a part of a network, with
+            `in_place`. A copy of it is run on the meta device; one that has values in Python's hands is run on real tensors.
         input: moments of the input, `InputStats` or `Moments` (a sequence of them for several inputs); standard normal by
             default, as for standardised data.
-        method: "exact" follows γ and β through every activation; "paper" is eqs 9 and 11 with constants.
+        example: what the model's forward takes: a tensor, a tuple of arguments, or a dict of keyword arguments. Guessed by
+            default. Nothing but sizes is taken from it, and these bind nothing unless a rule says so.
+        method: "exact" follows γ and β through every activation; "paper" has the constants of Arpit et al. (2016), eqs 9, 11
+            and 12.
         center: subtract each filter's mean, except for filters with one input channel, of which a centred one has no
             response to a constant; True warns if there are any. "auto" does so where nothing is preserved.
         preserve: keep the function of a trained network, from its running statistics. "auto" does if they have been
-            trained.
+            trained. What comes out is compared with the original on random input.
         normalize: "all" also gives a site to every convolution and linear layer that has no normaliser, the output layers
             aside.
         rules: moment rules for this call, operation → function.
-        leaf_modules: modules, classes or paths that tracing must not enter.
+        leaf_modules: modules, classes or paths to keep whole: operations within them have no rules of their own.
+        in_place: change the model itself instead of a copy, and return it: for a part of a network,
+            ``normprop.convert(detector.backbone, in_place=True)``.
 
     Returns:
         The converted network, in the mode of the model. Paths and keys of weights, γ and β are the model's own; each site
-        adds ``shift`` (d) and ``scale`` (k), constant parameters.
+        adds constant parameters.
 
     Raises:
         UnsupportedOpError: operations without a moment rule in front of some site, all of them named.
-        TracingError: control flow on values.
-        NormPropError: nothing to convert, converted already, or contradicting options.
+        TracingError: no input was found that the network runs on.
+        NormPropError: nothing to convert, converted already, something that would still look at the batch, or contradicting
+            options.
 
     Example:
         >>> import torch, normprop
@@ -73,49 +93,108 @@ def convert(
         torch.Size([1, 8, 6, 6])
     """
     _check_options(model, method, center, preserve, normalize)
-    root = independent_copy(model)
-    keep = _is_trained(root) if preserve == "auto" else preserve
+    keep = _is_trained(model) if preserve == "auto" else preserve
     _check_combination(method, center, keep)
     centring = (not keep and method == "exact") if center == "auto" else center
     if preserve is True:
-        _check_statistics(root)
-    walks = _walks(root, rules, leaf_modules, _sample_shape(input))
-    plans = {mode: plan_sites(walk, normalize, centring) for mode, walk in walks.items()}
-    if not plans[False]:
-        raise NormPropError("the network has no BatchNorm to convert.\nnormalize='all' gives every layer a site.")
+        _check_statistics(model)
+    root = independent_copy(model)
+    walks = _walks(root, rules, leaf_modules, sample_shapes(input), example)
+    plans = united({mode: plan_sites(walk, normalize, centring) for mode, walk in walks.items()})
+    if not plans[False] and not plans[True]:
+        _refuse_nothing(root)
+    refuse_batch_statistics(walks, plans)
     for mode, walk in walks.items():
-        walk.require(nodes_behind(walk, plans[mode]))
+        _refuse_owned_weights(walk, plans[mode])
+        walk.require(nodes_behind(walk, plans[mode], plans[mode]))
     if center is True:
         _warn_of_uncentred([*plans[False], *plans[True]])
-    statistics = _install_sites(root, [*plans[False], *plans[True]])
-    _install_constants(root, walks)
-    for mode, walk in walks.items():
-        _freeze_biases(walk, plans[mode])
-    inputs = _install_inputs(root, walks[False], input)
-    rewriter = PaperRewriter if method == "paper" else Rewriter
-    graphs = {mode: rewriter(walks[mode], plans[mode], inputs).run() for mode in (True, False)}
-    if walks[True] is walks[False]:
-        graphs[True] = graphs[False]
-    if method == "paper":
-        start_as_printed_(root, walks[False], plans[False])
-    if keep:
-        bare = {plan.path: plan.layer.module.bias for plan in plans[False] if plan.layer is not None and plan.merged is None}
-        preserve_(root, graphs.values(), statistics, bare)
-    together = {graph: batched(graph, root) for graph in dict.fromkeys(graphs.values())}
-    meta = {
-        "inputs": walks[False].inputs(),
-        "calibrates": method == "exact",
-        "filters": _filters(root, walks, plans),
-    }
-    return ConvertedModule.assemble(
-        root, {mode: together[graph] for mode, graph in graphs.items()}, type(model).__name__, meta
-    )
+    settings = _Settings(walks, plans, input, method, keep)
+    prepare_native()
+    agreement = Agreement(model, walks[False].example) if keep else None
+    converted = settings.install(root)
+    if agreement is not None:
+        agreement.check(converted)
+    return settings.install(model) if in_place else converted
+
+
+class _Settings:
+    """Everything that has been decided about a conversion.
+
+    Args:
+        walks: of each mode.
+        plans: of each mode.
+        input: as the user gave it.
+        method: as for `convert`.
+        keep: whether the function is kept.
+    """
+
+    def __init__(
+        self, walks: dict[bool, Walk], plans: dict[bool, list[SitePlan]], input: Any, method: str, keep: bool
+    ) -> None:
+        self.walks, self.plans, self.input, self.method, self.keep = walks, plans, input, method, keep
+
+    def install(self, root: nn.Module) -> nn.Module:
+        """Give a network its sites and its lane; the network itself is changed, or a `Site` returned if it is a BatchNorm."""
+        every = [*self.plans[False], *(p for p in self.plans[True] if p.key not in {q.key for q in self.plans[False]})]
+        biases = {p.path: root.get_submodule(p.layer.path).bias for p in every if p.layer is not None and p.bare}
+        root, statistics = _install_sites(root, every)
+        _freeze_biases(root, self.walks, self.plans)
+        inputs = _install_inputs(root, self.walks[False], self.input)
+        entries, layers = self._entries(inputs)
+        lane = Lane(root, entries, layers, self.walks[False].example, self.method)
+        lane.filters = _filters(root, self.walks, self.plans)
+        for entry in lane.all_entries():
+            site: Any = root.get_submodule(entry.site)
+            site.path, site.lane = entry.site, lane
+        if self.method == "paper":
+            start_as_printed_(root, self.walks[False], self.plans[False])
+        if self.keep:
+            preserve_(root, lane, statistics, biases)
+        attach(root, lane)
+        return root
+
+    def _entries(
+        self, inputs: list[tuple[str, str] | None]
+    ) -> tuple[dict[bool, list[Entry]], dict[bool, dict[str, list[Entry | None]]]]:
+        """Entries of each mode, and for each mode those of every layer's calls."""
+        found: dict[tuple[str, int], Entry] = {}
+        for mode in (False, True):
+            wanted = [p for p in self.plans[mode] if p.key not in found]
+            if wanted:
+                given = (
+                    inputs
+                    if mode is False
+                    else (inputs * len(self.walks[mode].record.inputs))[: len(self.walks[mode].record.inputs)]
+                )
+                for entry in LaneWriter(self.walks[mode], self.plans[mode], wanted, given, self.method).run():
+                    found[entry.key] = entry
+        layers: dict[bool, dict[str, list[Entry | None]]] = {}
+        for mode, walk in self.walks.items():
+            by_call = {(p.layer.path, p.layer_call): found[p.key] for p in self.plans[mode] if p.layer is not None}
+            paths = {path for path, _ in by_call}
+            layers[mode] = {path: [] for path in paths}
+            for node in walk.nodes:
+                if node.op == "module" and node.target in paths:
+                    calls = layers[mode][node.target]
+                    calls.append(by_call.get((node.target, len(calls))))
+        evaluation = [found[p.key] for p in self.plans[False]]
+        training = [found[p.key] for p in self.plans[True]]
+        return {False: evaluation, True: training}, layers
 
 
 def _check_options(model: nn.Module, method: str, center: Any, preserve: Any, normalize: str) -> None:
     if not isinstance(model, nn.Module):
         raise NormPropError(f"convert takes a torch.nn.Module, not a {type(model).__name__}.")
-    if isinstance(model, ConvertedModule) or any(isinstance(m, Site) for m in model.modules()):
+    if isinstance(model, _WRAPPERS) or hasattr(model, "_orig_mod"):
+        inner = "_orig_mod" if hasattr(model, "_orig_mod") else "module"
+        raise NormPropError(
+            f"convert takes the network itself, not a {type(model).__name__} of it.\n"
+            f"Convert model.{inner} and wrap the result."
+            if not isinstance(model, torch.jit.ScriptModule)
+            else "convert takes a Python module, not a scripted one.\nConvert the module that was scripted."
+        )
+    if lanes_in(model) and not any(isinstance(m, _NormBase) for m in model.modules()) and normalize == "batchnorm":
         raise NormPropError("the network is converted already.")
     for name, value, allowed in (
         ("method", method, ("exact", "paper")),
@@ -158,124 +237,202 @@ def _check_statistics(root: nn.Module) -> None:
 
 
 def _is_trained(root: nn.Module) -> bool:
-    """Whether any BatchNorm's running statistics have left their initial values."""
+    """Whether any BatchNorm's running statistics have left their initial values, or are frozen."""
     for module in root.modules():
-        if isinstance(module, _NormBase) and module.running_mean is not None and module.running_var is not None:
+        if isinstance(module, _NormBase) or _is_frozen(module):
             mean, var = module.running_mean, module.running_var
-            if mean.device.type != "meta" and (bool((mean != 0).any()) or bool((var != 1).any())):
-                return True
+            if isinstance(mean, Tensor) and isinstance(var, Tensor) and mean.device.type != "meta":
+                if bool((mean != 0).any()) or bool((var != 1).any()):
+                    return True
     return False
 
 
-def _sample_shape(given: Any) -> tuple[int, ...] | None:
-    first = given[0] if isinstance(given, tuple | list) and given else given
-    shape = getattr(first, "shape", None)
-    return tuple(shape) if shape else None
+def _is_frozen(module: nn.Module) -> bool:
+    """Whether a module is a BatchNorm whose statistics are constants."""
+    rule = TABLE.for_module(module)
+    return rule is not None and rule.function is normalization.frozen_batch_norm
 
 
-def _walks(root: nn.Module, rules: Any, leaf_modules: Sequence[Leaf], shape: Any) -> dict[bool, Walk]:
-    """The walk of each mode; one and the same if both modes run the same operations."""
-    walks = {True: prepare(tracing_copy(root).train(), rules=rules, leaf_modules=leaf_modules, shape=shape)}
-    shape = shape or walks[True].inputs()[0][0]  # what an auxiliary head takes, the rest takes too
-    walks[False] = prepare(tracing_copy(root).eval(), rules=rules, leaf_modules=leaf_modules, shape=shape)
-    if _signature(walks[True].graph_module.graph) == _signature(walks[False].graph_module.graph):
-        walks[True] = walks[False]
-    return walks
+def _walks(root: nn.Module, rules: Any, leaf_modules: Sequence[Leaf], shape: Any, example: Any) -> dict[bool, Walk]:
+    """The walk of each mode. A network that doesn't train on inputs alone (a detector wants targets) has one of evaluation."""
+    options = {"rules": rules, "leaf_modules": leaf_modules}
+    evaluation = prepare(root, shape=shape, example=example, training=False, **options)
+    try:
+        return {False: evaluation, True: prepare(root, example=evaluation.example, training=True, **options)}
+    except TracingError:
+        if example is not None or shape is not None:
+            return {False: evaluation, True: evaluation}
+    try:  # what an auxiliary head takes, the rest takes too
+        training = prepare(root, training=True, few=True, **options)
+        return {False: prepare(root, example=training.example, training=False, **options), True: training}
+    except TracingError:
+        return {False: evaluation, True: evaluation}
 
 
-def _signature(graph: fx.Graph) -> list[Any]:
-    name = lambda node: node.name
-    return [
-        (n.op, n.target, repr(fx.node.map_arg(n.args, name)), repr(fx.node.map_arg(n.kwargs, name))) for n in graph.nodes
-    ]
+def _refuse_nothing(root: nn.Module) -> None:
+    left = [path for path, m in root.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    if left:
+        raise NormPropError(
+            f"no BatchNorm ran in the recorded forward, {left[0]} among {len(left)} of them.\n"
+            "Pass example= inputs with which they run, or convert the part that holds them, with in_place=True."
+        )
+    raise NormPropError("the network has no BatchNorm to convert.\nnormalize='all' gives every layer a site.")
 
 
-def _install_sites(root: nn.Module, plans: Sequence[SitePlan]) -> dict[tuple[str, int], Statistics]:
+def _refuse_owned_weights(walk: Walk, plans: Sequence[SitePlan]) -> None:
+    """Refuse old-style hooks that own a weight, in front of a site: what they compute is not theirs to give to a lane.
+
+    Raises:
+        NormPropError: naming each, and the parametrisation to use.
+    """
+    needed = nodes_behind(walk, plans, plans)
+    found: dict[str, str] = {}
+    for node in {n for n in needed if n.op == "module"} | {p.source for p in plans if p.source.op == "module"}:
+        for path, module in walk.module(node).named_modules(prefix=node.target):
+            for hook in module._forward_pre_hooks.values():
+                kind = type(hook)
+                if kind.__module__ in ("torch.nn.utils.weight_norm", "torch.nn.utils.spectral_norm", "torch.nn.utils.prune"):
+                    found[path] = kind.__name__
+    owned = {p.layer.path for p in plans if p.layer is not None}
+    for path, module in walk.model.named_modules():
+        if path in owned or path in found:
+            continue
+        if (
+            isinstance(module.__dict__.get("weight"), Tensor)
+            and path in walk.record.called
+            and any(n.target == path and n.users and any(u in {q.node for q in plans} for u in n.users) for n in walk.nodes)
+        ):
+            found.setdefault(path, "a hook")
+    if found:
+        listed = ", ".join(f"{path} ({kind})" for path, kind in found.items())
+        raise NormPropError(
+            f"a hook owns the weight of {listed}.\n"
+            "Use torch.nn.utils.parametrizations.weight_norm or spectral_norm; prune with parametrize, or make it permanent "
+            "with torch.nn.utils.prune.remove."
+        )
+
+
+def _install_sites(root: nn.Module, plans: Sequence[SitePlan]) -> tuple[nn.Module, dict[tuple[str, int], Statistics]]:
     """Put a `Site` at every planned path; returns what each call of a BatchNorm standardised by, by path and call.
 
     That is the running mean, less the layer's bias which the site takes away, and the running variance plus ε.
     """
     statistics: dict[tuple[str, int], Statistics] = {}
+    like = reference_tensor(root)
     for path in dict.fromkeys(plan.path for plan in plans):
-        plan = next(p for p in plans if p.path == path)
-        calls = 1 + max(p.call for p in plans if p.path == path)
-        parent_path, _, name = path.rpartition(".")
-        parent = root.get_submodule(parent_path)
-        old = getattr(parent, name, None)
-        if isinstance(old, _NormBase):
-            for call in [p for p in plans if p.path == path]:
+        own = [p for p in plans if p.path == path]
+        calls, first = 1 + max(p.call for p in own), own[0]
+        center = any(p.center for p in own)
+        old = None if first.bare else root.get_submodule(path)
+        if old is None:
+            assert first.layer is not None
+            module = root.get_submodule(first.layer.path)
+            gamma, beta = (module.weight.new_full((first.layer.channels,), float(v)) for v in (1, 0))
+            site = _site(first.layer.channels, calls, like, nn.Parameter(gamma), nn.Parameter(beta), center)
+            site.train(root.training)
+        else:
+            for plan in own:
                 if old.running_mean is not None and old.running_var is not None:
-                    bias = None if call.layer is None else call.layer.module.bias
+                    bias = None if plan.layer is None else root.get_submodule(plan.layer.path).bias
                     mean = old.running_mean if bias is None else old.running_mean - bias.detach()
-                    statistics[path, call.call] = (mean, old.running_var + old.eps)
-            site = _site(old.num_features, calls, reference_tensor(root), old.weight, old.bias)
+                    statistics[plan.key] = (mean, old.running_var + old.eps)
+            channels = old.running_mean.numel() if _is_frozen(old) else old.num_features
+            site = _site(channels, calls, like, _trainable(old.weight), _trainable(old.bias), center)
             for key, child in old.named_children():  # the activation of a norm-act module
                 site.add_module(key, child)
             site.train(old.training)
+        _allocate_directions(root, site, own)
+        parent_path, _, name = path.rpartition(".")
+        if path == "":
+            root = site
         else:
-            assert plan.layer is not None
-            like = plan.layer.module.weight
-            ones, zeros = like.new_ones(plan.layer.channels), like.new_zeros(plan.layer.channels)
-            site = _site(plan.layer.channels, calls, reference_tensor(root), nn.Parameter(ones), nn.Parameter(zeros))
-            site.train(root.training)
-        setattr(parent, name, site)
-    return statistics
+            root.get_submodule(parent_path).add_module(name, site)
+    return root, statistics
 
 
-def _install_constants(root: nn.Module, walks: dict[bool, Walk]) -> None:
-    """Give the network the tensors that its forward makes of literals, which tracing leaves on its own copy."""
+def _trainable(tensor: Tensor | None) -> nn.Parameter | None:
+    """γ or β: frozen normalisers hold them as buffers."""
+    return tensor if tensor is None or isinstance(tensor, nn.Parameter) else nn.Parameter(tensor.detach().clone())
+
+
+def _allocate_directions(root: nn.Module, site: Site, plans: Sequence[SitePlan]) -> None:
+    """Zeros where calibration will put directions, so that copies made before it follow."""
+    layers = {p.layer.path: p.layer for p in plans if p.layer is not None}
+    if len(layers) != 1:
+        return
+    (layer,) = layers.values()
+    weight = root.get_submodule(layer.path).weight
+    room = weight[0].numel() - site.center
+    count = min(DIRECTIONS, room - 1)
+    if layer.transposed or count < 1:
+        return
+    shape = (layer.groups * count, *weight.shape[1:])
+    shape = (len(site.shift), *shape) if site.shift.dim() == 2 else shape
+    site.directions = nn.Parameter(site.scale.new_zeros(shape), requires_grad=False)
+
+
+def _freeze_biases(root: nn.Module, walks: dict[bool, Walk], plans: dict[bool, list[SitePlan]]) -> None:
+    """Freeze the biases that would never see a gradient: every call of their layers is normalised, and nothing reads them."""
+    read: set[str] = set()
     for mode, walk in walks.items():
-        for node in walk.graph_module.graph.nodes:
-            name = str(node.target)
-            if node.op != "get_attr" or "." in name or not name.startswith("_tensor_constant"):
-                continue
-            own = f"{name}_training" if mode and walks[True] is not walks[False] else name
-            if not hasattr(root, own):
-                root.register_buffer(own, getattr(walk.graph_module, name).clone(), persistent=False)
-            node.target = own
-
-
-def _freeze_biases(walk: Walk, plans: Sequence[SitePlan]) -> None:
-    """A bias that every call of its layer normalises away would never see a gradient."""
-    rewritten = {plan.node if plan.merged is None else plan.merged for plan in plans if plan.layer is not None}
-    plain = {str(n.target) for n in walk.graph_module.graph.nodes if n.op == "call_module" and n not in rewritten}
-    for plan in plans:
-        if plan.layer is not None and plan.layer.path not in plain and plan.layer.module.bias is not None:
-            plan.layer.module.bias.requires_grad_(False)
+        covered = {(p.layer.path, p.layer_call) for p in plans[mode] if p.layer is not None}
+        calls: dict[str, int] = {}
+        for node in walk.nodes:
+            if node.op == "tensor":
+                read.add(node.target)
+            elif node.op == "module":
+                call = calls.get(node.target, 0)
+                calls[node.target] = call + 1
+                if (node.target, call) not in covered:
+                    read |= {f"{node.target}.{name}" for name, _ in walk.module(node).named_parameters()}
+    names: dict[int, list[str]] = {}
+    for name, parameter in root.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    for plan in (p for of in plans.values() for p in of if p.layer is not None):
+        assert plan.layer is not None
+        bias = root.get_submodule(plan.layer.path).bias
+        if bias is not None and not any(name in read for name in names[id(bias)]) and len(names[id(bias)]) == 1:
+            bias.requires_grad_(False)
 
 
 def _filters(root: nn.Module, walks: dict[bool, Walk], plans: dict[bool, list[SitePlan]]) -> list[dict[str, Any]]:
     """Weights that nothing but sites reads, so that dividing a filter by a number changes nothing.
 
     Returns:
-        An entry a weight: its path, and ``channel_dim`` and ``groups`` as `filter_view` takes them.
+        An entry per weight: its path, and ``channel_dim`` and ``groups`` as `filter_view` takes them.
     """
     read: set[int] = set()
     found: dict[int, dict[str, Any]] = {}
     for mode, walk in walks.items():
-        sites = {plan.node if plan.merged is None else plan.merged: plan for plan in plans[mode] if plan.layer is not None}
-        for plan in sites.values():
+        covered = {(p.layer.path, p.layer_call): p for p in plans[mode] if p.layer is not None}
+        for plan in covered.values():
             assert plan.layer is not None
             layout = {"channel_dim": int(plan.layer.transposed), "groups": plan.layer.groups}
-            found.setdefault(id(plan.layer.module.weight), layout)
-        for node in walk.graph_module.graph.nodes:
-            if node.op in ("call_module", "get_attr") and node not in sites:
-                value = attrgetter(str(node.target))(walk.graph_module)
-                read |= {id(p) for p in (value.parameters() if isinstance(value, nn.Module) else [value])}
+            found.setdefault(id(root.get_submodule(plan.layer.path).weight), layout)
+        calls: dict[str, int] = {}
+        for node in walk.nodes:
+            if node.op == "tensor":
+                value = root.get_parameter(node.target) if node.target in dict(root.named_parameters()) else None
+                read |= {id(value)}
+            elif node.op == "module":
+                call = calls.get(node.target, 0)
+                calls[node.target] = call + 1
+                if (node.target, call) not in covered:
+                    read |= {id(p) for p in root.get_submodule(node.target).parameters()}
     own = {id(p): name for name, p in root.named_parameters()}
     return [{"weight": own[w], **layout} for w, layout in found.items() if w in own and w not in read]
 
 
-def _site(channels: int, calls: int, like: Tensor, weight: Any, bias: Any) -> Site:
+def _site(channels: int, calls: int, like: Tensor, weight: Any, bias: Any, center: bool) -> Site:
     shape = (channels,) if calls == 1 else (calls, channels)
-    return Site(weight, bias, like.new_zeros(shape), like.new_ones(shape))
+    return Site(weight, bias, like.new_zeros(shape), like.new_ones(shape), center=center)
 
 
 def _install_inputs(root: nn.Module, walk: Walk, given: Any) -> list[tuple[str, str] | None]:
     """Keep input moments that are not standard normal as constant parameters of the network."""
-    found = input_moments(walk.shapes(), given, reference_tensor(root))
     if given is None:
-        return [None] * len(found)
+        return [None] * len(walk.record.inputs)
+    found = input_moments(walk.shapes(), given, reference_tensor(root))
     paths: list[tuple[str, str] | None] = []
     for i, moments in enumerate(found):
         if bool((moments.mean == 0).all()) and bool((moments.var == 1).all()):

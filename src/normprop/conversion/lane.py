@@ -1,156 +1,415 @@
-"""The moment lane of a converted graph: what depends on parameters alone."""
+"""The moment lane of a converted network: from parameters to the effective weight and bias of every layer with a site."""
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import copy
+import threading
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor, fx, nn
+import torch
+from torch import Tensor, nn
 
-from normprop.channel_moments import Moments
-from normprop.conversion import layers
+from normprop.conversion.program import Program, raw, written
+from normprop.errors import NormPropError
+from normprop.graph.example_inputs import Inputs
+from normprop.graph.node import Node
 from normprop.sites.reference import Scale
-from normprop.sites.site import Site, site_scales
+from normprop.sites.site import Site, site_parts
 
-# Operations of the data lane whose second argument is the scale of a site.
-_SCALED = frozenset([layers.linear, layers.convolution, layers.transposed_convolution, layers.affine])
+Key = tuple[str, int]
 
 
-@dataclass(frozen=True)
-class SiteCall:
-    """How a converted graph calls one site.
+@dataclass(eq=False)
+class Entry:
+    """What the lane computes for one call of one site.
 
     Attributes:
-        scales: the `site_scales` node.
-        index: of the site among those which that node computes together.
-        weight: node of the weight of the layer before the site; None if there is no layer.
-        site: node of the site.
-        moments: lane node of the moments that the site reads; None for standardised input.
+        site: path of the site.
+        call: which of its calls.
+        layer: path of the layer that takes the effective weight; None for an affine in the site's place.
+        scale: the lane's node of its `Scale`.
+        moments: the lane's node of what the site reads; None for standardised input.
         options: of `site_scales`.
+        bare: the layer had no normaliser: nothing calls the site.
+        rank: of the tensor that the site gives, in the record.
+        channel: dimension of its channels.
     """
 
-    scales: fx.Node
-    index: int
-    weight: fx.Node | None
-    site: fx.Node
-    moments: fx.Node | None
+    site: str
+    call: int
+    layer: str | None
+    scale: Node
+    moments: Node | None
     options: Mapping[str, Any]
+    bare: bool = False
+    rank: int = 2
+    channel: int = 1
 
     @property
-    def path(self) -> str:
-        """Module path of the site."""
-        return str(self.site.target)
-
-    @property
-    def layer_path(self) -> str:
-        """Module path of the layer before the site."""
-        assert self.weight is not None
-        return str(self.weight.target).rpartition(".")[0]
+    def key(self) -> Key:
+        """What tells it from all others."""
+        return self.site, self.call
 
 
-def site_calls(graph: fx.Graph) -> dict[fx.Node, SiteCall]:
-    """The site of every data node that a site scales, in the order of the graph."""
-    return {node: _site_call(node.args[1]) for node in graph.nodes if node.target in _SCALED and _is_entry(node.args[1])}
+@dataclass(eq=False)
+class Run:
+    """What one thread is doing in a converted network.
+
+    Attributes:
+        root: the network whose forward runs; None outside of it.
+        values: scales by entry, as far as they are known.
+        calls: how often every layer and site has run.
+        handed: for each site, what layers before it gave: entry, output, and factor and offset if these are still to come.
+    """
+
+    root: nn.Module | None = None
+    values: dict[Key, Scale] = field(default_factory=dict)
+    calls: dict[str, int] = field(default_factory=dict)
+    handed: dict[str, list[tuple[Entry, Tensor, tuple[Tensor, Tensor] | None]]] = field(default_factory=dict)
 
 
-def _is_entry(node: Any) -> bool:
-    """Whether a node takes one site's scale out of what `site_scales` returns (the paper's constants are none)."""
-    return node.target is operator.getitem and node.args[0].target is site_scales
+class Lane:
+    """What a converted network computes on its parameters before the data comes by; `print` shows it.
 
-
-def _site_call(item: Any) -> SiteCall:
-    scales, index = item.args
-    return SiteCall(scales, index, *scales.args[index])
-
-
-def lane_nodes(graph: fx.Graph) -> set[fx.Node]:
-    """Nodes that do not depend on any input: parameters, the moment lane, scales."""
-    lane: set[fx.Node] = set()
-    for node in graph.nodes:
-        if node.op not in ("placeholder", "output") and all(a in lane for a in node.all_input_nodes):
-            lane.add(node)
-    return lane
-
-
-def read_by_data(graph: fx.Graph, lane: set[fx.Node]) -> list[fx.Node]:
-    """The nodes of the lane, parameters aside, that something outside it reads."""
-    return [n for n in graph.nodes if n in lane and n.op != "get_attr" and any(user not in lane for user in n.users)]
-
-
-def lane_graph(graph: fx.Graph) -> fx.Graph:
-    """The moment lane alone: no input, and what `read_by_data` names as a tuple."""
-    lane = lane_nodes(graph)
-    alone = fx.Graph()
-    copies: dict[fx.Node, fx.Node] = {}
-    for node in graph.nodes:
-        if node in lane and (node.op != "get_attr" or any(user in lane for user in node.users)):
-            copies[node] = alone.node_copy(node, copies.__getitem__)
-    alone.output(tuple(copies[node] for node in read_by_data(graph, lane)))
-    return alone
-
-
-def last_uses(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
-    """node → values that nothing after it reads."""
-    seen: set[fx.Node] = set()
-    frees: dict[fx.Node, list[fx.Node]] = {}
-    for node in reversed(graph.nodes):
-        for used in node.all_input_nodes:
-            if used not in seen:
-                seen.add(used)
-                frees.setdefault(node, []).append(used)
-    return frees
-
-
-class LaneValues:
-    """Values of a graph's moment lane, each computed when it is asked for.
+    One forward of the network evaluates it once. A part called by itself evaluates what each of its layers needs.
 
     Args:
-        root: the modules and parameters that the graph names.
-        graph: a converted graph.
+        root: the network.
+        entries: of all sites, those of evaluation first.
+        layers: for each mode the entries of a layer's calls, None for a call that no site follows.
+        example: inputs of the record, on the meta device.
+        method: "exact" or "paper".
 
     Attributes:
-        nodes: the lane.
+        filters: weights that nothing but sites reads, as `normprop.optim` takes them.
+        observer: what calibration puts between layers and sites while it runs.
+        shared: scales that micro-batches share, see `accumulate`.
     """
 
-    def __init__(self, root: nn.Module, graph: fx.Graph) -> None:
-        self.interpreter = fx.Interpreter(root, garbage_collect_values=False, graph=graph)
-        self.nodes = lane_nodes(graph)
-        self.known: dict[fx.Node, Any] = {}
+    def __init__(
+        self,
+        root: nn.Module,
+        entries: Mapping[bool, Sequence[Entry]],
+        layers: Mapping[bool, Mapping[str, list[Entry | None]]],
+        example: Inputs,
+        method: str,
+    ) -> None:
+        self.root = root
+        self.entries = {mode: list(of) for mode, of in entries.items()}
+        self.layers = {mode: dict(of) for mode, of in layers.items()}
+        self.example = example
+        self.method = method
+        self.filters: list[dict[str, Any]] = []
+        self.observer: Any = None
+        self.shared: Any = None
+        self.runs: dict[int, Run] = {}
+        self.programs: dict[Any, Program] = {}
 
-    def __getitem__(self, node: fx.Node) -> Any:
-        stack = [node]
-        while stack:
-            if stack[-1] in self.known:
-                stack.pop()
-                continue
-            missing = [a for a in stack[-1].all_input_nodes if a not in self.known]
-            if missing:
-                stack.extend(missing)
-            else:
-                current = stack.pop()
-                self.known[current] = self.run(current, self.known.__getitem__)
-        return self.known[node]
+    def __getstate__(self) -> dict[str, Any]:
+        """All but what can be found again."""
+        return vars(self) | {"runs": {}, "programs": {}, "observer": None, "shared": None}
 
-    def forget(self, parameter: fx.Node) -> None:
-        """Drop what was computed from a parameter or module that has changed since."""
-        stale = list(parameter.users)
-        while stale:
-            node = stale.pop()
-            if node in self.nodes and self.known.pop(node, None) is not None:
-                stale.extend(node.users)
+    def __deepcopy__(self, memo: dict[int, Any]) -> Lane:
+        copied = Lane.__new__(Lane)
+        memo[id(self)] = copied
+        for name, value in self.__getstate__().items():
+            setattr(copied, name, copy.deepcopy(value, memo))
+        copied.programs = dict(self.programs)  # which name modules by their paths
+        return copied
 
-    def run(self, node: fx.Node, value_of: Callable[[fx.Node], Any]) -> Any:
-        """One node's operation on the values of what it reads."""
-        args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), value_of)
-        return getattr(self.interpreter, node.op)(node.target, args, kwargs)
+    def __repr__(self) -> str:
+        sites = len({entry.site for entry in self.all_entries()})
+        return f"moment lane of {type(self.root).__name__}: {sites} sites\n{self.code}"
 
-    def scale(self, call: SiteCall) -> Scale:
-        """The scale of one site, computed for itself from the constants that it has now."""
-        return site_scales(self.arguments(call))[0]
+    @property
+    def code(self) -> str:
+        """What runs, as Python."""
+        return self.program(self.entries[self.root.training]).code
 
-    def arguments(self, call: SiteCall) -> tuple[Tensor | None, Site, Moments | None, Mapping[str, Any]]:
-        """What `site_scales` takes for one site."""
-        weight, moments = (None if node is None else self[node] for node in (call.weight, call.moments))
-        return weight, self[call.site], moments, call.options
+    def all_entries(self) -> list[Entry]:
+        """The entries of both modes, each once."""
+        return list({entry.key: entry for mode in (False, True) for entry in self.entries[mode]}.values())
+
+    def program(self, entries: Sequence[Entry]) -> Program:
+        """The program for some entries, written when it is first asked for."""
+        keys = tuple(entry.key for entry in entries)
+        if keys not in self.programs:
+            self.programs[keys] = written([entry.scale for entry in entries], self.root)
+        return self.programs[keys]
+
+    def evaluate(self, root: nn.Module, entries: Sequence[Entry]) -> dict[Key, Scale]:
+        """The scales of some entries with a network's present parameters."""
+        with torch.autograd.graph.saved_tensors_hooks(_same, _same) if _hooked() else _NOTHING:
+            values = self.program(entries).function(root)
+        return {entry.key: value for entry, value in zip(entries, values, strict=True)}
+
+    def run(self) -> Run:
+        """The present thread's."""
+        thread = 0 if torch.compiler.is_compiling() else threading.get_ident()
+        if thread not in self.runs:
+            self.runs[thread] = Run()
+        return self.runs[thread]
+
+    # What hooks call
+
+    def begin(self, root: nn.Module) -> None:
+        """The network's forward starts."""
+        run = self.run()
+        run.calls.clear()
+        run.handed.clear()
+        run.values = {}
+        if self.observer is None:
+            entries = [entry for entry in self.entries[root.training] if self._is_attached(root, entry)]
+            run.values = self.evaluate(root, entries) if self.shared is None else self.shared(root, entries)
+        run.root = root
+
+    def end(self) -> None:
+        """The network's forward is over."""
+        run = self.run()
+        run.root, run.values = None, {}
+        run.calls.clear()
+        run.handed.clear()
+
+    def called(self, layer: nn.Module, path: str, args: tuple[Any, ...]) -> Entry | None:
+        """The entry of a layer that is about to run; None if no site follows this call of it.
+
+        Raises:
+            NormPropError: the call was not recorded, or can't be told from others.
+        """
+        entry = self._called(self.run(), path)
+        if entry is not None and self.observer is not None:
+            self.observer.at_layer(entry, layer, args)
+        return entry
+
+    def cover(self, layer: nn.Module, entry: Entry) -> tuple[Tensor, Tensor | None, tuple[Tensor, Tensor] | None]:
+        """Effective weight and bias of a layer, and what is still to be applied after it.
+
+        That is factor and offset if something wraps the layer, which then runs with bare filters.
+        """
+        run = self.run()
+        root = run.root or self.root
+        if self.observer is not None or not self._is_plain(root, entry, layer):
+            filters, factor, offset = self.parts(root, entry)
+            return filters, None, (factor, offset)
+        scale = run.values.get(entry.key)
+        if scale is None:
+            scale = self.evaluate(root, [entry])[entry.key]
+        assert scale.weight is not None
+        kind = raw(layer, "weight").dtype
+        return scale.weight.to(kind), scale.offset.to(kind), None
+
+    def leave(self, entry: Entry, output: Tensor, rest: tuple[Tensor, Tensor] | None) -> None:
+        """A layer has given its output to its site."""
+        self.run().handed.setdefault(entry.site, []).append((entry, output, rest))
+
+    def arrive(self, site: Site, x: Tensor) -> Tensor:
+        """What a site makes of its input.
+
+        Raises:
+            NormPropError: the layer before the site did not run with its effective weight, or something changed what it
+                gave since the conversion; the site was not recorded, or its call can't be told from others.
+        """
+        run = self.run()
+        waiting = run.handed.get(site.path)
+        if waiting:
+            at = next((i for i, (_, y, _) in enumerate(waiting) if y is x), 0)
+            entry, output, rest = waiting.pop(at)
+            run.calls[site.path] = run.calls.get(site.path, 0) + 1
+            if rest is not None:
+                return self._affine(x, *rest, 1)
+            if output is not x:
+                raise NormPropError(
+                    f"something changed what {entry.layer} gives to {site.path} since the conversion.\n"
+                    "Convert again, from the network with that change in it."
+                )
+            return x
+        entry = self._affine_entry(run, site)
+        root = run.root or self.root
+        if self.observer is not None:
+            self.observer.at_site(entry, x)
+        scale = run.values.get(entry.key) if self.observer is None else None
+        if scale is None:
+            scale = self.evaluate(root, [entry])[entry.key]
+        assert scale.factor is not None
+        return self._affine(x, scale.factor, scale.offset, 1)
+
+    def parts(self, root: nn.Module, entry: Entry) -> tuple[Tensor, Tensor, Tensor]:
+        """Filters, factor and offset of a layer apart, with the dtype of the layer's weight."""
+        call = self.arguments(root, entry)
+        filters, factor, offset = site_parts(call)
+        assert call[0] is not None
+        return filters.to(call[0].dtype), factor, offset
+
+    def arguments(self, root: nn.Module, entry: Entry) -> tuple[Tensor | None, Site, Any, Mapping[str, Any]]:
+        """What `site_scales` takes for one entry."""
+        site: Any = root.get_submodule(entry.site)
+        moments = None
+        if entry.moments is not None:
+            key = ("moments", entry.key)
+            if key not in self.programs:
+                self.programs[key] = written([entry.moments], self.root)
+            (moments,) = self.programs[key].function(root)
+        weight = None if entry.layer is None else raw(root.get_submodule(entry.layer), "weight")
+        return weight, site, moments, entry.options
+
+    @staticmethod
+    def _affine(x: Tensor, factor: Tensor, offset: Tensor, channel: int) -> Tensor:
+        shape = [1] * x.dim()
+        shape[channel] = -1
+        return torch.addcmul(offset.to(x.dtype).reshape(shape), x, factor.to(x.dtype).reshape(shape))
+
+    def _is_attached(self, root: nn.Module, entry: Entry) -> bool:
+        """Whether a layer is where it was, so that its effective weight will be asked for as such."""
+        if entry.layer is None:
+            return True
+        layer = _found(root, entry.layer)
+        return layer is not None and self._is_plain(root, entry, layer)
+
+    @staticmethod
+    def _is_plain(root: nn.Module, entry: Entry, layer: nn.Module) -> bool:
+        """Whether nothing stands between a layer and its site: no wrapper, hook or forward of its own, nor a computed weight."""
+        assert entry.layer is not None
+        if _found(root, entry.layer) is not layer or not is_covered(layer):
+            return False
+        if layer._backward_hooks or layer._backward_pre_hooks or "forward" in layer.__dict__:
+            return False
+        return all(getattr(hook, "unrecorded", False) for hook in layer._forward_hooks.values())
+
+    def _called(self, run: Run, path: str) -> Entry | None:
+        """The entry of a layer's present call."""
+        mode = self.root.training if run.root is None else run.root.training
+        entries = self.layers[mode].get(path) or self.layers[not mode].get(path) or []
+        if len(entries) == 1 and run.root is None:
+            return entries[0]
+        if run.root is None:
+            raise _ambiguous(path, len(entries))
+        call = run.calls.get(path, 0)
+        run.calls[path] = call + 1
+        if call >= len(entries):
+            raise _unrecorded(path, call)
+        return entries[call]
+
+    def _affine_entry(self, run: Run, site: Site) -> Entry:
+        entries = {e.call: e for e in self.all_entries() if e.site == site.path}
+        if not entries:
+            raise _unrecorded(site.path, 0)
+        if run.root is None and len(entries) > 1:
+            raise _ambiguous(site.path, len(entries))
+        call = run.calls.get(site.path, 0)
+        if run.root is not None:
+            run.calls[site.path] = call + 1
+        entry = entries.get(call)
+        if entry is None:
+            raise _unrecorded(site.path, call)
+        if entry.layer is not None:
+            raise NormPropError(
+                f"{site.path} was reached, and {entry.layer}, which it normalises, has not run before it: it was replaced or "
+                "left out since the conversion.\nConvert again, from the network with that change in it."
+            )
+        return entry
+
+
+def lane(model: nn.Module) -> Lane:
+    """The moment lane of a converted network: what it computes from its parameters; ``print(normprop.lane(model))``.
+
+    Raises:
+        NormPropError: `convert` did not make the model.
+
+    Example:
+        >>> import torch, normprop
+        >>> model = normprop.convert(torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.BatchNorm1d(8)))
+        >>> "site_scales" in normprop.lane(model).code
+        True
+    """
+    return converted_lane(model, "lane")
+
+
+def converted_lane(model: nn.Module, verb: str) -> Lane:
+    """The lane of a network that `convert` made.
+
+    Raises:
+        NormPropError: it did not.
+    """
+    found = lane_of(model)
+    if found is None:
+        raise NormPropError(f"{verb} takes a network that convert made, not a {type(model).__name__}.\nConvert it first.")
+    return found
+
+
+def lane_of(model: nn.Module) -> Lane | None:
+    """The lane that a module's own forward evaluates; None if it has none."""
+    hooks = model._forward_pre_hooks.values() if isinstance(model, nn.Module) else ()
+    return next((hook.lane for hook in hooks if getattr(hook, "begins", False)), None)
+
+
+def lanes_in(model: nn.Module) -> list[Lane]:
+    """The lanes of a module and of its parts."""
+    return [found for module in model.modules() if (found := lane_of(module)) is not None]
+
+
+def is_covered(layer: nn.Module) -> bool:
+    """Whether an attribute can give a layer its effective weight: it has a hook of ours, and a weight that is a parameter."""
+    hooked = any(getattr(hook, "covers", False) for hook in layer._forward_pre_hooks.values())
+    return hooked and (layer._parameters.get("weight") is not None or ("weight" in layer.__dict__ and not layer._parameters))
+
+
+def _found(root: nn.Module, path: str) -> nn.Module | None:
+    module: nn.Module | None = root
+    for name in path.split("."):
+        module = None if module is None else module._modules.get(name)
+    return module
+
+
+def _unrecorded(path: str, call: int) -> NormPropError:
+    which = f"call {call + 1} of {path}" if call else path
+    return NormPropError(
+        f"{which} was not recorded when the network was converted: its moments are not known.\n"
+        "Convert with example= inputs (or in a mode) that take this path."
+    )
+
+
+def _ambiguous(path: str, count: int) -> NormPropError:
+    return NormPropError(
+        f"{path} is called {count} times in a forward of the network, under different moments: by itself it isn't known which "
+        "is meant.\nCall the whole network, or convert the part: normprop.convert(model.part, in_place=True)."
+    )
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+class _Nothing:
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, *_: object) -> None:
+        return None
+
+
+_NOTHING = _Nothing()
+
+
+def _hooked() -> bool:
+    """Whether saved tensors are watched, as a checkpoint does: it must not count those of the lane, which it may not find."""
+    return (
+        not torch.compiler.is_compiling()
+        and torch.is_grad_enabled()
+        and torch._C._autograd._saved_tensors_hooks_is_enabled()
+        and _top_hooks()
+    )
+
+
+def _top_hooks() -> bool:
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+
+
+def sites_of(lanes: Iterable[Lane]) -> list[Site]:
+    """The sites of lanes, each once."""
+    return list(
+        {
+            id(s): s for one in lanes for e in one.all_entries() if isinstance(s := one.root.get_submodule(e.site), Site)
+        }.values()
+    )

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from normprop.conversion.calibration import calibrate
-from normprop.conversion.converted import as_converted
+from normprop.conversion.lane import converted_lane, sites_of
 from normprop.optim import FIRST_MOMENTS, SECOND_MOMENTS
 from normprop.sites.site import Site
 
@@ -48,11 +48,8 @@ def recalibrate(
         >>> bool(torch.allclose(normprop.recalibrate(net, optimizer, x)(x), before, atol=1e-5))
         True
     """
-    sites = [
-        m
-        for m in as_converted(model, "recalibrate").modules()
-        if isinstance(m, Site) and m.weight is not None and m.bias is not None
-    ]
+    found = sites_of([converted_lane(model, "recalibrate")])
+    sites = [site for site in found if site.weight is not None and site.bias is not None]
     before = [tuple(t.detach().clone() for t in _affine(site)) for site in sites]
     calibrate(model, data, directions=directions, shrinkage=shrinkage, preserve=True)
     for site, old in zip(sites, before, strict=True):

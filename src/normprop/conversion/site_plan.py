@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-import torch.nn.functional as F
-from torch import fx, nn
+from torch import nn
 
-from normprop.conversion import layers
+from normprop.errors import NormPropError
+from normprop.graph.node import Node
 from normprop.graph.walk import Walk
 from normprop.rules import normalization
 from normprop.rules.linear import convolution, linear, transposed_convolution
@@ -21,11 +21,12 @@ _LAYERS: dict[type[nn.Module], tuple[int, bool]] = {
     nn.Conv1d: (1, False), nn.Conv2d: (2, False), nn.Conv3d: (3, False),
     nn.ConvTranspose1d: (1, True), nn.ConvTranspose2d: (2, True), nn.ConvTranspose3d: (3, True),
 }  # fmt: skip
+_BATCH_NORMS = frozenset([normalization.batch_norm, normalization.frozen_batch_norm])
 
 
 @dataclass(frozen=True)
 class LinearLayer:
-    """A convolution or linear layer whose weight a site may rewrite.
+    """A convolution or linear layer that a site gives an effective weight and bias.
 
     Attributes:
         path: of the module.
@@ -65,23 +66,14 @@ class LinearLayer:
         inputs = int(self.module.in_features if self.dims == 0 else self.module.in_channels)
         return inputs // self.groups > 1
 
-    def pad(self, graph: fx.Graph, x: fx.Node) -> fx.Node:
-        """The input as the functional call takes it: padded already, where the layer does not pad with zeros."""
-        m = self.module
-        if self.dims == 0 or m.padding_mode == "zeros":
-            return x
-        return graph.call_function(F.pad, (x, tuple(m._reversed_padding_repeated_twice)), {"mode": m.padding_mode})
-
-    def write(self, graph: fx.Graph, x: fx.Node, scale: fx.Node) -> fx.Node:
-        """The layer as a functional call on a padded input, scaled by its site."""
-        m = self.module
-        if self.dims == 0:
-            return graph.call_function(layers.linear, (x, scale))
+    def options(self) -> dict[str, Any]:
+        """What the arithmetic of a site depends on, defaults left out."""
+        options: dict[str, Any] = {"channel": self.channel}
+        if self.groups > 1:
+            options["groups"] = self.groups
         if self.transposed:
-            args = (x, scale, m.stride, m.padding, m.output_padding, m.groups, m.dilation)
-            return graph.call_function(layers.transposed_convolution, args)
-        padding = m.padding if m.padding_mode == "zeros" else 0
-        return graph.call_function(layers.convolution, (x, scale, m.stride, padding, m.dilation, m.groups))
+            options["transposed_stride"] = self.transposed_stride
+        return options
 
 
 @dataclass(frozen=True)
@@ -90,98 +82,199 @@ class SitePlan:
 
     Attributes:
         path: module path of the site.
-        node: the node of the trace whose value the site gives: a BatchNorm's, or a bare layer's.
+        node: the node of the record whose value the site gives: a BatchNorm's, or a bare layer's.
         source: the node whose moments the site reads.
-        layer: the layer that takes effective weights; None for a per-channel affine.
-        merged: the layer's own node where it is not `node`.
-        channel: channel dimension of the value.
+        layer: the layer that takes an effective weight; None for a per-channel affine.
+        layer_call: which of that layer's calls it is.
         center: centre the filters.
         call: index among the calls of this site.
     """
 
     path: str
-    node: fx.Node
-    source: fx.Node
+    node: Node
+    source: Node
     layer: LinearLayer | None
-    merged: fx.Node | None
-    channel: int
+    layer_call: int
     center: bool
     call: int
 
+    @property
+    def key(self) -> tuple[str, int]:
+        """What tells it from all others."""
+        return self.path, self.call
+
+    @property
+    def bare(self) -> bool:
+        """Whether it stands behind a layer without a normaliser."""
+        return self.layer is not None and self.node.op == "module" and self.node.target == self.layer.path
+
+    def apart(self) -> SitePlan:
+        """The same site as an affine of what the layer gives."""
+        assert self.layer is not None
+        return replace(self, source=argument(self.node), layer=None, layer_call=0, center=False)
+
 
 def plan_sites(walk: Walk, normalize: Literal["batchnorm", "all"], center: bool) -> list[SitePlan]:
-    """The sites of a network, in the order of its graph.
+    """The sites of a network, in the order of its record.
 
     Args:
-        walk: the prepared model.
+        walk: the recorded model.
         normalize: "batchnorm" for a site in every BatchNorm's place; "all" for every linear layer besides, except those
-            behind which no other follows (the output layers).
+            after which no other follows (the output layers).
         center: centre the filters wherever that leaves something of them.
     """
-    nodes = list(walk.graph_module.graph.nodes)
-    linear = {node: layer for node in nodes if (layer := _linear_layer(walk, node)) is not None}
-    bare = _inner(nodes, linear) if normalize == "all" else set()
-    plans: list[SitePlan] = []
+    layers = {node: layer for node in walk.nodes if (layer := linear_layer(walk, node)) is not None}
+    bare = _inner(walk.nodes, layers) if normalize == "all" else set()
     calls: Counter[str] = Counter()
-    for node in nodes:
+    layer_calls = _call_numbers(walk.nodes)
+    returned = set(map(id, _returned(walk)))
+    plans: list[SitePlan] = []
+    for node in walk.nodes:
         if is_batch_norm(walk, node):
-            before = _argument(node)
-            layer = linear.get(before) if len(before.users) == 1 else None
-            if layer is not None and layer.channel % walk.values[before].dim() != 1:
+            before = argument(node)
+            layer = layers.get(before) if len(before.users) == 1 and id(before) not in returned else None
+            if layer is not None and layer.channel % before.value.dim() != 1:
                 layer = None  # tokens: BatchNorm's channels are not the layer's
-            path, channel, merged = str(node.target), 1, before if layer is not None else None
-            source = before if layer is None else _argument(before)
+            path, source = node.target, before if layer is None else argument(before)
+            at = before
         elif node in bare and not any(is_batch_norm(walk, user) for user in node.users):
-            layer, merged, source = linear[node], None, _argument(node)
-            path, channel = f"{layer.path}_norm", layer.channel % walk.values[node].dim()
+            layer, source, at = layers[node], argument(node), node
+            path = f"{layer.path}.site"
         else:
             continue
         centred = center and layer is not None and layer.can_center
-        plans.append(SitePlan(path, node, source, layer, merged, channel, centred, calls[path]))
+        plans.append(SitePlan(path, node, source, layer, 0 if layer is None else layer_calls[at], centred, calls[path]))
         calls[path] += 1
     return plans
 
 
-def nodes_behind(walk: Walk, plans: Sequence[SitePlan]) -> set[fx.Node]:
-    """Nodes whose moments some site asks for: upstream of the sites, and no further than the sites before."""
-    sites = {plan.node for plan in plans}
-    needed: set[fx.Node] = set()
+def united(plans: dict[bool, list[SitePlan]]) -> dict[bool, list[SitePlan]]:
+    """The plans of both modes, so that they agree about every site that both run.
+
+    A site that one mode runs behind its layer and the other doesn't is an affine in both.
+    """
+    layers = {mode: {p.key: (p.layer and p.layer.path, p.layer_call) for p in of} for mode, of in plans.items()}
+    torn = {key for key in layers[True].keys() & layers[False].keys() if layers[True][key] != layers[False][key]}
+    return {mode: [p.apart() if p.key in torn and p.layer is not None else p for p in of] for mode, of in plans.items()}
+
+
+def nodes_behind(walk: Walk, plans: Iterable[SitePlan], sites: Sequence[SitePlan]) -> set[Node]:
+    """Nodes whose moments some site asks for: upstream of the sites, and no further than the sites before.
+
+    Args:
+        walk: the recorded model.
+        plans: the sites that ask.
+        sites: all sites of the record.
+    """
+    known = {plan.node for plan in sites}
+    needed: set[Node] = set()
     stack = [plan.source for plan in plans]
     while stack:
         node = stack.pop()
         if node not in needed:
             needed.add(node)
-            if node not in sites and node.op != "placeholder":
+            if node not in known and node.op != "input":
                 stack.extend(walk.data_arguments(node))
     return needed
 
 
-def is_batch_norm(walk: Walk, node: fx.Node) -> bool:
-    """Whether a node normalises by batch statistics."""
-    return node in walk.rules and walk.rules[node].function is normalization.batch_norm
+def is_batch_norm(walk: Walk, node: Node) -> bool:
+    """Whether a node is a BatchNorm module, or one whose statistics are frozen."""
+    return node.op == "module" and node in walk.rules and walk.rules[node].function in _BATCH_NORMS
 
 
-def _argument(node: fx.Node) -> fx.Node:
-    source = node.args[0] if node.args else next(iter(node.kwargs.values()))
-    assert isinstance(source, fx.Node)
-    return source
+def argument(node: Node) -> Node:
+    """The tensor that a layer or normaliser takes."""
+    found = node.args[0] if node.args else next(iter(node.kwargs.values()))
+    assert isinstance(found, Node)
+    return found
 
 
-def _linear_layer(walk: Walk, node: fx.Node) -> LinearLayer | None:
-    """The layer that a node runs, if its weight can be rewritten: torch's own forward, called with one argument."""
-    if node.op != "call_module" or node not in walk.rules or len(node.args) + len(node.kwargs) != 1:
+def linear_layer(walk: Walk, node: Node) -> LinearLayer | None:
+    """The layer that a node runs, if an attribute can give it a weight: torch's own forward, called with one argument.
+
+    A weight that is computed (a parametrisation) is a property, which an attribute can't stand before.
+    """
+    if node.op != "module" or node not in walk.rules or len(node.args) + len(node.kwargs) != 1:
         return None
     module, function = walk.module(node), walk.rules[node].function
     base = next((c for c in type(module).__mro__ if c in _LAYERS and c.forward is type(module).forward), None)
-    if base is None or function not in (convolution, transposed_convolution, linear):
+    if base is None or function not in (convolution, transposed_convolution, linear) or "forward" in module.__dict__:
+        return None
+    if module._parameters.get("weight") is None or "bias" not in module._parameters or module._forward_hooks:
+        return None
+    if module._backward_hooks or module._backward_pre_hooks:
         return None
     dims, transposed = _LAYERS[base]
-    return LinearLayer(str(node.target), module, dims, transposed)
+    return LinearLayer(node.target, module, dims, transposed)
 
 
-def _inner(nodes: list[fx.Node], layers: dict[fx.Node, LinearLayer]) -> set[fx.Node]:
-    """Linear layers behind which another linear layer follows."""
-    before: set[fx.Node] = set()
+def refuse_batch_statistics(walks: dict[bool, Walk], plans: dict[bool, list[SitePlan]]) -> None:
+    """Make sure that nothing of a network looks at the batch once its sites are in place.
+
+    Raises:
+        NormPropError: functional batch normalisation, a normaliser with its own forward, one inside a leaf, instance
+            normalisation with running statistics; each is named with its place.
+    """
+    found: dict[str, None] = {}
+    for walk in walks.values():
+        for node in walk.nodes:
+            name = getattr(node.target, "__name__", str(node.target)) if node.op == "call" else ""
+            if node.data and "batch_norm" in name and not _frozen(node):
+                found[f"{name} in {node.scope or 'the model itself'} ({node.source})"] = None
+        planned = {plan.path for of in plans.values() for plan in of}
+        for path, module in walk.model.named_modules():
+            if path in planned or path not in walk.record.called:
+                continue
+            kind = type(module).__name__
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                found[f"{path} ({kind}): its forward is its own, or it is inside a module that is kept whole"] = None
+            elif isinstance(module, nn.modules.instancenorm._InstanceNorm) and module.track_running_stats:
+                found[f"{path} ({kind} with track_running_stats): evaluation depends on the batches it was trained on"] = (
+                    None
+                )
+    if found:
+        listed = "\n".join(f"  {line}" for line in found)
+        raise NormPropError(
+            f"{len(found)} normaliser{'s' * (len(found) != 1)} would still look at the batch:\n{listed}\n"
+            "Use torch's BatchNorm modules, with what comes after them in a module or a line of its own."
+        )
+
+
+def _frozen(node: Node) -> bool:
+    """Whether functional batch normalisation uses given statistics: its ``training`` is False."""
+    training = node.kwargs.get("training", node.args[5] if len(node.args) > 5 else False)
+    statistics = node.kwargs.get("running_mean", node.args[1] if len(node.args) > 1 else None)
+    return not training and statistics is not None
+
+
+def _call_numbers(nodes: Sequence[Node]) -> dict[Node, int]:
+    """For every module's node which of the module's calls it is."""
+    calls: Counter[str] = Counter()
+    numbers: dict[Node, int] = {}
+    for node in nodes:
+        if node.op == "module":
+            numbers[node] = calls[node.target]
+            calls[node.target] += 1
+    return numbers
+
+
+def _returned(walk: Walk) -> list[Node]:
+    stack, found = [walk.record.output], []
+    while stack:
+        value = stack.pop()
+        if isinstance(value, Node):
+            found.append(value)
+        elif isinstance(value, dict):
+            stack.extend(value.values())
+        elif isinstance(value, tuple | list):
+            stack.extend(value)
+    return found
+
+
+def _inner(nodes: Sequence[Node], layers: dict[Node, LinearLayer]) -> set[Node]:
+    """Linear layers after which another linear layer follows."""
+    before: set[Node] = set()
     for node in reversed(nodes):
         if any(user in layers or user in before for user in node.users):
             before.add(node)

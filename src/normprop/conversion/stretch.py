@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from normprop.conversion.calibration import calibrate, samples
-from normprop.conversion.converted import as_converted
+from normprop.conversion.lane import converted_lane, lane_of, sites_of
 from normprop.errors import NormPropError, NotFiniteError
-from normprop.sites.site import Site
+from normprop.graph.example_inputs import Inputs, required
 
 # How far towards the next sample a difference is small; half precision needs larger steps.
 _STEP = 1e-3
@@ -29,9 +29,9 @@ def stretch(model: nn.Module, data: Any) -> float:
     arXiv 1611.01232); skips take it back. The limit is taken at s = 1e-3, in half precision at the root of its epsilon.
 
     Args:
-        model: any network of one input; evaluated in eval mode, and left in its own.
-        data: a tensor of floating-point samples ``(N, …)``, or an iterable of such tensors or of tuples whose first entry is
-            one (a DataLoader). Two of a batch make a pair; batches of one are left out.
+        model: any network; evaluated in eval mode, and left in its own.
+        data: a tensor of samples ``(N, …)``, or an iterable of batches as for `calibrate`. Two samples of a batch make a
+            pair; batches of one are left out. Inputs that are no floating-point numbers stay as they are.
 
     Returns:
         The ratio.
@@ -49,31 +49,37 @@ def stretch(model: nn.Module, data: Any) -> float:
         >>> normprop.stretch(torch.nn.Sequential(*layers), x) > 1.05
         True
     """
-    found = _ratio(model, samples(data, next((p.device for p in model.parameters()), torch.device("cpu"))))
+    lane = lane_of(model)
+    example = Inputs((None,) * len(required(model))) if lane is None else lane.example
+    found = _ratio(model, samples(data, next((p.device for p in model.parameters()), torch.device("cpu")), example))
     if found is None:
         raise NormPropError("the network gives every sample the same output.\nPass different samples.")
     return found
 
 
 @torch.no_grad()
-def _ratio(model: nn.Module, batches: Sequence[Tensor]) -> float | None:
+def _ratio(model: nn.Module, batches: Sequence[Inputs]) -> float | None:
     """`stretch` of a model, None where all outputs are the same."""
-    batches = [x for x in batches if len(x) > 1]
-    if not batches or not all(x.is_floating_point() for x in batches):
+    pairs = [[t for t in batch.tensors() if t.is_floating_point() and t.dim()] for batch in batches]
+    batches = [batch for batch, floats in zip(batches, pairs, strict=True) if floats and len(floats[0]) > 1]
+    if not batches or not all(pairs):
         raise NormPropError("stretch needs batches of two floating-point samples or more.")
-    mode = model.training
+    modes = {module: module.training for module in model.modules()}
     model.eval()
     near = far = 0.0
+    run = lambda inputs: list(_values(model(*inputs.args, **inputs.kwargs)))
     try:
-        for x in batches:
-            here = list(_values(model(x)))
+        for batch in batches:
+            floats = [t for t in batch.tensors() if t.is_floating_point()]
+            step = max(_STEP, torch.finfo(floats[0].dtype).eps ** 0.5)
+            here = run(batch)
             there = [y.roll(1, 0) for y in here]
-            step = max(_STEP, torch.finfo(x.dtype).eps ** 0.5)
-            little = list(_values(model(x.lerp(x.roll(1, 0), step))))
+            little = run(batch.map(lambda t, s=step: t.lerp(t.roll(1, 0), s) if t.is_floating_point() and t.dim() else t))
             near += _squares(little, here) / step**2
             far += _squares(there, here)
     finally:
-        model.train(mode)
+        for module, mode in modes.items():
+            module.training = mode
     if not near + far < float("inf"):
         raise NotFiniteError("values behind the network are not finite.")
     return float((near / far) ** 0.5) if far else None
@@ -105,20 +111,20 @@ def init_beta_(model: nn.Module, data: Any, *, limit: float = 2.5, directions: i
         >>> normprop.init_beta_(net, torch.randn(256, 64)) > 0
         True
     """
-    converted = as_converted(model, "init_beta_")
-    biases = [site.bias for site in converted.modules() if isinstance(site, Site) and site.bias is not None]
+    lane = converted_lane(model, "init_beta_")
+    biases = [site.bias for site in sites_of([lane]) if site.bias is not None]
     if not biases:
         raise NormPropError("no site of the network has a β to start with.\nCall calibrate instead.")
-    batches = samples(data, biases[0].device)
+    batches = samples(data, biases[0].device, lane.example)
     tried: dict[float, float] = {}
 
     def start(beta: float) -> None:
         _fill(biases, beta)
-        calibrate(converted, batches, directions=directions, shrinkage=shrinkage)
+        calibrate(model, batches, directions=directions, shrinkage=shrinkage)
 
     for beta in _STARTS:
         start(beta)
-        ratio = _ratio(converted, batches)
+        ratio = _ratio(model, batches)
         if ratio is None or ratio <= limit:
             return beta
         tried[beta] = ratio

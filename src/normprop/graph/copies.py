@@ -1,11 +1,13 @@
-"""Copies of a model for conversion and for tracing."""
+"""Copies of a network: one of its own, and one without memory to be recorded."""
 
 from __future__ import annotations
 
 import copy
+import types
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 
@@ -18,10 +20,56 @@ def independent_copy(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, memo)
 
 
-def tracing_copy(model: nn.Module) -> nn.Module:
-    """A copy with the same parameters and buffers, for tracing: what a forward writes into attributes stays in the copy."""
-    memo: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers(), *_left_behind(model))}
-    return copy.deepcopy(model, memo)
+def meta_copy(model: nn.Module) -> nn.Module:
+    """A copy whose parameters and buffers are on the meta device, to be run and thrown away.
+
+    Hooks of the user's are copied with what they close over, so that none of it changes when the copy runs; hooks that
+    carry a moment lane (``unrecorded``) are left out.
+    """
+    memo: dict[int, Any] = {id(t): t.detach() for t in _left_behind(model)}
+    for parameter in model.parameters():
+        memo[id(parameter)] = nn.Parameter(_meta(parameter), requires_grad=parameter.requires_grad)
+    for buffer in model.buffers():
+        memo.setdefault(id(buffer), _meta(buffer))
+    return _throwaway(model, memo)
+
+
+def throwaway_copy(model: nn.Module) -> nn.Module:
+    """As `meta_copy` with real tensors: parameters are the model's own, buffers are copies."""
+    memo: dict[int, Any] = {id(t): t.detach() for t in _left_behind(model)}
+    memo |= {id(p): p for p in model.parameters()}
+    return _throwaway(model, memo)
+
+
+def _throwaway(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    copied = copy.deepcopy(model, memo)
+    for module in copied.modules():
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            for key, hook in list(hooks.items()):
+                if getattr(hook, "unrecorded", False):
+                    del hooks[key]
+                elif isinstance(hook, types.FunctionType):
+                    hooks[key] = _isolated(hook, memo)
+    return copied
+
+
+def _isolated(function: types.FunctionType, memo: dict[int, Any]) -> types.FunctionType:
+    """A function with copies of what it closes over, where that can be copied."""
+    cells = []
+    for cell in function.__closure__ or ():
+        try:
+            cells.append(types.CellType(copy.deepcopy(cell.cell_contents, memo)))
+        except Exception:  # empty, or of a kind that can't be copied
+            cells.append(cell)
+    made = types.FunctionType(
+        function.__code__, function.__globals__, function.__name__, function.__defaults__, tuple(cells)
+    )
+    made.__kwdefaults__ = function.__kwdefaults__
+    return made
+
+
+def _meta(tensor: Tensor) -> Tensor:
+    return torch.empty_like(tensor, device="meta", requires_grad=False)
 
 
 def _left_behind(model: nn.Module) -> Iterator[Tensor]:

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, nn
 
 from normprop.activations.activation_moments import canonical
 from normprop.errors import NormPropError
-from normprop.graph.kind import Kind
+from normprop.graph.node import Node
 from normprop.rules import arithmetic, combine, elementwise, reduction, shape
 from normprop.rules.composed import operation
 from normprop.rules.table import Rule, describe
@@ -61,7 +61,7 @@ class Fetch:
         size: shape to bring it to, None to leave it.
     """
 
-    path: str | fx.Node
+    path: str | Node
     size: tuple[int, ...] | None = None
 
 
@@ -78,34 +78,24 @@ class Operation:
         """Whether nothing is known of it but that its user calls it an activation."""
         return self.name == "module" or self.name.startswith("torch.")
 
-    def nodes(self) -> list[fx.Node]:
+    def nodes(self) -> list[Node]:
         """The nodes among its arguments, once for every mention."""
-        return [a for a in (*self.args, *(v for _, v in self.kwargs)) if isinstance(a, fx.Node)]
+        return [a for a in (*self.args, *(v for _, v in self.kwargs)) if isinstance(a, Node)]
 
 
 class OperationReader:
     """Reads nodes as elementwise operations.
 
     Args:
-        graph_module: the traced model.
-        values: node → value in the example run.
-        kinds: node → kind.
+        model: the network with values.
         rules: node → rule, where there is one.
     """
 
-    def __init__(
-        self,
-        graph_module: fx.GraphModule,
-        values: Mapping[fx.Node, Any],
-        kinds: Mapping[fx.Node, Kind],
-        rules: Mapping[fx.Node, Rule],
-    ) -> None:
-        self.graph_module = graph_module
-        self.values = values
-        self.kinds = kinds
+    def __init__(self, model: nn.Module, rules: Mapping[Node, Rule]) -> None:
+        self.model = model
         self.rules = rules
 
-    def read(self, node: fx.Node) -> Operation | None:
+    def read(self, node: Node) -> Operation | None:
         """What a node computes elementwise, if that is what it does."""
         rule = self.rules.get(node)
         if rule is None:
@@ -118,7 +108,7 @@ class OperationReader:
                 args = (*args[:1], self._slopes(node, args[1]))
             return self._checked(node, name, args, dict(node.kwargs))
         if rule.function is elementwise.module_activation:
-            return self._module(node) if node.op == "call_module" else self._function(node)
+            return self._module(node) if node.op == "module" else self._function(node)
         name = _NAMES.get(rule.function)
         if name is None or (rule.function in (reduction.max_, reduction.min_) and not self._joins(node)):
             return None
@@ -126,12 +116,12 @@ class OperationReader:
         kwargs = {} if name == "same" or name in _CONSTANT else dict(node.kwargs)
         return self._checked(node, name, args, kwargs)
 
-    def _joins(self, node: fx.Node) -> bool:
+    def _joins(self, node: Node) -> bool:
         """Whether torch.max is called with two tensors."""
-        return len(node.all_input_nodes) == 2 and all(isinstance(self.values[n], Tensor) for n in node.all_input_nodes)
+        return len(node.inputs) == 2 and all(isinstance(n.value, Tensor) for n in node.inputs)
 
-    def _module(self, node: fx.Node) -> Operation | None:
-        module = self.graph_module.get_submodule(str(node.target))
+    def _module(self, node: Node) -> Operation | None:
+        module = self.model.get_submodule(node.target)
         known = canonical(module)
         if known is None:
             return self._checked(node, "module", (Fetch(str(node.target)), *node.args), {})
@@ -140,7 +130,7 @@ class OperationReader:
             return self._checked(node, name, (*node.args, self._slopes(node, f"{node.target}.weight")), {})
         return self._checked(node, name, node.args, parameters)
 
-    def _function(self, node: fx.Node) -> Operation:
+    def _function(self, node: Node) -> Operation:
         """A function of torch that its user calls an activation."""
         name = f"torch.{node.target}" if isinstance(node.target, str) else describe(node.target)
         name = name.removesuffix("_")  # in place it is the same function
@@ -152,11 +142,11 @@ class OperationReader:
             )
         return found
 
-    def _slopes(self, node: fx.Node, weight: Any) -> Any:
+    def _slopes(self, node: Node, weight: Any) -> Any:
         """PReLU's weight, one slope a channel, in the shape that meets the channels along dimension 1."""
-        return Fetch(weight, (-1, *(1,) * (self.values[node].dim() - 2)))
+        return Fetch(weight, (-1, *(1,) * (node.value.dim() - 2)))
 
-    def _checked(self, node: fx.Node, name: str | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Operation | None:
+    def _checked(self, node: Node, name: str | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Operation | None:
         """The operation if a program can run it with these arguments."""
         if name is None or operation(name) is None:
             return None
@@ -165,22 +155,16 @@ class OperationReader:
             return None
         if "input" in given:
             args = (given.pop("input"), *args)
-        plain = tuple(self._plain(a) for a in args)
-        named = tuple((k, self._plain(v)) for k, v in given.items())
-        if not all(self._fits(a, node) for a in (*plain, *(v for _, v in named))):
+        if not all(self._fits(a, node) for a in (*args, *given.values())):
             return None
-        return Operation(name, plain, named)
+        return Operation(name, tuple(args), tuple(given.items()))
 
-    def _plain(self, argument: Any) -> Any:
-        """A size or flag of the input as the number that it is."""
-        return self.values[argument] if isinstance(argument, fx.Node) and self.kinds[argument] is Kind.STATIC else argument
-
-    def _fits(self, argument: Any, node: fx.Node) -> bool:
+    def _fits(self, argument: Any, node: Node) -> bool:
         """Whether a program can hold it: a number, a tensor of the walk, a parameter that differs by channel at most."""
-        if not isinstance(argument, fx.Node):
+        if not isinstance(argument, Node):
             return argument is None or isinstance(argument, bool | int | float | str | Fetch)
-        value = self.values[argument]
+        value = argument.value
         if not isinstance(value, Tensor):
             return False
-        rank = self.values[node].dim() if isinstance(self.values[node], Tensor) else 0
-        return self.kinds[argument] is Kind.DATA or (value.dim() <= rank and sum(s != 1 for s in value.shape) <= 1)
+        rank = node.value.dim() if isinstance(node.value, Tensor) else 0
+        return argument.data or (value.dim() <= rank and sum(s != 1 for s in value.shape) <= 1)

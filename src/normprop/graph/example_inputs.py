@@ -1,21 +1,22 @@
-"""Shapes without data: run a graph on meta tensors, with an input found from the model's own layers."""
+"""Inputs to record a network with: the user's example, or guesses on the meta device until one runs."""
 
 from __future__ import annotations
 
-import copy
 import inspect
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
-from torch.func import functional_call
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
+from torch.utils import _pytree as pytree
 
 from normprop.errors import TracingError
+from normprop.graph.node import Node
 
 EXAMPLE_BATCH = 2
 _USUAL_SIZES = (224, 32, 28, 64, 256, 96, 112, 128, 160, 192, 240, 288, 299, 320, 331, 384, 448, 512, 8, 16)
@@ -26,134 +27,157 @@ _LAYERS = (_ConvNd, nn.Linear, nn.Embedding, nn.EmbeddingBag, nn.RNNBase, nn.Lay
 Shape = tuple[int, ...]
 Shapes = Shape | Sequence[Shape | None]
 Layer = nn.Module | Tensor
-Result = TypeVar("Result")
 
 
-class MetaRun(fx.Interpreter):
-    """Runs a graph on the meta device and keeps every node's value: shapes and sizes, no arithmetic."""
+@dataclass(frozen=True)
+class Inputs:
+    """What a forward is called with.
 
-    def __init__(self, graph_module: fx.GraphModule) -> None:
-        super().__init__(graph_module, garbage_collect_values=False)
-        self.extra_traceback = False
-        self._meta: dict[int, Tensor] = {}
+    Attributes:
+        args: positional arguments.
+        kwargs: keyword arguments.
+    """
 
-    def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run a leaf with meta copies of its parameters; one that asks for values runs on zeros instead."""
-        module = self.fetch_attr(target)
-        if isinstance(module, _NormBase):
-            return torch.empty_like(args[0])
-        tensors = {k: self._on_meta(v) for k, v in (*module.named_parameters(), *module.named_buffers())}
-        try:
-            return functional_call(module, tensors, args, kwargs)
-        except RuntimeError as error:
-            if "meta tensor" not in str(error):
-                raise
-        real = fx.node.map_aggregate(
-            (args, kwargs), lambda a: torch.zeros_like(a, device="cpu") if isinstance(a, Tensor) else a
-        )
-        found = copy.deepcopy(module).cpu()(*real[0], **real[1])
-        return fx.node.map_aggregate(found, lambda a: a.to("meta") if isinstance(a, Tensor) else a)
+    args: tuple[Any, ...] = ()
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
 
-    def get_attr(
-        self,
-        target: Any,
-        args: tuple[Any, ...],  # noqa: ARG002  fx's signature
-        kwargs: dict[str, Any],  # noqa: ARG002  fx's signature
-    ) -> Any:
-        """Parameters and buffers as meta tensors."""
-        value = self.fetch_attr(target)
-        return self._on_meta(value) if isinstance(value, Tensor) else value
+    @classmethod
+    def of(cls, example: Any) -> Inputs:
+        """A tensor or list as the one argument, a tuple as all of them, a dict as keywords."""
+        if isinstance(example, Inputs):
+            return example
+        if isinstance(example, tuple):
+            return cls(example)
+        return cls((), dict(example)) if isinstance(example, Mapping) else cls((example,))
 
-    def call_method(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """A tensor that moves to a device stays where it is."""
-        return args[0] if target in ("cpu", "cuda") else super().call_method(target, args, kwargs)
+    def tensors(self) -> list[Tensor]:
+        """All tensors, in order."""
+        return [t for t in pytree.tree_leaves((self.args, dict(self.kwargs))) if isinstance(t, Tensor)]
 
-    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Factories such as torch.zeros make meta tensors too."""
-        with torch.device("meta"):
-            return super().call_function(target, args, kwargs)
+    def map(self, fn: Any) -> Inputs:
+        """The same with every tensor replaced."""
+        args, kwargs = pytree.tree_map_only(Tensor, fn, (self.args, dict(self.kwargs)))
+        return Inputs(args, kwargs)
 
-    def _on_meta(self, tensor: Tensor) -> Tensor:
-        if id(tensor) not in self._meta:
-            self._meta[id(tensor)] = torch.empty_like(tensor, device="meta")
-        return self._meta[id(tensor)]
+    def on_meta(self) -> Inputs:
+        """Without values; a batch of one becomes one of two, so that a batch can be told from what has size 1."""
+        tensors = self.tensors()
+        if tensors and all(t.dim() > 0 and t.shape[0] == 1 for t in tensors):
+            return self.map(lambda t: torch.empty((EXAMPLE_BATCH, *t.shape[1:]), dtype=t.dtype, device="meta"))
+        return self.map(lambda t: torch.empty_like(t, device="meta"))
+
+    def random(self, like: Tensor, batch: int | None = None) -> Inputs:
+        """Real tensors of the same shapes: standard normal for floats, zeros for the rest."""
+        generator = torch.Generator().manual_seed(0)
+
+        def real(t: Tensor) -> Tensor:
+            shape = t.shape if batch is None else (batch, *t.shape[1:])
+            if not t.is_floating_point():
+                return torch.zeros(shape, dtype=t.dtype, device=like.device)
+            return torch.randn(shape, generator=generator).to(like.device, t.dtype)
+
+        return self.map(real)
 
 
-def example_values(graph_module: fx.GraphModule, shape: Shapes | None, hint: Shape | None) -> dict[fx.Node, Any]:
-    """Every node's value in a run on meta tensors.
+def batch_inputs(batch: Any, example: Inputs) -> Inputs:
+    """What a batch of a loader gives to each input of a network.
+
+    A tensor is the first input; of a tuple the first entries are the inputs, what follows are labels; a mapping holds
+    keyword arguments by name.
 
     Args:
-        graph_module: the traced model.
-        shape: shape of one sample of the first input, or a sequence with one an input, if known.
+        batch: as a loader yields it.
+        example: what the network takes.
+    """
+    if isinstance(batch, Inputs):
+        return batch
+    if isinstance(batch, Mapping) and not any(isinstance(a, Mapping) for a in example.args):
+        return Inputs((), {name: batch[name] for name in example.kwargs or batch})
+    if isinstance(batch, tuple | list) and not isinstance(example.args[0] if example.args else None, tuple | list):
+        return Inputs(tuple(batch[: max(1, len(example.args))]))
+    return Inputs((batch,))
+
+
+def required(model: nn.Module) -> list[inspect.Parameter]:
+    """The arguments of the forward that have no default."""
+    found = [p for p in inspect.signature(model.forward).parameters.values() if p.default is p.empty]
+    return [p for p in found if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)] or [
+        p for p in inspect.signature(model.forward).parameters.values() if p.kind is p.VAR_POSITIONAL
+    ]
+
+
+def candidates(
+    model: nn.Module, kinds: Sequence[Layer | None], shape: Shapes | None, hint: Shape | None, *, few: bool = False
+) -> Iterator[Inputs]:
+    """Guesses on the meta device, likeliest first.
+
+    Args:
+        model: the network.
+        kinds: the first layer that each required argument meets.
+        shape: of a sample of the first input, or a sequence with one per input, if known.
         hint: a shape to try first, for instance the one a model zoo records.
-
-    Returns:
-        node → value: tensors on the meta device (batch of `EXAMPLE_BATCH`), ints, tuples…
-
-    Raises:
-        TracingError: no input shape was found that the model accepts.
+        few: the usual sizes only.
     """
-    placeholders = [n for n in graph_module.graph.nodes if n.op == "placeholder" and not n.args]
-    kinds = [_first_layer(graph_module, n) for n in placeholders]
-
-    def run(inputs: tuple[Tensor, ...]) -> dict[fx.Node, Any]:
-        interpreter = MetaRun(graph_module)
-        interpreter.run(*inputs)
-        return dict(interpreter.env)
-
-    dtype = _floating_dtype(graph_module)
-    return _search(type(graph_module).__name__, run, kinds, dtype, shape, hint)[1]
+    named, dtype = required(model), _floating_dtype(model)
+    for tensors in _tensors(kinds, dtype, shape, hint, few):
+        positional = [x for p, x in zip(named, tensors, strict=True) if p.kind is not p.KEYWORD_ONLY]
+        keyword = {p.name: x for p, x in zip(named, tensors, strict=True) if p.kind is p.KEYWORD_ONLY}
+        yield Inputs(tuple(positional), keyword)
 
 
-def model_inputs(model: nn.Module, shape: Shapes | None, hint: Shape | None) -> tuple[Tensor, ...]:
-    """Meta tensors, one an input without a default, which the model accepts; it is run as it is, without a graph.
-
-    Raises:
-        TracingError: none were found, or the model needs the values of a tensor.
-    """
-    named = [p for p in inspect.signature(model.forward).parameters.values() if p.default is p.empty]
-    named = [p for p in named if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+def first_kinds(model: nn.Module) -> list[Layer | None]:
+    """A first guess: the model's first layer, for every required argument."""
     first = next((m for m in model.modules() if isinstance(m, _LAYERS)), None)
-    tensors = {k: torch.empty_like(v, device="meta") for k, v in (*model.named_parameters(), *model.named_buffers())}
-
-    def run(inputs: tuple[Tensor, ...]) -> None:
-        positional = [x for p, x in zip(named, inputs, strict=True) if p.kind is not p.KEYWORD_ONLY]
-        keyword = {p.name: x for p, x in zip(named, inputs, strict=True) if p.kind is p.KEYWORD_ONLY}
-        with torch.device("meta"):
-            functional_call(model, tensors, tuple(positional), keyword)
-
-    return _search(type(model).__name__, run, [first] * len(named), _floating_dtype(model), shape, hint)[0]
+    return [first] * len(required(model))
 
 
-def _search(
-    name: str,
-    run: Callable[[tuple[Tensor, ...]], Result],
-    kinds: Sequence[Layer | None],
-    dtype: torch.dtype,
-    shape: Shapes | None,
-    hint: Shape | None,
-) -> tuple[tuple[Tensor, ...], Result]:
-    """The first inputs with which `run` succeeds, and what it returned."""
-    if not kinds:
-        raise TracingError("a network without an input cannot be walked.")
-    first: Exception | None = None
-    for inputs in _candidates(kinds, dtype, shape, hint):
-        try:
-            with torch.no_grad():
-                return inputs, run(inputs)
-        except Exception as error:
-            first = first or error
-            if isinstance(error, NotImplementedError) or "meta tensor" in str(error):
-                break  # the model asks for a value, whatever the shape; torch has no type of its own for all such errors
-    known = f"an input of shape {shape}" if shape is not None else "any input shape that was tried"
-    raise TracingError(
-        f"{name} does not run on {known}: {(str(first).splitlines() or [''])[0]}\n"
-        "Pass input=InputStats.from_loader(loader), which knows the shape of a sample."
+def kinds_seen(model: nn.Module, inputs: Sequence[Node], pending: tuple[Any, tuple[Node, ...]] | None) -> list[Layer | None]:
+    """The first layer that each input met in a record, even if that record ended there.
+
+    Args:
+        model: the recorded network.
+        inputs: input nodes of the record.
+        pending: target and input nodes of the operation that failed.
+    """
+    return [_first_layer(model, node, pending) for node in inputs]
+
+
+def _first_layer(model: nn.Module, start: Node, pending: tuple[Any, tuple[Node, ...]] | None) -> Layer | None:
+    seen, queue = {start}, [start]
+    while queue:
+        node = queue.pop(0)
+        readers = [(user.op, user.target, user.args, user) for user in node.users]
+        if pending is not None and node in pending[1]:
+            readers.append(("module" if isinstance(pending[0], str) else "call", pending[0], pending[1], None))
+        for op, target, args, user in readers:
+            if op == "module" and isinstance(target, str):
+                module = model.get_submodule(target)
+                if isinstance(module, _LAYERS):
+                    return module
+            name = getattr(target, "__name__", "")
+            if ("conv" in name or name == "linear") and len(args) > 1 and isinstance(args[1], Node):
+                value = args[1].value
+                if isinstance(value, Tensor) and value.dim() > 1 and not args[1].data:
+                    return value
+            if user is not None and user not in seen:
+                seen.add(user)
+                queue.append(user)
+    return None
+
+
+def no_inputs(model: nn.Module, shape: Shapes | None, reason: Exception | None) -> TracingError:
+    """The error that says that no guess ran, and what to do."""
+    known = f"an input of shape {shape}" if shape is not None else "any input that was guessed"
+    first = (str(reason).splitlines() or [""])[0]
+    return TracingError(
+        f"{type(model).__name__} does not run on {known}: {type(reason).__name__}: {first}\n"
+        "Pass example=, what its forward takes: a tensor, a tuple of arguments, or a dict of keyword arguments. "
+        "Or convert a part: normprop.convert(model.backbone, in_place=True)."
     )
 
 
-def _candidates(
-    kinds: Sequence[Layer | None], dtype: torch.dtype, shape: Shapes | None, hint: Shape | None
+def _tensors(
+    kinds: Sequence[Layer | None], dtype: torch.dtype, shape: Shapes | None, hint: Shape | None, few: bool
 ) -> Iterator[tuple[Tensor, ...]]:
     if shape is not None:
         known: list[Any] = list(shape) if shape and not isinstance(shape[0], int) else [shape]
@@ -163,45 +187,12 @@ def _candidates(
     if hint is not None:
         yield tuple(_tensor(kind, hint, dtype) for kind in kinds)
     tried: set[tuple[Shape, ...]] = set()
-    sizes = itertools.chain(_USUAL_SIZES, _OTHER_SIZES)
+    sizes = itertools.chain(_USUAL_SIZES, () if few else _OTHER_SIZES)
     for size, variant in ((s, v) for s in sizes for v in range(4)):
         shapes = tuple(options[min(variant, len(options) - 1)] for options in (_samples(kind, size) for kind in kinds))
         if shapes not in tried:
             tried.add(shapes)
             yield tuple(_tensor(kind, sample, dtype) for kind, sample in zip(kinds, shapes, strict=True))
-
-
-def _first_layer(graph_module: fx.GraphModule, placeholder: fx.Node) -> Layer | None:
-    """The first layer with a known input (a module, or the weight of a functional one) downstream of an input."""
-    seen = {placeholder}
-    queue = [placeholder]
-    while queue:
-        node = queue.pop(0)
-        for user in node.users:
-            if user.op == "call_module":
-                module = graph_module.get_submodule(str(user.target))
-                if isinstance(module, _LAYERS):
-                    return module
-            weight = user.args[1] if user.op == "call_function" and len(user.args) > 1 else None
-            if isinstance(weight, fx.Node) and weight.op == "get_attr" and _takes_weight(user):
-                value = _attribute(graph_module, str(weight.target))
-                if isinstance(value, Tensor) and value.dim() > 1:
-                    return value
-            if user not in seen:
-                seen.add(user)
-                queue.append(user)
-    return None
-
-
-def _takes_weight(node: fx.Node) -> bool:
-    """Whether a node calls a functional convolution or linear layer."""
-    name = getattr(node.target, "__name__", "")
-    return "conv" in name or name == "linear"
-
-
-def _attribute(root: nn.Module, path: str) -> Any:
-    parent, _, name = path.rpartition(".")
-    return getattr(root.get_submodule(parent), name)
 
 
 def _samples(kind: Layer | None, size: int) -> list[Shape]:
@@ -248,14 +239,3 @@ def _tensor(kind: Layer | None, shape: Sequence[int], dtype: torch.dtype) -> Ten
 def _floating_dtype(model: nn.Module) -> torch.dtype:
     tensors = (*model.parameters(), *model.buffers())
     return next((t.dtype for t in tensors if t.is_floating_point()), torch.get_default_dtype())
-
-
-def sample_shape(values: Mapping[fx.Node, Any], graph: fx.Graph) -> list[tuple[Shape, torch.dtype]]:
-    """Shape of one sample and dtype of each input of an example run, defaults left out."""
-    inputs = [values[n] for n in graph.nodes if n.op == "placeholder" and not n.args]
-    return [(tuple(v.shape[1:]), v.dtype) for v in inputs]
-
-
-def example_inputs(inputs: Sequence[tuple[Shape, torch.dtype]]) -> tuple[Tensor, ...]:
-    """Meta tensors, one an input, for sample shapes and dtypes as `sample_shape` gives them."""
-    return tuple(torch.empty((EXAMPLE_BATCH, *shape), dtype=dtype, device="meta") for shape, dtype in inputs)

@@ -10,13 +10,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch import fx
+from torch import nn
 
 from normprop.errors import NormPropError
 from normprop.graph.elementwise_operation import Fetch, Operation, OperationReader
-from normprop.graph.kind import Kind
+from normprop.graph.node import Node
+from normprop.graph.recorder import Record
 from normprop.rules import elementwise
-from normprop.rules.composed import Operand, Program, Step, composed, find_bends
+from normprop.rules.composed import Program, Step, composed, find_bends
 from normprop.rules.table import Rule
 
 _LIMIT = 64  # steps of one program
@@ -37,11 +38,11 @@ class Fused:
         operands: nodes with its parameters and modules.
     """
 
-    source: fx.Node
+    source: Node
     program: Program
     bends: tuple[float, ...]
     jumps: tuple[float, ...]
-    operands: tuple[fx.Node, ...]
+    operands: tuple[Node, ...]
 
     def rule(self) -> Rule:
         """The rule that stands for it."""
@@ -64,43 +65,36 @@ class Fusion:
     finite everywhere, as a logarithm; what comes of that further on may be.
 
     Args:
-        graph_module: the traced model. Nodes that fetch parameters are added to its graph where a function needs them.
-        values: node → value in the example run; entries for added nodes are added.
-        kinds: node → kind; as `values`.
+        record: of the network. Nodes that fetch parameters are made beside it where a function needs them.
+        known: gives the present value of a node that is made of parameters alone.
+        model: the network with values.
         rules: node → rule, where there is one.
     """
 
-    def __init__(
-        self,
-        graph_module: fx.GraphModule,
-        values: dict[fx.Node, Any],
-        kinds: dict[fx.Node, Kind],
-        rules: Mapping[fx.Node, Rule],
-    ) -> None:
-        self.graph_module = graph_module
-        self.values = values
-        self.kinds = kinds
+    def __init__(self, record: Record, known: Callable[[Node], Any], model: nn.Module, rules: Mapping[Node, Rule]) -> None:
+        self.record = record
+        self.known = known
         self.rules = rules
-        self.reader = OperationReader(graph_module, values, kinds, rules)
-        self.operations: dict[fx.Node, Operation] = {}
-        self.roots: dict[fx.Node, fx.Node] = {}
-        self.affine: set[fx.Node] = set()
-        self.fetched: dict[Fetch, fx.Node] = {}
+        self.reader = OperationReader(model, rules)
+        self.operations: dict[Node, Operation] = {}
+        self.roots: dict[Node, Node] = {}
+        self.affine: set[Node] = set()
+        self.fetched: dict[Fetch, Node] = {}
 
-    def run(self) -> dict[fx.Node, Fused]:
+    def run(self) -> dict[Node, Fused]:
         """Every node to be taken as a function, with the function."""
-        fused: dict[fx.Node, Fused] = {}
-        for node in list(self.graph_module.graph.nodes):
-            if self.kinds[node] is not Kind.DATA or node.op == "output":
+        fused: dict[Node, Fused] = {}
+        for node in self.record.nodes:
+            if not node.data:
                 continue
             found = self._visit(node)
             if found is not None:
                 fused[node] = found
         return fused
 
-    def _visit(self, node: fx.Node) -> Fused | None:
+    def _visit(self, node: Node) -> Fused | None:
         found = self.reader.read(node)
-        sources = [] if found is None else [n for n in found.nodes() if self.kinds[n] is Kind.DATA]
+        sources = [] if found is None else [n for n in found.nodes() if n.data]
         roots = {self.roots[n] for n in sources}
         if found is None or len(roots) != 1 or self._shape(node) != self._shape(next(iter(roots))):
             self.roots[node] = node
@@ -116,12 +110,12 @@ class Fusion:
             return None
         return self._fuse(node)
 
-    def _shape(self, node: fx.Node) -> Any:
-        return getattr(self.values[node], "shape", None)
+    def _shape(self, node: Node) -> Any:
+        return getattr(node.value, "shape", None)
 
     def _multiplies(self, found: Operation) -> bool:
         """Whether values of the tensor are multiplied with each other, or divide."""
-        data = lambda a: isinstance(a, fx.Node) and self.kinds[a] is Kind.DATA
+        data = lambda a: isinstance(a, Node) and a.data
         where: dict[str, Callable[[], bool]] = {
             "mul": lambda: all(map(data, found.args[:2])),
             "div": lambda: any(map(data, found.args[1:])),
@@ -130,7 +124,7 @@ class Fusion:
         }
         return found.name in where and where[found.name]()
 
-    def _is_exact(self, node: fx.Node, found: Operation, sources: list[fx.Node], affine: bool, on_affine: bool) -> bool:
+    def _is_exact(self, node: Node, found: Operation, sources: list[Node], affine: bool, on_affine: bool) -> bool:
         """Whether the node's own rule loses nothing."""
         if len(sources) == 1:
             own = self.rules[node].function in (elementwise.named_activation, elementwise.module_activation)
@@ -139,35 +133,27 @@ class Fusion:
         same = len(set(sources)) == 1
         return same and on_affine and found.name in ("mul", "add", "sub")
 
-    def _fetch(self, before: fx.Node, wanted: Fetch) -> fx.Node:
-        """A node in front of another one that gets an operand."""
-        if wanted in self.fetched:
-            return self.fetched[wanted]
-        graph = self.graph_module.graph
-        with graph.inserting_before(before):
-            fetched = graph.get_attr(wanted.path) if isinstance(wanted.path, str) else wanted.path
-            self._know(fetched, self._value(fetched))
-            if wanted.size is not None and self.values[fetched].numel() > 1:
-                fetched = graph.call_method("reshape", (fetched, wanted.size))
-                self._know(fetched, self._value(fetched))
-        self.fetched[wanted] = fetched
-        return fetched
+    def _fetch(self, wanted: Fetch) -> Node:
+        """A node that gets an operand."""
+        if wanted not in self.fetched:
+            fetched = Node("tensor", wanted.path) if isinstance(wanted.path, str) else wanted.path
+            if wanted.size is not None and self.known(fetched).numel() > 1:
+                fetched = Node("call", "reshape", (fetched, wanted.size))
+            self.fetched[wanted] = fetched
+        return self.fetched[wanted]
 
-    def _know(self, node: fx.Node, value: Operand) -> None:
-        self.values[node], self.kinds[node] = value, Kind.TENSOR
-
-    def _fuse(self, node: fx.Node) -> Fused | None:
+    def _fuse(self, node: Node) -> Fused | None:
         source = self._start(node)
         region = self._between(source, node)
         if len(region) > _LIMIT:
             return None
         numbers = {source: 0} | {n: i + 1 for i, n in enumerate(region)}
-        operands: list[fx.Node] = []
+        operands: list[Node] = []
 
         def written(argument: Any) -> Any:
             if isinstance(argument, Fetch):
-                argument = self._fetch(node, argument)
-            if not isinstance(argument, fx.Node):
+                argument = self._fetch(argument)
+            if not isinstance(argument, Node):
                 return argument
             if argument in numbers:
                 return f"%{numbers[argument]}"
@@ -183,7 +169,7 @@ class Fusion:
         found = self._bends(node, tuple(program), operands)
         return None if found is None else Fused(source, tuple(program), *found, tuple(operands))
 
-    def _start(self, node: fx.Node) -> fx.Node:
+    def _start(self, node: Node) -> Node:
         """The last affine function of the root through which all of the node's values go."""
         upstream = self._between(self.roots[node], node)[:-1]
         for candidate in reversed(upstream):
@@ -191,43 +177,36 @@ class Fusion:
                 return candidate
         return self.roots[node]
 
-    def _between(self, source: fx.Node, node: fx.Node) -> list[fx.Node]:
+    def _between(self, source: Node, node: Node) -> list[Node]:
         """The nodes from behind the source to the node, in the order of the graph."""
-        found: set[fx.Node] = set()
+        found: set[Node] = set()
         stack = [node]
         while stack:
             current = stack.pop()
             if current is not source and current not in found:
                 found.add(current)
-                stack.extend(n for n in self.operations[current].nodes() if self.kinds[n] is Kind.DATA)
+                stack.extend(n for n in self.operations[current].nodes() if n.data)
         return [n for n in self.operations if n in found]
 
-    def _leaves(self, node: fx.Node, stop: fx.Node) -> set[fx.Node]:
+    def _leaves(self, node: Node, stop: Node) -> set[Node]:
         """What a node is made of if the graph ended at another one, and at the root."""
-        leaves: set[fx.Node] = set()
+        leaves: set[Node] = set()
         stack = [node]
         while stack:
             current = stack.pop()
             if current is stop or current not in self.operations:
                 leaves.add(current)
             else:
-                stack.extend(n for n in self.operations[current].nodes() if self.kinds[n] is Kind.DATA)
+                stack.extend(n for n in self.operations[current].nodes() if n.data)
         return leaves
 
     def _bends(
-        self, node: fx.Node, program: Program, operands: list[fx.Node]
+        self, node: Node, program: Program, operands: list[Node]
     ) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
         """Bends and jumps of a function; None if it has no moments, an error if its user said that it has."""
         try:
-            return find_bends(program, [self._value(o) for o in operands])
+            return find_bends(program, [self.known(o) for o in operands])
         except NormPropError as error:
             if self.operations[node].searched:
                 raise NormPropError(f"{node.target} cannot be integrated as an activation: {error}") from error
             return None
-
-    def _value(self, node: fx.Node) -> Any:
-        """The present value of a node made of parameters and sizes alone."""
-        if self.kinds.get(node) is Kind.STATIC:
-            return self.values[node]
-        args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), self._value)
-        return getattr(fx.Interpreter(self.graph_module), node.op)(node.target, args, kwargs)

@@ -1,113 +1,110 @@
-"""A traced model made ready for the rules: what each node is, which rule it has, how that rule is called."""
+"""A recorded network made ready for the rules: which rule each operation has, and how that rule is called."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from normprop import integrations
 from normprop.channel_moments import Moments
 from normprop.errors import NormPropError, TracingError, UnsupportedOpError
-from normprop.graph.example_inputs import Shape, Shapes, example_values, model_inputs, sample_shape
+from normprop.graph.copies import meta_copy, throwaway_copy
+from normprop.graph.example_inputs import Inputs, Shape, Shapes, candidates, first_kinds, kinds_seen, no_inputs
 from normprop.graph.fusion import Fused, Fusion
-from normprop.graph.kind import Kind as Kind
-from normprop.graph.sized import SizedTracer
-from normprop.graph.trace import Leaf, LeafTracer, trace
+from normprop.graph.node import Node, map_nodes, nodes_in, placed, run
+from normprop.graph.recorder import Leaf, Record, Recorder
 from normprop.rules.composed import composed
 from normprop.rules.table import TABLE, Key, Rule, RuleTable, Standing, describe
+from normprop.sites.site import Site
 
 
 @dataclass(frozen=True)
 class Walk:
-    """A traced model with everything a walk needs.
+    """A recorded network with everything a walk needs.
 
     Attributes:
-        graph_module: the trace; it shares the model's modules.
-        values: node → value in a run on meta tensors.
-        kinds: node → `Kind`.
-        rules: rule of every DATA node that is neither an input nor the output; of those within composed functions where
-            there is one.
+        model: the network itself, with values; paths in the record are its own.
+        record: what it did.
+        example: the inputs of the record, on the meta device.
+        rules: rule of every operation on data; of those within composed functions where there is one.
         fused: nodes that are taken as one function of an earlier node, whatever operations lie between.
-        missing: DATA nodes without a rule which are not merely part of a composed function, and why.
+        missing: operations on data without a rule which are not merely part of a composed function, and why.
     """
 
-    graph_module: fx.GraphModule
-    values: Mapping[fx.Node, Any]
-    kinds: Mapping[fx.Node, Kind]
-    rules: Mapping[fx.Node, Rule]
-    fused: Mapping[fx.Node, Fused] = field(default_factory=dict)
-    missing: Mapping[fx.Node, str] = field(default_factory=dict)
+    model: nn.Module
+    record: Record
+    example: Inputs
+    rules: Mapping[Node, Rule]
+    fused: Mapping[Node, Fused] = field(default_factory=dict)
+    missing: Mapping[Node, str] = field(default_factory=dict)
 
-    def inputs(self) -> list[tuple[Shape, torch.dtype]]:
-        """Sample shape and dtype of each input."""
-        return sample_shape(self.values, self.graph_module.graph)
+    @property
+    def nodes(self) -> list[Node]:
+        """All operations, in order."""
+        return self.record.nodes
 
     def shapes(self) -> list[Shape]:
-        """Sample shape of each input."""
-        return [shape for shape, _ in self.inputs()]
+        """Shape of a sample of each input."""
+        return [tuple(node.value.shape[1:]) for node in self.record.inputs]
 
-    def module(self, node: fx.Node) -> nn.Module:
-        """The module that a call_module node runs."""
-        return self.graph_module.get_submodule(str(node.target))
+    def module(self, node: Node) -> nn.Module:
+        """The module that a node runs."""
+        return self.model.get_submodule(node.target)
+
+    def known(self, node: Node) -> Any:
+        """The present value of a node that is made of parameters and constants alone."""
+        if node.op == "tensor":
+            return attrgetter(node.target)(self.model)
+        if node.op == "constant":
+            return node.target
+        args, kwargs = placed(map_nodes((node.args, node.kwargs), self.known), reference_tensor(self.model).device)
+        if node.op == "module":
+            return self.module(node)(*args, **kwargs)
+        return run(node.target, args, kwargs)
 
     def call(
-        self, node: fx.Node, moments_of: Callable[[fx.Node], Any], known: Callable[[fx.Node], Any], module: Any = None
+        self, node: Node, moments_of: Callable[[Node], Any], known: Callable[[Node], Any], module: Any = None
     ) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
         """The rule's call for a node: function, arguments, keyword arguments.
 
         Args:
-            node: a DATA node with a rule.
-            moments_of: what stands for a DATA node (`Moments`, or the lane's node).
-            known: what stands for a TENSOR node (the tensor, or the node itself).
-            module: what stands for the module of a call_module node.
+            node: an operation on data with a rule.
+            moments_of: what stands for a node that depends on data (`Moments`, or the lane's node).
+            known: what stands for one that is made of parameters (the tensor, or the lane's node).
+            module: what stands for the module of a module's node.
         """
         if node in self.fused:
             f = self.fused[node]
             operands = (known(operand) for operand in f.operands)
             return composed, (moments_of(f.source), f.program, f.bends, f.jumps, *operands), {}
         rule = self.rules[node]
-
-        def replace(argument: fx.Node) -> Any:
-            kind = self.kinds[argument]
-            if kind is Kind.DATA:
-                return moments_of(argument)
-            return known(argument) if kind is Kind.TENSOR else self.values[argument]
-
-        args = fx.node.map_arg(node.args, replace)
-        kwargs = dict(fx.node.map_arg(node.kwargs, replace))
+        args, kwargs = map_nodes((node.args, node.kwargs), lambda a: moments_of(a) if a.data else known(a))
         if not args and "input" in kwargs:  # torch's name for a first tensor; rules take it by position
             args = (kwargs.pop("input"),)
         if rule.shaped:
-            arguments = [t for n in self.data_arguments(node) for t in _tensors(self.values[n])]
+            arguments = [t for n in self.data_arguments(node) for t in tensors_in(n.value)]
             kwargs["in_shapes"] = tuple(tuple(t.shape) for t in arguments)
-            value = self.values[node]
-            kwargs["out_shape"] = tuple(value.shape) if isinstance(value, Tensor) else None
-        first = (module,) if node.op == "call_module" else ()
+            kwargs["out_shape"] = tuple(node.value.shape) if isinstance(node.value, Tensor) else None
+        first = (module,) if node.op == "module" else ()
         return rule.function, (*rule.leading, *first, *args), kwargs
 
-    def data_arguments(self, node: fx.Node) -> list[fx.Node]:
-        """The DATA nodes that a node's moments follow from, in order, once for every mention among its arguments."""
+    def data_arguments(self, node: Node) -> list[Node]:
+        """The nodes that a node's moments follow from, in order, once for every mention among its arguments."""
         if node in self.fused:
             return [self.fused[node].source]
-        found: list[fx.Node] = []
+        return [n for n in nodes_in((node.args, node.kwargs)) if n.data]
 
-        def collect(argument: fx.Node) -> fx.Node:
-            if self.kinds[argument] is Kind.DATA:
-                found.append(argument)
-            return argument
-
-        fx.node.map_arg((node.args, node.kwargs), collect)
-        return found
-
-    def standing(self, node: fx.Node) -> tuple[Standing, str]:
+    def standing(self, node: Node) -> tuple[Standing, str]:
         """Standing of a node's rule for its arguments, and the reason."""
-        return standing_for(node, self.rules[node], self.kinds)
+        return standing_for(node, self.rules[node])
 
-    def require(self, nodes: Collection[fx.Node] | None = None) -> None:
+    def require(self, nodes: Collection[Node] | None = None) -> None:
         """Make sure that nodes have rules, all of them by default.
 
         Raises:
@@ -117,24 +114,25 @@ class Walk:
         if left:
             raise _unsupported(self, left)
 
-    def place(self, node: fx.Node) -> str:
-        """Module path of a node: its own if it calls a module, else that of the module whose forward it stands in."""
-        return str(node.target) if node.op in ("call_module", "get_attr") else str(node.meta.get("scope", ""))
-
-    def operation(self, node: fx.Node) -> str:
+    def operation(self, node: Node) -> str:
         """What a node does, for people."""
-        if node.op == "call_module":
+        if node.op == "module":
             return type(self.module(node)).__name__
-        target = node.target
-        return describe(target) if not isinstance(target, str) else (target if node.op == "placeholder" else f".{target}")
+        return node.target if node.op in ("input", "unseen") else operation_name(node.target)
 
 
-def standing_for(node: fx.Node, rule: Rule, kinds: Mapping[fx.Node, Kind]) -> tuple[Standing, str]:
+def operation_name(target: Any) -> str:
+    """A recorded function or method, for people."""
+    if isinstance(target, str):
+        return target if " " in target else f".{target}"
+    return describe(target)
+
+
+def standing_for(node: Node, rule: Rule) -> tuple[Standing, str]:
     """Standing of a rule for a node's arguments, and the reason."""
     if rule.judge is None:
         return rule.standing, rule.reason
-    stand_in: Any = lambda argument: Moments if kinds[argument] is Kind.DATA else argument
-    args, kwargs = fx.node.map_arg(node.args, stand_in), dict(fx.node.map_arg(node.kwargs, stand_in))
+    args, kwargs = map_nodes((node.args, node.kwargs), lambda n: Moments if n.data else n)
     if not args and "input" in kwargs:
         args = (kwargs.pop("input"),)
     return rule.standing_for(*args, **kwargs)
@@ -146,126 +144,195 @@ def prepare(
     rules: Mapping[Key, Rule | Callable[..., Any]] | None = None,
     leaf_modules: Sequence[Leaf] = (),
     shape: Shapes | None = None,
+    example: Any = None,
+    training: bool | None = None,
+    few: bool = False,
 ) -> Walk:
-    """Trace a model, run it on meta tensors and find every node's rule.
+    """Record a forward of a network and find every operation's rule.
 
     Args:
-        model: any module that torch.fx can trace.
+        model: any module. It is not run itself: a copy of it is.
         rules: overrides for this call.
         leaf_modules: modules to keep whole.
-        shape: shape of one sample of the first input, or a sequence with one an input, if known.
+        shape: shape of one sample of the first input, or a sequence with one per input, if known.
+        example: what the forward takes, if known: a tensor, a tuple of arguments, a dict of keyword arguments, `Inputs`.
+        training: the mode to record; the model's own by default.
+        few: try the usual sizes only.
 
     Returns:
         The walk; what has no rule is in its ``missing``, and `Walk.require` refuses it.
 
     Raises:
-        TracingError: control flow on values, or no fitting input shape.
+        TracingError: no input was found that the network runs on.
     """
     _check(model)
+    hint = integrations.load_for(model).sample_shape(model)
+    recorder = lambda copy: recorder_for(copy, rules, leaf_modules)
+    record, used = _recorded(_Copies(model, training), recorder, shape, hint, example, few)
+    return walk_over(model, record, used, TABLE.with_overrides(rules))
+
+
+def recorder_for(
+    model: nn.Module,
+    rules: Mapping[Key, Rule | Callable[..., Any]] | None = None,
+    leaf_modules: Sequence[Leaf] = (),
+    observer: Callable[[str, Any], None] | None = None,
+) -> Recorder:
+    """A recorder that keeps whole what rules, the libraries that the model comes from, or the user want kept."""
     integration = integrations.load_for(model)
-    table = TABLE.with_overrides(rules)
-    hint = integration.sample_shape(model)
     leaves = (*leaf_modules, *integration.leaf_modules)
-    settings = (table, leaves, integration.leaf_functions, integration.expansions)
-    try:
-        graph_module = trace(model, LeafTracer(*settings))
-    except TracingError as error:  # control flow, perhaps on sizes only
-        inputs = _inputs_or(error, model, shape, hint)
-        graph_module = trace(model, SizedTracer(inputs, *settings))
-        shape = tuple(tuple(x.shape[1:]) for x in inputs)
-    device = reference_tensor(model).device  # what a factory in the forward asks for is not the example's meta device
-    found_values = example_values(graph_module, shape, hint)
-    values = {n: device if isinstance(v, torch.device) else v for n, v in found_values.items()}
-    kinds: dict[fx.Node, Kind] = {}
-    for node in graph_module.graph.nodes:
-        kinds[node] = _kind(node, values, kinds)
-    found: dict[fx.Node, Rule] = {}
-    missing: dict[fx.Node, str] = {}
-    for node in graph_module.graph.nodes:
-        if kinds[node] is not Kind.DATA or node.op in ("placeholder", "output"):
+    expansions = {Site: expand_site, **integration.expansions}
+    return Recorder(model, TABLE.with_overrides(rules), leaves, expansions, observer)
+
+
+def expand_site(site: Site, call: Callable[..., Any], x: Tensor) -> Tensor:
+    """A site, then the modules that it holds: the activation of a norm-act module."""
+    x = call(site.normalize if site.lane is not None and not x.is_meta else lambda x: x.clone(), x)
+    for module in site.children():
+        x = module(x)
+    return x
+
+
+def argument_names(model: nn.Module) -> list[str]:
+    """The names of the forward's arguments, in order."""
+    return [p.name for p in inspect.signature(model.forward).parameters.values()]
+
+
+def walk_over(model: nn.Module, record: Record, example: Inputs, table: RuleTable) -> Walk:
+    """The walk of a record: rules found, elementwise operations on one tensor taken together."""
+    found: dict[Node, Rule] = {}
+    missing: dict[Node, str] = {}
+    for node in record.nodes:
+        if not node.data or node.op == "input":
             continue
-        rule = rule_of(graph_module, node, table)
-        standing, reason = ("unsupported", "no moment rule") if rule is None else standing_for(node, rule, kinds)
+        rule = rule_of(record.model, node, table)
+        standing, reason = ("unsupported", _no_rule(node)) if rule is None else standing_for(node, rule)
         if rule is None or standing == "unsupported":
             missing[node] = reason
         else:
             found[node] = rule
-    return completed(graph_module, values, kinds, found, missing)
-
-
-def rule_of(graph_module: fx.GraphModule, node: fx.Node, table: RuleTable) -> Rule | None:
-    """The table's rule for what a node runs."""
-    if node.op == "call_module":
-        return table.for_module(graph_module.get_submodule(str(node.target)))
-    return table.for_function(node.target)
-
-
-def completed(
-    graph_module: fx.GraphModule,
-    values: dict[fx.Node, Any],
-    kinds: dict[fx.Node, Kind],
-    rules: dict[fx.Node, Rule],
-    missing: Mapping[fx.Node, str],
-) -> Walk:
-    """The walk in which elementwise operations on one tensor are taken together.
-
-    Args:
-        graph_module: the trace; nodes may be added to its graph.
-        values: node → value in the example run; grows with the graph.
-        kinds: node → kind; as `values`.
-        rules: node → rule, where the table has one; gets those of composed functions.
-        missing: node → reason, where it has none.
-    """
-    fused = Fusion(graph_module, values, kinds, rules).run()
-    rules |= {node: function.rule() for node, function in fused.items()}
-    inner = inner_nodes(graph_module.graph, fused)
+    bare = Walk(model, record, example, found)
+    fused = Fusion(record, bare.known, model, found).run()
+    found |= {node: function.rule() for node, function in fused.items()}
+    inner = inner_nodes(record.nodes, fused)
     left = {node: reason for node, reason in missing.items() if node not in fused and node not in inner}
-    return Walk(graph_module, values, kinds, rules, fused, left)
+    return Walk(model, record, example, found, fused, left)
 
 
-def inner_nodes(graph: fx.Graph, fused: Mapping[fx.Node, Fused]) -> set[fx.Node]:
+def _no_rule(node: Node) -> str:
+    return "its maker was not seen; give the module around it a rule" if node.op == "unseen" else "no moment rule"
+
+
+def rule_of(model: nn.Module, node: Node, table: RuleTable) -> Rule | None:
+    """The table's rule for what a node runs."""
+    if node.op == "module":
+        return table.for_module(model.get_submodule(node.target))
+    return None if node.op == "unseen" else table.for_function(node.target)
+
+
+def inner_nodes(nodes: Sequence[Node], fused: Mapping[Node, Fused]) -> set[Node]:
     """Nodes that appear within composed functions alone: nothing asks for their moments."""
-    inner: set[fx.Node] = set()
-    for node in reversed(graph.nodes):
+    inner: set[Node] = set()
+    for node in reversed(nodes):
         if node.users and all(u in inner or (u in fused and fused[u].source is not node) for u in node.users):
             inner.add(node)
     return inner
 
 
-def _inputs_or(error: TracingError, model: nn.Module, shape: Shapes | None, hint: Shape | None) -> tuple[Tensor, ...]:
-    """Example inputs of a model that plain tracing refused; its own error if none are found."""
-    try:
-        return model_inputs(model, shape, hint)
-    except TracingError:
-        raise error from None
-
-
-def _kind(node: fx.Node, values: Mapping[fx.Node, Any], kinds: Mapping[fx.Node, Kind]) -> Kind:
-    value = values.get(node)
-    tensors = _holds_tensor(value)
-    if node.op == "placeholder":
-        return Kind.DATA if tensors else Kind.STATIC
-    if node.op == "output":
-        return Kind.DATA
-    if not any(kinds[a] is Kind.DATA for a in node.all_input_nodes):
-        static = not tensors and any(kinds[a] is Kind.STATIC for a in node.all_input_nodes)
-        return Kind.STATIC if static else Kind.TENSOR
-    return Kind.DATA if tensors else Kind.STATIC
-
-
-def _tensors(value: Any) -> list[Tensor]:
+def tensors_in(value: Any) -> list[Tensor]:
     """The tensors of an operation's value: itself, or the entries of several."""
     if isinstance(value, Tensor):
         return [value]
-    return [t for v in value for t in _tensors(v)] if isinstance(value, tuple | list) else []
+    return [t for v in value for t in tensors_in(v)] if isinstance(value, tuple | list) else []
 
 
-def _holds_tensor(value: Any) -> bool:
-    if isinstance(value, Tensor):
-        return True
-    if isinstance(value, tuple | list):
-        return any(_holds_tensor(v) for v in value)
-    return isinstance(value, dict) and any(_holds_tensor(v) for v in value.values())
+def reference_tensor(model: nn.Module) -> Tensor:
+    """A floating tensor whose device and (at least float32) dtype the moments take."""
+    tensor = next((t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()), torch.zeros(()))
+    wide = torch.float32 if tensor.dtype in (torch.float16, torch.bfloat16) else tensor.dtype
+    return torch.empty(0, dtype=wide, device=tensor.device)
+
+
+class _Copies:
+    """Copies of a network to be run, in one mode.
+
+    Args:
+        model: the network.
+        training: the mode; the model's own for every module by default.
+    """
+
+    def __init__(self, model: nn.Module, training: bool | None) -> None:
+        self.model, self.training = model, training
+
+    def on_meta(self) -> nn.Module:
+        """Without values."""
+        return self._set(meta_copy(self.model))
+
+    def real(self) -> nn.Module:
+        """With values."""
+        return self._set(throwaway_copy(self.model))
+
+    def _set(self, copied: nn.Module) -> nn.Module:
+        return copied if self.training is None else copied.train(self.training)
+
+
+def _recorded(
+    copies: _Copies,
+    recorder: Callable[[nn.Module], Recorder],
+    shape: Shapes | None,
+    hint: Shape | None,
+    example: Any,
+    few: bool,
+) -> tuple[Record, Inputs]:
+    """The record, and the inputs that it was made with."""
+    model = copies.model
+    names = argument_names(model)
+    if example is not None:
+        given = Inputs.of(example)
+        on_meta = given.on_meta()
+        try:
+            return recorder(copies.on_meta()).run(on_meta.args, on_meta.kwargs, names), on_meta
+        except Exception as error:
+            real = given.random(reference_tensor(model)) if given.tensors() and given.tensors()[0].is_meta else given
+            return _with_values(copies, recorder, real, names, error)
+    copied = copies.on_meta()
+    kinds, first, refined = first_kinds(copied), None, False
+    guesses = candidates(copied, kinds, shape, hint, few=few)
+    if not kinds:
+        raise TracingError("a network without an input cannot be walked.")
+    while (guess := next(guesses, None)) is not None:
+        attempt = recorder(copied)
+        try:
+            return attempt.run(guess.args, guess.kwargs, names), guess
+        except Exception as error:
+            first = first or error
+            if _asks_for_values(error):
+                return _with_values(copies, recorder, guess.random(reference_tensor(model)), names, error)
+            seen = kinds_seen(copied, attempt.record.inputs, attempt.pending)
+            if not refined and len(seen) == len(kinds):
+                refined = True
+                guesses = candidates(copied, [s or k for s, k in zip(seen, kinds, strict=True)], shape, hint, few=few)
+    raise no_inputs(model, shape, first) from first
+
+
+def _with_values(
+    copies: _Copies, recorder: Callable[[nn.Module], Recorder], inputs: Inputs, names: Sequence[str], reason: Exception
+) -> tuple[Record, Inputs]:
+    """A record on real tensors, of a network that has values in Python's hands."""
+    if reference_tensor(copies.model).is_meta:
+        raise no_inputs(copies.model, None, reason) from reason
+    try:
+        return recorder(copies.real()).run(inputs.args, inputs.kwargs, names), inputs.map(lambda t: t.to("meta"))
+    except Exception as error:
+        raise no_inputs(copies.model, tuple(tuple(t.shape) for t in inputs.tensors()), error) from error
+
+
+def _asks_for_values(error: Exception) -> bool:
+    """Whether a forward ended because the meta device has no values; torch has no type of its own for all such errors."""
+    text = str(error)
+    return isinstance(error, NotImplementedError) or any(
+        w in text for w in ("meta tensor", "Meta tensor", "meta device", "data-dependent", "_local_scalar")
+    )
 
 
 def _check(model: nn.Module) -> None:
@@ -275,18 +342,10 @@ def _check(model: nn.Module) -> None:
             raise NormPropError(f"{path} is a {kind} that has not seen its input yet.\nRun one batch through it first.")
 
 
-def _unsupported(walk: Walk, missing: Sequence[tuple[fx.Node, str]]) -> UnsupportedOpError:
+def _unsupported(walk: Walk, missing: Sequence[tuple[Node, str]]) -> UnsupportedOpError:
     names = tuple(sorted({walk.operation(node) for node, _ in missing}))
     lines = [f"{len(names)} operation{'s' * (len(names) != 1)} without a moment rule: {', '.join(names)}"]
     for node, reason in missing:
-        place = walk.place(node) or "the model itself"
-        lines.append(f"  {walk.operation(node)} in {place} ({node.meta.get('source', '?')}): {reason}")
+        lines.append(f"  {walk.operation(node)} in {node.scope or 'the model itself'} ({node.source or '?'}): {reason}")
     lines.append("Register a rule with @normprop.rule(…), or pass rules={operation: function} for this call.")
     return UnsupportedOpError("\n".join(lines), names)
-
-
-def reference_tensor(model: nn.Module) -> Tensor:
-    """A floating tensor whose device and (at least float32) dtype the moments take."""
-    tensor = next((t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()), torch.zeros(()))
-    wide = torch.float32 if tensor.dtype in (torch.float16, torch.bfloat16) else tensor.dtype
-    return torch.empty(0, dtype=wide, device=tensor.device)

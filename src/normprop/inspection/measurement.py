@@ -6,14 +6,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
-from torch.nn.modules.batchnorm import _NormBase
+from torch import Tensor, nn
 
 from normprop.channel_moments import Moments
 from normprop.errors import NormPropError
-from normprop.graph.input_moments import input_moments
-from normprop.graph.trace import Leaf
-from normprop.graph.walk import Walk, reference_tensor
+from normprop.graph.example_inputs import batch_inputs
+from normprop.graph.input_moments import input_moments, sample_shapes
+from normprop.graph.recorder import Leaf
+from normprop.graph.walk import Walk, argument_names, recorder_for, reference_tensor
 from normprop.inspection.propagation import rows_of
 from normprop.inspection.report import Report
 from normprop.inspection.rewalk import walk_of
@@ -25,24 +25,26 @@ def inspect(
     data: Any = None,
     *,
     input: Any = None,
+    example: Any = None,
     rules: Mapping[Key, Rule | Callable[..., Any]] | None = None,
     leaf_modules: Sequence[Leaf] = (),
 ) -> Report:
     """Predicted and, with data, measured moments of every tensor of a network, in eval mode.
 
     Args:
-        model: a network that torch.fx can trace, or one that `convert` made. It is not changed.
-        data: a tensor of samples, or an iterable of tensors or of tuples whose first entry is one. None predicts only.
+        model: any network, also one that `convert` made. It is not changed.
+        data: a tensor of samples, or an iterable of batches as for `calibrate`. None predicts only.
         input: moments of the input, standard normal by default.
+        example: what the model's forward takes, see `convert`; by default what `data` begins with, or guessed.
         rules: moment rules for this call.
-        leaf_modules: modules, classes or paths that tracing must not enter.
+        leaf_modules: modules, classes or paths to keep whole.
 
     Returns:
         A `Report`; with data every row has ``measured``, per channel over samples and positions.
 
     Raises:
         UnsupportedOpError: operations without a moment rule, all of them named.
-        TracingError: control flow on values.
+        TracingError: no input was found that the network runs on.
         NormPropError: no data in `data`.
 
     Example:
@@ -52,73 +54,70 @@ def inspect(
         >>> report[-1].operation, report[-1].measured.var.shape
         ('ReLU', torch.Size([1, 8]))
     """
-    training = model.training
+    modes = {module: module.training for module in model.modules()}
     model.eval()
+    batches = [data] if isinstance(data, Tensor) else data
     try:
-        shape = getattr(input, "shape", None) or _sample_shape(data)
-        walk = walk_of(model, rules=rules, leaf_modules=leaf_modules, shape=tuple(shape) if shape else None)
+        shape = sample_shapes(input) or _sample_shape(data)
+        walk = walk_of(model, rules=rules, leaf_modules=leaf_modules, shape=shape, example=example)
         report = Report(rows_of(walk, input_moments(walk.shapes(), input, reference_tensor(model))), type(model).__name__)
-        if data is None:
-            return report
-        return report.with_measured(_measure(walk, report, data, reference_tensor(model).device))
+        return report if batches is None else report.with_measured(_measure(walk, report, batches, rules, leaf_modules))
     finally:
-        model.train(training)
+        for module, mode in modes.items():
+            module.training = mode
 
 
-def _sample_shape(data: Any) -> tuple[int, ...] | None:
+def _sample_shape(data: Any) -> Any:
+    """Shape of a sample where data tell it: a tensor, or a list that can be looked into without using it up."""
+    if isinstance(data, list) and data:
+        first = data[0]
+        tensors = first if isinstance(first, tuple | list) else [first]
+        return [tuple(t.shape[1:]) for t in tensors if isinstance(t, Tensor)] or None
     return tuple(data.shape[1:]) if isinstance(data, Tensor) else None
 
 
-def _measure(walk: Walk, report: Report, data: Any, device: torch.device) -> dict[str, Moments]:
-    """Moments of every tensor of the report over all batches, by node name."""
-    meter = _Meter(walk, report)
-    batches: Iterable[Any] = [data] if isinstance(data, Tensor) else data
-    with torch.no_grad():
-        for batch in batches:
-            inputs = batch[0] if isinstance(batch, tuple | list) else batch
-            meter.run(inputs.to(device))
+@torch.no_grad()
+def _measure(
+    walk: Walk, report: Report, batches: Iterable[Any], rules: Any, leaf_modules: Sequence[Leaf]
+) -> dict[str, Moments]:
+    """Moments of every tensor of the report over all batches, by the name of the operation."""
+    meter = _Meter(report)
+    device = reference_tensor(walk.model).device
+    for batch in batches:
+        inputs = batch_inputs(batch, walk.example).map(lambda t: t.to(device))
+        recorder = recorder_for(walk.model, rules, leaf_modules, observer=meter.add)
+        recorder.run(inputs.args, inputs.kwargs, argument_names(walk.model))
     if not meter.counts:
         raise NormPropError("inspect got no data.")
     return meter.moments()
 
 
-class _Meter(fx.Interpreter):
-    """Runs the traced network and sums up every tensor per channel."""
+class _Meter:
+    """Sums up every tensor per channel."""
 
-    def __init__(self, walk: Walk, report: Report) -> None:
-        super().__init__(walk.graph_module)
+    def __init__(self, report: Report) -> None:
         self.predicted = {row.name: row.predicted for row in report}
         self.counts: dict[str, int] = {}
         self.sums: dict[str, tuple[Tensor, Tensor]] = {}
 
-    def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """A BatchNorm with an activation inside runs as its plain part: the rest of it has nodes of its own."""
-        module = self.fetch_attr(target)
-        if isinstance(module, _NormBase) and module.running_mean is not None and len(list(module.children())):
-            return nn.functional.batch_norm(
-                args[0], module.running_mean, module.running_var, module.weight, module.bias, False, 0.0, module.eps
-            )
-        return super().call_module(target, args, kwargs)
-
-    def run_node(self, n: fx.Node) -> Any:
-        """Run a node and add its tensor to the sums."""
-        value = super().run_node(n)
-        if (
-            n.name in self.predicted
-            and isinstance(value, Tensor)
-            and (value.is_floating_point() or value.dtype == torch.bool)
-        ):
-            shape = self.predicted[n.name].mean.shape
-            others = [d for d in range(value.dim()) if shape[d] == 1]
-            wide = value if value.device.type == "mps" else value.double()
-            total, square = wide.sum(others, keepdim=True), wide.square().sum(others, keepdim=True)
-            before = self.sums.get(n.name)
-            self.sums[n.name] = (total, square) if before is None else (before[0] + total, before[1] + square)
-            self.counts[n.name] = self.counts.get(n.name, 0) + value.numel() // total.numel()
-        return value
+    def add(self, name: str, value: Any) -> None:
+        """Add an operation's tensor to the sums."""
+        if name not in self.predicted or not isinstance(value, Tensor) or value.numel() == 0:
+            return
+        if value.is_complex() or not (value.is_floating_point() or value.dtype == torch.bool):
+            return
+        shape = self.predicted[name].mean.shape
+        if len(shape) != value.dim():
+            return
+        others = [d for d in range(value.dim()) if shape[d] == 1]
+        wide = value if value.device.type == "mps" else value.double()
+        total, square = wide.sum(others, keepdim=True), wide.square().sum(others, keepdim=True)
+        before = self.sums.get(name)
+        self.sums[name] = (total, square) if before is None else (before[0] + total, before[1] + square)
+        self.counts[name] = self.counts.get(name, 0) + value.numel() // total.numel()
 
     def moments(self) -> dict[str, Moments]:
-        """Mean and variance by node name."""
+        """Mean and variance by name."""
         found = {}
         for name, (total, square) in self.sums.items():
             mean = total / self.counts[name]

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from normprop.channel_moments import Moments
-from normprop.conversion.converted import ConvertedModule
 from normprop.conversion.folding import fold
+from normprop.conversion.lane import lanes_in
 from normprop.errors import NormPropError
 from normprop.inspection.bound import canonical_error_bound
 from normprop.inspection.measurement import inspect
@@ -96,7 +96,7 @@ def probe(model: nn.Module, x: Tensor, *, batch_size: int = 100) -> list[HiddenL
     """
     batches = x.split(batch_size)
     report = inspect(model, batches)
-    plain = fold(model) if isinstance(model, ConvertedModule) else model
+    plain = fold(model) if lanes_in(model) else model
     linear = [module for module in plain.modules() if isinstance(module, _LINEAR)]
     places = [i for i, row in enumerate(report) if row.slope is not None]
     if len(linear) != len(places) + 1:

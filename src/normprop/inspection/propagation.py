@@ -6,12 +6,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from normprop.channel_moments import Moments
-from normprop.graph.input_moments import input_moments
-from normprop.graph.trace import Leaf
-from normprop.graph.walk import Kind, Walk, reference_tensor
+from normprop.graph.input_moments import input_moments, sample_shapes
+from normprop.graph.node import Node
+from normprop.graph.recorder import Leaf
+from normprop.graph.walk import Walk, reference_tensor
 from normprop.inspection.report import Report, Row
 from normprop.inspection.rewalk import Claim, walk_of
 from normprop.rules import arithmetic, elementwise, normalization, shape
@@ -37,26 +38,28 @@ def propagate(
     model: nn.Module,
     input: Any = None,
     *,
+    example: Any = None,
     rules: Mapping[Key, Rule | Callable[..., Any]] | None = None,
     leaf_modules: Sequence[Leaf] = (),
 ) -> Report:
     """Predicted mean and variance of every tensor of a network, and how a small change of the input grows.
 
-    No data and no training: the moments of the input are carried through the traced graph by the moment rules. A
+    No data and no training: the moments of the input are carried through a record of the forward by the moment rules. A
     BatchNorm is taken at its word, N(β, γ²).
 
     Args:
-        model: a network that torch.fx can trace, or one that `convert` made. Its mode decides about dropout.
+        model: any network, also one that `convert` made. Its mode decides about dropout.
         input: moments of the input, `InputStats` or `Moments` (a sequence for several inputs); standard normal by default.
+        example: what the model's forward takes, see `convert`; guessed by default.
         rules: moment rules for this call.
-        leaf_modules: modules, classes or paths that tracing must not enter.
+        leaf_modules: modules, classes or paths to keep whole.
 
     Returns:
         A `Report`, one row an operation.
 
     Raises:
         UnsupportedOpError: operations without a moment rule, all of them named.
-        TracingError: control flow on values.
+        TracingError: no input was found that the network runs on.
         NormPropError: input moments that cannot be.
 
     Example:
@@ -65,37 +68,39 @@ def propagate(
         >>> [row.operation for row in normprop.propagate(net)]
         ['input', 'Linear', 'ReLU']
     """
-    sample = getattr(input, "shape", None)
-    walk = walk_of(model, rules=rules, leaf_modules=leaf_modules, shape=tuple(sample) if sample else None)
+    walk = walk_of(model, rules=rules, leaf_modules=leaf_modules, shape=sample_shapes(input), example=example)
     return Report(rows_of(walk, input_moments(walk.shapes(), input, reference_tensor(model))), type(model).__name__)
 
 
 @torch.no_grad()
 def rows_of(walk: Walk, inputs: list[Moments]) -> list[Row]:
     """The rows of a prepared walk from its inputs' moments on."""
-    interpreter = fx.Interpreter(walk.graph_module, garbage_collect_values=False)
-    known: dict[fx.Node, Any] = {}
-    moments: dict[fx.Node, Any] = {}
-    change: dict[fx.Node, Any] = {}
+    known: dict[Node, Any] = {}
+    moments: dict[Node, Any] = {}
+    change: dict[Node, Any] = {}
     rows: list[Row] = []
     given = iter(inputs)
-    for node in walk.graph_module.graph.nodes:
-        kind = walk.kinds[node]
-        if kind is Kind.TENSOR:
-            known[node] = _value(interpreter, walk, node, known)
-        if kind is not Kind.DATA or node.op == "output" or (node.op != "placeholder" and node not in walk.rules):
+
+    def value(node: Node) -> Any:
+        """A tensor made of parameters alone, computed once."""
+        if node not in known:
+            known[node] = walk.known(node)
+        return known[node]
+
+    for node in walk.nodes:
+        if not node.data or (node.op != "input" and node not in walk.rules):
             continue
         slope = None
-        if node.op == "placeholder":
+        if node.op == "input":
             moments[node] = next(given)
             change[node] = moments[node].var
         else:
-            module = walk.module(node) if node.op == "call_module" else None
-            call = walk.call(node, moments.__getitem__, known.__getitem__, module)
+            module = walk.module(node) if node.op == "module" else None
+            call = walk.call(node, moments.__getitem__, value, module)
             moments[node] = call[0](*call[1], **call[2])
             full = full_moments(call)
             slope = None if full is None else full.slope
-            change[node] = _change(walk, node, call, moments, change, known, module, slope)
+            change[node] = _change(walk, node, call, moments, change, value, module, slope)
         if isinstance(moments[node], Moments):
             if slope is not None:
                 slope = slope * moments[walk.data_arguments(node)[0]].var.mean() / moments[node].var.mean()
@@ -103,20 +108,13 @@ def rows_of(walk: Walk, inputs: list[Moments]) -> list[Row]:
     return rows
 
 
-def _value(interpreter: fx.Interpreter, walk: Walk, node: fx.Node, known: Mapping[fx.Node, Any]) -> Any:
-    """A tensor made of parameters alone, computed."""
-    fetch = lambda a: known[a] if walk.kinds[a] is Kind.TENSOR else walk.values[a]
-    args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), fetch)
-    return getattr(interpreter, node.op)(node.target, args, kwargs)
-
-
 def _change(
     walk: Walk,
-    node: fx.Node,
+    node: Node,
     call: tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]],
-    moments: Mapping[fx.Node, Any],
-    change: Mapping[fx.Node, Any],
-    known: Mapping[fx.Node, Any],
+    moments: Mapping[Node, Any],
+    change: Mapping[Node, Any],
+    known: Callable[[Node], Any],
     module: nn.Module | None,
     slope: Tensor | None,
 ) -> Any:
@@ -133,35 +131,41 @@ def _change(
         return change[sources[0]] * (after.mean() / before.mean().clamp(min=torch.finfo(before.dtype).tiny))
     function, args, kwargs = call
     function = function.layer if isinstance(function, Claim) else function
-    step = min(_step(moments[source], change[source]) for source in sources)
+    step = min((_step(moments[source], change[source]) for source in sources), default=0.01)
     larger = {source: _larger(moments[source], change[source], step) for source in sources}
-    _, changed, changed_kwargs = walk.call(node, larger.__getitem__, known.__getitem__, module)
+    _, changed, changed_kwargs = walk.call(node, larger.__getitem__, known, module)
     return _difference(function(*changed, **changed_kwargs), function(*args, **kwargs), step)
 
 
 def _step(moments: Any, change: Any) -> float:
     """The share of a change that adds a hundredth to the variance."""
+    if moments is None:
+        return 1.0
     if isinstance(moments, Moments):
         return 0.01 * float(moments.var.mean() / change.mean().clamp(min=torch.finfo(change.dtype).tiny))
     return min(_step(m, c) for m, c in zip(moments, change, strict=True))
 
 
 def _larger(moments: Any, change: Any, step: float) -> Any:
+    if moments is None:
+        return None
     if isinstance(moments, Moments):
         return Moments(moments.mean, moments.var + step * change)
     return type(moments)(_larger(m, c, step) for m, c in zip(moments, change, strict=True))
 
 
 def _difference(after: Any, before: Any, step: float) -> Any:
+    if after is None:
+        return None
     if isinstance(after, Moments):
         return ((after.var - before.var) / step).clamp(min=0.0)
     return type(after)(_difference(a, b, step) for a, b in zip(after, before, strict=True))
 
 
-def _scalar_roots(walk: Walk, node: fx.Node) -> set[fx.Node]:
+def _scalar_roots(walk: Walk, node: Node) -> set[Node]:
     """The tensors of which a node is an elementwise function."""
-    roots: set[fx.Node] = set()
-    seen: set[fx.Node] = set()
+    roots: set[Node] = set()
+    seen: set[Node] = set()
     stack = [node]
     while stack:
         current = stack.pop()
@@ -175,7 +179,7 @@ def _scalar_roots(walk: Walk, node: fx.Node) -> set[fx.Node]:
     return roots
 
 
-def _entangled(walk: Walk, node: fx.Node) -> bool:
+def _entangled(walk: Walk, node: Node) -> bool:
     """Whether a sum or product joins two functions of one tensor, which its rule takes for independent."""
     if walk.rules[node].function not in _JOINS:
         return False
@@ -185,7 +189,7 @@ def _entangled(walk: Walk, node: fx.Node) -> bool:
     return bool(_scalar_roots(walk, sources[0]) & _scalar_roots(walk, sources[1]))
 
 
-def _row(walk: Walk, node: fx.Node, moments: Moments, slope: Tensor | None, change: Tensor) -> Row:
+def _row(walk: Walk, node: Node, moments: Moments, slope: Tensor | None, change: Tensor) -> Row:
     rule = walk.rules.get(node)
     standing, reason = ("input", "") if rule is None else walk.standing(node)
     if rule is not None and _entangled(walk, node):
@@ -193,12 +197,12 @@ def _row(walk: Walk, node: fx.Node, moments: Moments, slope: Tensor | None, chan
     variance = moments.var.mean().clamp(min=torch.finfo(moments.var.dtype).tiny)
     return Row(
         name=node.name,
-        path=walk.place(node),
+        path=node.scope,
         operation="input" if rule is None else walk.operation(node),
         standing=standing,
         reason=reason,
-        source=str(node.meta.get("source", "")),
-        shape=tuple(walk.values[node].shape),
+        source=node.source,
+        shape=tuple(node.value.shape),
         predicted=Moments(moments.mean.detach(), moments.var.detach()),
         slope=None if slope is None else float(slope.mean()),
         sensitivity=float(change.mean() / variance),

@@ -17,14 +17,13 @@ class Integration:
     """What a library adds to a walk.
 
     Attributes:
-        leaf_modules: classes that tracing must not enter.
-        leaf_functions: functions that tracing must not enter.
-        expansions: class → function ``(module, call)`` that writes the module as several calls.
+        leaf_modules: classes to keep whole.
+        expansions: class → function ``(module, call, *inputs)`` that runs a module as several: ``call(compute, *inputs)`` computes
+            the part that goes by the module's own path, the rest is modules inside it.
         shape_of: model → shape of one input sample, where the library records it.
     """
 
     leaf_modules: tuple[type[nn.Module], ...] = ()
-    leaf_functions: tuple[Callable[..., Any], ...] = ()
     expansions: dict[type[nn.Module], Callable[..., Any]] = field(default_factory=dict)
     shape_of: Callable[[nn.Module], Shape | None] = lambda _: None
 
@@ -46,7 +45,6 @@ def load_for(model: nn.Module) -> Integration:
         return Integration()
     return Integration(
         leaf_modules=tuple(c for f in found for c in f.leaf_modules),
-        leaf_functions=tuple(c for f in found for c in f.leaf_functions),
         expansions={k: v for f in found for k, v in f.expansions.items()},
         shape_of=lambda m: next((s for f in found if (s := f.shape_of(m)) is not None), None),
     )

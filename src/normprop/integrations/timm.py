@@ -5,21 +5,34 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from timm.layers._fx import get_notrace_functions
 from timm.layers.cond_conv2d import CondConv2d
 from timm.layers.conv2d_same import Conv2dSame
-from timm.layers.norm_act import BatchNormAct2d, SyncBatchNormAct
+from timm.layers.norm_act import BatchNormAct2d, FrozenBatchNormAct2d, SyncBatchNormAct
 from timm.layers.pool2d_same import AvgPool2dSame, MaxPool2dSame
 from torch import nn
 
 from normprop.integrations import Integration, Shape
-from normprop.rules import linear, normalization, pooling, shape
+from normprop.rules import linear, normalization, pooling
 from normprop.rules.table import rule, unsupported
+
+
+def _plain(module: Any) -> Callable[..., Any]:
+    """The forward of the torch class that a norm-act module extends; frozen ones are an affine."""
+    if isinstance(module, FrozenBatchNormAct2d):
+        return _frozen
+    forward: Callable[..., Any] = next(c for c in type(module).__mro__ if c.__module__.startswith("torch.")).forward  # type: ignore[attr-defined]
+    return forward
+
+
+def _frozen(module: Any, x: Any) -> Any:
+    scale = module.weight * (module.running_var + module.eps).rsqrt()
+    shift = module.bias - module.running_mean * scale
+    return x * scale.reshape(1, -1, 1, 1) + shift.reshape(1, -1, 1, 1)
 
 
 def _expand(module: Any, call: Callable[..., Any], x: Any) -> Any:
     """BatchNorm, then the dropout and the activation that sit inside the module, if there are any."""
-    x = call(x)
+    x = call(lambda x: _plain(module)(module, x), x)
     for inner in (getattr(module, "drop", None), getattr(module, "act", None)):
         x = x if inner is None else inner(x)
     return x
@@ -32,14 +45,6 @@ rule(AvgPool2dSame, standing="approximate", reason="as AvgPool2d")(pooling.avera
 rule(MaxPool2dSame, standing="approximate", reason="as MaxPool2d")(pooling.max_pool)
 
 
-_NO_TRACE: list[Any] = get_notrace_functions()  # type: ignore[no-untyped-call]  # timm has no types for it
-_FUNCTIONS: tuple[Callable[..., Any], ...] = tuple(f for f in _NO_TRACE if callable(f))
-
-for _function in _FUNCTIONS:
-    if getattr(_function, "__name__", "").startswith(("window_reverse", "grid_reverse", "deblockify")):
-        rule(_function, shaped=True)(shape.regroup)  # windows of positions put back into an image
-
-
 def _shape(model: nn.Module) -> Shape | None:
     config = getattr(model, "pretrained_cfg", None) or {}
     size = config.get("input_size")
@@ -47,7 +52,6 @@ def _shape(model: nn.Module) -> Shape | None:
 
 
 INTEGRATION = Integration(
-    leaf_functions=_FUNCTIONS,
-    expansions={BatchNormAct2d: _expand, SyncBatchNormAct: _expand},
+    expansions={BatchNormAct2d: _expand, SyncBatchNormAct: _expand, FrozenBatchNormAct2d: _expand},
     shape_of=_shape,
 )

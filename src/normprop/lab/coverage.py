@@ -14,8 +14,6 @@ from torch.nn.modules.batchnorm import _NormBase
 from normprop.conversion.conversion import convert
 from normprop.conversion.site_plan import nodes_behind, plan_sites
 from normprop.errors import NormPropError, TracingError, UnsupportedOpError
-from normprop.graph.copies import tracing_copy
-from normprop.graph.example_inputs import example_inputs
 from normprop.graph.walk import prepare
 
 
@@ -26,8 +24,8 @@ class Coverage:
     Attributes:
         name: ``torchvision:NAME`` or ``timm:NAME``.
         norms: number of BatchNorm modules; nothing else is looked at if there is none.
-        traced: torch.fx turned it into a graph, which runs on an input that was found.
-        converted: `convert` rewrote it, and the result runs and gives the shape that it should.
+        traced: its forward was recorded, on an input that was found.
+        converted: `convert` gave it sites, and the result runs and gives the shape that it should.
         after_linear: sites that rewrite the weight of the layer before them.
         affine: sites that scale and shift what they normalise.
         approximate: operations in front of some site whose rule is an approximation.
@@ -84,19 +82,19 @@ def _cover(name: str) -> Coverage:
 
 
 def _convert(model: nn.Module, row: dict[str, Any]) -> None:
-    walk = prepare(tracing_copy(model))
+    walk = prepare(model, training=False)
     row["traced"] = True
     plans = plan_sites(walk, "batchnorm", center=False)
-    needed = nodes_behind(walk, plans)
+    needed = nodes_behind(walk, plans, plans)
     walk.require(needed)
     approximate = {walk.operation(n) for n in needed & walk.rules.keys() if walk.standing(n)[0] == "approximate"}
     row["approximate"] = tuple(sorted(approximate))
     row["after_linear"] = sum(plan.layer is not None for plan in plans)
     row["affine"] = len(plans) - row["after_linear"]
-    inputs = example_inputs(walk.inputs())
+    inputs = walk.example
     converted = convert(model, preserve=False)
     with torch.no_grad(), torch.device("meta"):
-        before, after = _shapes(model(*inputs)), _shapes(converted(*inputs))
+        before, after = (_shapes(m(*inputs.args, **inputs.kwargs)) for m in (model, converted))
     if before != after:
         raise NormPropError(f"the converted network gives {after}, the original {before}.")
     row["converted"] = True
@@ -150,12 +148,12 @@ def table(rows: Sequence[Coverage]) -> str:
 
 
 def summary(rows: Sequence[Coverage]) -> str:
-    """One sentence: how many of the networks with a BatchNorm that torch.fx can trace are converted."""
+    """One sentence: how many of the networks with a BatchNorm that could be recorded are converted."""
     held = [row for row in rows if row.norms]
     traced = [row for row in held if row.traced]
     done = sum(row.converted for row in traced)
     share = f" ({100 * done / len(traced):.1f} %)" if traced else ""
     return (
-        f"{len(held)} of {len(rows)} networks hold a BatchNorm; torch.fx traces {len(traced)} of them, "
+        f"{len(held)} of {len(rows)} networks hold a BatchNorm; {len(traced)} of them were recorded, "
         f"of which {done}{share} are converted."
     )

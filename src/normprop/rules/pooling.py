@@ -42,9 +42,17 @@ def maximum_of(x: Moments, count: int, correlation: float) -> Moments:
     )
 
 
-@functools.cache
 def order_statistic(count: int) -> tuple[float, float]:
     """Mean and variance of the largest of n independent standard normals: ``∫ x^k n φ(x) Φ(x)^{n−1} dx``."""
+    return _order_statistic(count)
+
+
+# All that torch.compiler.assume_constant_result does; calling it would import the compiler, which takes a second.
+order_statistic._dynamo_marked_constant = True  # type: ignore[attr-defined]  # a function takes any attribute
+
+
+@functools.cache
+def _order_statistic(count: int) -> tuple[float, float]:
     if count <= 1:
         return 0.0, 1.0
     x = torch.linspace(-12.0, 12.0, 4801, dtype=torch.float64, device="cpu")  # the trapezoid rule is spectrally exact here

@@ -56,6 +56,14 @@ def plain_statistics(form: Form, given: Operands) -> tuple[Tensor | None, Tensor
     return from_rows(rows, given.weight, form), first, second
 
 
+def parts(form: Form, given: Operands) -> tuple[Tensor, Tensor, Tensor]:
+    """The centred filters c (the weight itself if they aren't centred), f and b, apart."""
+    filters, first, second = plain_statistics(form, given)
+    factor = given.gamma * inverse_root(given.scale, second)
+    offset = given.beta - first * factor - given.gamma * given.shift * given.scale.rsqrt()
+    return filters, factor, offset  # type: ignore[return-value]  # None for a site without a layer
+
+
 def inverse_root(scale: Tensor, var: Tensor) -> Tensor:
     """``1/√(kV)``; a variance of zero counts as one."""
     return (scale * torch.where(var > 0, var, 1.0)).rsqrt()

@@ -9,47 +9,85 @@ import torch
 from torch import Tensor, nn
 
 from normprop.channel_moments import Moments
+from normprop.errors import NormPropError
 from normprop.rules.linear import full_precision, wide
 from normprop.sites.engine import scales
-from normprop.sites.reference import Scale, plain_statistics
+from normprop.sites.reference import Scale, parts, plain_statistics
 from normprop.sites.rows import Form, Operands
 
 
 class Site(nn.Module):
-    """The parameters of one normalisation, under BatchNorm's own names.
+    """What stands in a BatchNorm's place: its γ and β, and constants that calibration sets.
 
-    A converted network reads them in its moment lane; the module itself is not called.
+    Behind a layer that runs with the effective weight and bias of this site, the forward is the identity; elsewhere it is
+    one multiplication and one addition per channel. Modules inside (the activation of a norm-act module) run after it.
 
     Attributes:
         weight: γ, ``(C,)``, or None.
         bias: β, ``(C,)``, or None.
-        shift: d, ``(C,)``, constant: what calibration adds to the computed mean. ``(calls, C)`` if the site is used
-            several times in one forward.
+        shift: d, ``(C,)``, constant: what calibration adds to the computed mean, in units of √V. ``(calls, C)`` if the site
+            is used several times in one forward.
         scale: k, of the same shape, constant: what calibration multiplies the computed variance with.
         directions: U, constant, or None: along what the input of the layer before the site varies most, as calibration
-            found it, ``(groups · R, I/groups, …)``, as `Operands` has it. ``(calls, groups · R, …)`` for several calls.
+            found it, ``(groups · R, I/groups, …)``, as `Operands` has it; zeros before. ``(calls, groups · R, …)`` for
+            several calls.
+        centered: 1 if the filters of the layer before are centred, else 0: constant, so that a state_dict holds it.
+        path: of the site in its network.
+        lane: what computes effective weights; None for a site of no network.
     """
 
     weight: nn.Parameter | None
     bias: nn.Parameter | None
     directions: nn.Parameter | None
 
-    def __init__(self, weight: nn.Parameter | None, bias: nn.Parameter | None, shift: Tensor, scale: Tensor) -> None:
+    def __init__(
+        self, weight: nn.Parameter | None, bias: nn.Parameter | None, shift: Tensor, scale: Tensor, *, center: bool = False
+    ) -> None:
         super().__init__()
         self.register_parameter("weight", weight)
         self.register_parameter("bias", bias)
         self.shift = nn.Parameter(shift, requires_grad=False)
         self.scale = nn.Parameter(scale, requires_grad=False)
+        self.centered = nn.Parameter(shift.new_full((), float(center)), requires_grad=False)
         self.register_parameter("directions", None)
+        self.center = center
+        self.path = ""
+        self.lane: Any = None
+
+    @property
+    def num_features(self) -> int:
+        """Number of channels, as BatchNorm has it."""
+        return int(self.shift.shape[-1])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise x, which has its channels along dimension 1.
+
+        Raises:
+            NormPropError: the site belongs to no network, or is reached on a path that was not recorded.
+        """
+        x = self.normalize(x)
+        for module in self.children():
+            x = module(x)
+        return x
+
+    def normalize(self, x: Tensor) -> Tensor:
+        """`forward` without the modules inside."""
+        if self.lane is None:
+            raise NormPropError("this site belongs to no converted network.\nTake it from what normprop.convert returned.")
+        normalized: Tensor = self.lane.arrive(self, x)
+        return normalized
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
-        """Take directions as they come: whether there are any, and how many, is known from calibration alone."""
+        """Take directions as they come, and whether filters are centred."""
         found = state_dict.get(f"{prefix}directions")
         if found is None and f"{prefix}scale" in state_dict:
             self.directions = None
         elif found is not None and (self.directions is None or self.directions.shape != found.shape):
             self.directions = nn.Parameter(self.scale.new_empty(found.shape), requires_grad=False)
         super()._load_from_state_dict(state_dict, prefix, *args)
+        center = state_dict.get(f"{prefix}centered")
+        if center is not None:
+            self.center = bool(center > 0.5)
 
     def extra_repr(self) -> str:
         """Number of channels and of calls."""
@@ -139,11 +177,18 @@ def site_statistics(call: SiteArguments) -> tuple[Tensor | None, Tensor, Tensor]
         return plain_statistics(form, operands)
 
 
+def site_parts(call: SiteArguments) -> tuple[Tensor | None, Tensor, Tensor]:
+    """Filters, factor and offset of one site apart, for a layer that something wraps."""
+    form, operands = site_operands(call)
+    with full_precision(operands.shift):
+        return parts(form, operands)
+
+
 def site_operands(arguments: SiteArguments) -> tuple[Form, Operands]:
     """What the arithmetic of one site takes."""
     weight, site, x, options = arguments
     stride = options.get("transposed_stride", 0)
-    form = Form(options.get("groups", 1), stride > 0, max(stride, 1), options.get("center", False))
+    form = Form(options.get("groups", 1), stride > 0, max(stride, 1), site.center and weight is not None)
     weight = None if weight is None else wide(weight)
     vectors = _vectors(site, weight, x, options.get("channel", 1), form)
     call = options.get("call", 0)

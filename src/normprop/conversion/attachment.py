@@ -1,0 +1,167 @@
+"""Hooks that let a network's own forward run with the weights that its moment lane computes."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from normprop.conversion.lane import Entry, Lane, is_covered
+from normprop.errors import NormPropError
+
+_MISSING = object()
+
+
+class Begin:
+    """Evaluates the lane before the network's forward."""
+
+    unrecorded = True
+    begins = True
+
+    def __init__(self, lane: Lane) -> None:
+        self.lane = lane
+
+    def __call__(self, root: nn.Module, args: Any, kwargs: Any) -> None:
+        check_inputs(self.lane, args)
+        self.lane.begin(root)
+
+
+class End:
+    """Forgets the lane's values after the network's forward."""
+
+    unrecorded = True
+
+    def __init__(self, lane: Lane) -> None:
+        self.lane = lane
+
+    def __call__(self, root: nn.Module, args: Any, output: Any) -> None:
+        self.lane.end()
+
+
+class Cover:
+    """Puts a layer's effective weight and bias before its own for the time of its forward.
+
+    Attributes of a module are shared by threads: while one runs the layer the others wait.
+
+    Args:
+        lane: of the network.
+        path: of the layer.
+    """
+
+    unrecorded = True
+    covers = True
+
+    def __init__(self, lane: Lane, path: str) -> None:
+        self.lane, self.path = lane, path
+        self.open: list[tuple[Entry, Any, dict[str, Any]] | None] = []
+        self.lock = threading.RLock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A lock can't be copied."""
+        return {"lane": self.lane, "path": self.path}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)  # type: ignore[misc]  # a copy starts anew
+
+    def __call__(self, layer: nn.Module, args: Any) -> None:
+        if not is_covered(layer) and not _computed(layer):
+            raise NormPropError(
+                f"the weight of {self.path} is not a parameter any more: pruning, weight_norm or spectral_norm put a hook in "
+                "its place.\nUse torch.nn.utils.parametrizations or parametrize, or apply it before convert."
+            )
+        entry = self.lane.called(layer, self.path, args)
+        compiling = torch.compiler.is_compiling()
+        if not compiling:
+            self.lock.acquire()
+        if entry is None:
+            self.open.append(None)
+            return
+        try:
+            weight, bias, rest = self.lane.cover(layer, entry)
+        except BaseException:
+            if not compiling:
+                self.lock.release()
+            raise
+        before = {name: layer.__dict__.get(name, _MISSING) for name in ("weight", "bias")}
+        if not _computed(layer):
+            layer.__dict__["weight"] = weight
+        layer.__dict__["bias"] = bias
+        self.open.append((entry, rest, before))
+
+    def uncover(self, layer: nn.Module, output: Any) -> None:
+        """Take the effective weight away, also after an exception, and hand the output to the site."""
+        if not self.open:
+            return
+        found = self.open.pop()
+        try:
+            if found is None:
+                return
+            entry, rest, before = found
+            for name, value in before.items():
+                if value is _MISSING:
+                    layer.__dict__.pop(name, None)
+                else:
+                    layer.__dict__[name] = value
+            if isinstance(output, Tensor) and not entry.bare:
+                self.lane.leave(entry, output, rest)
+        finally:
+            if not torch.compiler.is_compiling():
+                self.lock.release()
+
+
+class Uncover:
+    """The other end of `Cover`."""
+
+    unrecorded = True
+
+    def __init__(self, cover: Cover) -> None:
+        self.cover = cover
+
+    def __call__(self, layer: nn.Module, args: Any, output: Any) -> None:
+        self.cover.uncover(layer, output)
+
+
+def attach(root: nn.Module, lane: Lane) -> None:
+    """Give a network its lane: hooks of its own, and of every layer with a site."""
+    root.register_forward_pre_hook(Begin(lane), with_kwargs=True)
+    root.register_forward_hook(End(lane), always_call=True, prepend=True)
+    for path in dict.fromkeys(path for mode in (False, True) for path in lane.layers[mode]):
+        layer, cover = root.get_submodule(path), Cover(lane, path)
+        layer.register_forward_pre_hook(cover)
+        layer.register_forward_hook(Uncover(cover), always_call=True, prepend=True)
+
+
+def detach(root: nn.Module) -> None:
+    """Take all hooks of lanes away."""
+    for module in root.modules():
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            for key in [key for key, hook in hooks.items() if getattr(hook, "unrecorded", False)]:
+                del hooks[key]
+                for flags in (module._forward_pre_hooks_with_kwargs, module._forward_hooks_always_called):
+                    flags.pop(key, None)
+
+
+def check_inputs(lane: Lane, args: Any) -> None:
+    """Refuse integers where the network was converted for numbers.
+
+    Raises:
+        NormPropError: as it says.
+    """
+    for given, known in zip(args, lane.example.args, strict=False):
+        if (
+            isinstance(given, Tensor)
+            and isinstance(known, Tensor)
+            and known.is_floating_point()
+            and not given.is_floating_point()
+        ):
+            raise NormPropError(
+                f"the input is {str(given.dtype).removeprefix('torch.')}, the network takes floating-point numbers.\n"
+                "Scale it as the training data was scaled: x.float() / 255, then standardised."
+            )
+
+
+def _computed(layer: nn.Module) -> bool:
+    """Whether a parametrisation computes the layer's weight."""
+    return isinstance(getattr(type(layer), "weight", None), property)

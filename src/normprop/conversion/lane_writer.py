@@ -1,0 +1,128 @@
+"""From a walk and its sites to the nodes of a moment lane."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from normprop.conversion.lane import Entry
+from normprop.conversion.program import constant
+from normprop.conversion.site_plan import SitePlan, nodes_behind
+from normprop.graph.node import Node, map_nodes
+from normprop.graph.walk import Walk
+from normprop.sites import site as sites
+
+
+class LaneWriter:
+    """Writes the lane's nodes for sites of one walk.
+
+    Args:
+        walk: the recorded model.
+        plans: all of its sites.
+        wanted: the sites to write.
+        inputs: for every input of the network the paths of two parameters with its mean and variance, or None where it is
+            standard normal.
+    """
+
+    def __init__(
+        self,
+        walk: Walk,
+        plans: Sequence[SitePlan],
+        wanted: Sequence[SitePlan],
+        inputs: Sequence[tuple[str, str] | None],
+        method: str = "exact",
+    ) -> None:
+        self.walk = walk
+        self.plans = {plan.node: plan for plan in plans}
+        self.wanted = wanted
+        self.method = method
+        self.inputs = dict(zip(walk.record.inputs, inputs, strict=True))
+        self.lane: dict[Node, Node] = {}
+        self.known: dict[Node, Node] = {}
+        self.modules: dict[str, Node] = {}
+        self.tensors: dict[str, Node] = {}
+
+    def run(self) -> list[Entry]:
+        """An entry per wanted site."""
+        needed = nodes_behind(self.walk, self.wanted, list(self.plans.values()))
+        for node in self.walk.nodes:
+            if node in needed:
+                self.lane[node] = self._moments(node)
+        return [self._entry(plan) for plan in self.wanted]
+
+    def _moments(self, node: Node) -> Node:
+        """The lane's side of a node."""
+        if node.op == "input":
+            return self._input(node)
+        if node in self.plans:
+            plan = self.plans[node]
+            rank = node.value.dim()
+            return Node("call", sites.site_moments, ((self._module(plan.path), rank, self._channel(plan)),))
+        if self.walk.rules[node].training_only:
+            return self.lane[self.walk.data_arguments(node)[0]]
+        module = self._module(node.target) if node.op == "module" else None
+        function, args, kwargs = self.walk.call(node, self.lane.__getitem__, self._known, module)
+        return Node("call", function, args, kwargs)
+
+    def _entry(self, plan: SitePlan) -> Entry:
+        site, layer = self._module(plan.path), plan.layer
+        moments = self.lane[plan.source]
+        options = {"channel": 1} if layer is None else layer.options()
+        if plan.call:
+            options["call"] = plan.call
+        weight = None if layer is None else self._tensor(f"{layer.path}.weight")
+        scale = Node("call", sites.site_scales, ((weight, site, moments, options),))
+        path = None if layer is None else layer.path
+        return Entry(*plan.key, path, scale, moments, options, plan.bare, plan.node.value.dim(), self._channel(plan))
+
+    @staticmethod
+    def _channel(plan: SitePlan) -> int:
+        """Where the channels of a site's value lie: BatchNorm has them along dimension 1, a bare layer where they are."""
+        rank: int = plan.node.value.dim()
+        return plan.layer.channel % rank if plan.bare and plan.layer is not None else 1
+
+    def _input(self, node: Node) -> Node:
+        given = self.inputs[node]
+        if given is not None:
+            return Node("call", sites.given_moments, tuple(self._tensor(path) for path in given))
+        shape = node.value.shape
+        ones = (1, shape[1], *(1,) * (len(shape) - 2)) if len(shape) > 1 else (1,)
+        return Node("call", sites.standard_normal, (self._tensor(f"{self.wanted[0].path}.shift"), ones))
+
+    def _known(self, node: Node) -> Node:
+        """The lane's node of a tensor made of parameters; one made of none of them is a constant."""
+        if node not in self.known:
+            self.known[node] = self._made(node)
+        return self.known[node]
+
+    def _made(self, node: Node) -> Node:
+        if node.op == "tensor":
+            return self._tensor(node.target)
+        if not any(n.op == "tensor" for n in upstream(node)):
+            return constant(self.walk.known(node))
+        args, kwargs = map_nodes((node.args, node.kwargs), self._known)
+        if node.op == "module":
+            return Node("call", run_module, (self._module(node.target), *args), kwargs)
+        return Node("call", node.target, args, kwargs)
+
+    def _module(self, path: str) -> Node:
+        return self.modules.setdefault(path, Node("module", path))
+
+    def _tensor(self, path: str) -> Node:
+        return self.tensors.setdefault(path, Node("tensor", path))
+
+
+def run_module(module: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """A module on parameters."""
+    return module(*args, **kwargs)
+
+
+def upstream(node: Node) -> set[Node]:
+    """A node and all that it is made of."""
+    found, stack = {node}, [node]
+    while stack:
+        for source in stack.pop().inputs:
+            if source not in found:
+                found.add(source)
+                stack.append(source)
+    return found

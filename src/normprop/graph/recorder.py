@@ -1,0 +1,497 @@
+"""What a network does in one forward, recorded while it runs: its own code, its own hooks, its own path."""
+
+from __future__ import annotations
+
+import contextlib
+import operator
+import random
+import sys
+import types
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+from normprop.graph.node import HERE, Node, nodes_in
+from normprop.rules.table import RuleTable, describe
+
+Leaf = str | type[nn.Module] | nn.Module
+Expansion = Callable[..., Any]
+
+# Reflected operators, and others that have a public function of the same meaning.
+_OPERATORS: dict[str, Any] = {
+    "__rsub__": torch.rsub,
+    "__getitem__": operator.getitem,
+    "__setitem__": operator.setitem,
+    "__matmul__": operator.matmul,
+    "__pow__": "pow",
+    "__truediv__": operator.truediv,
+    "__and__": operator.and_,
+    "__or__": operator.or_,
+    "__invert__": operator.invert,
+}
+_REFLECTED = {
+    "__rtruediv__": operator.truediv,
+    "__rdiv__": operator.truediv,
+    "__rpow__": operator.pow,
+    "__rmatmul__": operator.matmul,
+    "__radd__": operator.add,
+    "__rmul__": operator.mul,
+    "__rfloordiv__": operator.floordiv,
+    "__rmod__": operator.mod,
+}
+_RANDOM = frozenset(
+    "rand randn rand_like randn_like randint randint_like randperm normal bernoulli multinomial poisson".split()
+)
+_RANDOM_IN_PLACE = frozenset("bernoulli_ normal_ uniform_ random_ exponential_ geometric_ log_normal_ cauchy_".split())
+
+
+@dataclass
+class Record:
+    """The operations of one forward, in order.
+
+    Attributes:
+        model: the network that ran; paths of modules and parameters are its own.
+        nodes: every operation that returned or changed a tensor.
+        inputs: the tensors that the network was given, in the order of its arguments.
+        output: the structure that the forward returned, with nodes for tensors.
+        called: paths of the modules that ran, those within leaves, too.
+    """
+
+    model: nn.Module
+    nodes: list[Node] = field(default_factory=list)
+    inputs: list[Node] = field(default_factory=list)
+    output: Any = None
+    called: set[str] = field(default_factory=set)
+
+
+class Recorder(TorchFunctionMode):
+    """Records a network while it runs.
+
+    Functions are seen by torch's own dispatch, modules by hooks that keep a stack, tensors are known by identity. A tensor
+    whose maker was not seen is nobody's constant: it becomes an "unseen" node.
+
+    Args:
+        model: the network. Its modules get hooks for the time of the record.
+        table: modules with a rule in it are kept whole.
+        leaf_modules: further modules to keep whole, as classes, modules or paths.
+        expansions: class → function ``(module, call, *inputs)`` that runs a module as several; see `Integration`.
+        observer: gets name and value of every operation on data.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        table: RuleTable,
+        leaf_modules: Sequence[Leaf] = (),
+        expansions: Mapping[type[nn.Module], Expansion] | None = None,
+        observer: Callable[[str, Any], None] | None = None,
+    ) -> None:
+        super().__init__()
+        self.record = Record(model)
+        self.table = table
+        self.leaves = tuple(leaf_modules)
+        self.expansions = expansions or {}
+        self.observer = observer
+        self.meta = next((t.is_meta for t in (*model.parameters(), *model.buffers())), False)
+        self.known: dict[int, tuple[Tensor, Node]] = {}
+        self.aliases: dict[int, list[Tensor]] = {}
+        self.paths = {id(t): path for path, t in (*model.named_buffers(), *model.named_parameters())}
+        self.kept = {id(t): t for t in (*model.parameters(), *model.buffers())}
+        self.twins: dict[int, tuple[Tensor, Tensor]] = {}
+        self.scopes = [""]
+        self.within = 0
+        self.names: Counter[str] = Counter()
+        # Target and input nodes of the operation that is going on, for whoever asks why a run ended.
+        self.pending: tuple[Any, tuple[Node, ...]] | None = None
+
+    def run(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], names: Sequence[str] = ()) -> Record:
+        """Run the network and return what it did.
+
+        Args:
+            args: of the forward.
+            kwargs: of the forward.
+            names: of the positional arguments, for people.
+        """
+        self._take_inputs(args, kwargs, names)
+        with _untouched(), contextlib.ExitStack() as stack:
+            for path, module in self.record.model.named_modules():
+                self._watch(stack, path, module)
+            for function in self._functions():
+                self._wrap(stack, function)
+            stack.enter_context(self)
+            output = self.record.model(*args, **kwargs)
+        self.record.output = self._nodes_for(output)
+        used = set(_unused_entries(self.record))
+        self.record.nodes = [node for node in self.record.nodes if node not in used]
+        for node in self.record.nodes:
+            node.value = pytree.tree_map_only(Tensor, lambda t: t if t.is_meta else _on_meta(t), node.value)
+        return self.record
+
+    def _take_inputs(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], names: Sequence[str]) -> None:
+        for i, value in enumerate((*args, *kwargs.values())):
+            name = (names[i] if i < len(names) else f"input_{i}") if i < len(args) else list(kwargs)[i - len(args)]
+            tensors = _tensors(value)
+            for k, tensor in enumerate(tensors):
+                node = Node("input", name, value=tensor, data=True)
+                node.name = self._name(name if len(tensors) == 1 else f"{name}_{k}")
+                self.record.nodes.append(node)
+                self.record.inputs.append(node)
+                self._bind(tensor, node)
+                if self.observer is not None:
+                    self.observer(node.name, tensor)
+
+    # Modules
+
+    def _watch(self, stack: contextlib.ExitStack, path: str, module: nn.Module) -> None:
+        """Hooks that keep the stack of modules and note the leaves, inside those of the user's own hooks."""
+        expansion = next((e for c, e in self.expansions.items() if type(module) is c), None)
+        if expansion is not None:
+            module.__dict__["forward"] = _Expanded(self, path, module, expansion)
+            stack.callback(module.__dict__.pop, "forward", None)
+        leaf = expansion is None and self._is_leaf(path, module)
+
+        def enter(_: nn.Module, args: Any, kwargs: Any) -> None:
+            self.record.called.add(path)
+            if self.within:
+                self.within += 1
+                return
+            self.scopes.append(path)
+            if leaf:
+                self.within = 1
+                with torch._C.DisableTorchFunction():
+                    self.pending = path, tuple(nodes_in((self._nodes_for(args), self._nodes_for(kwargs))))
+
+        def leave(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            if self.within > 1:
+                self.within -= 1
+                return
+            self.scopes.pop()
+            if leaf:
+                self.within = 0
+                self.note("module", path, args, kwargs, output)
+
+        enter.unrecorded = leave.unrecorded = True  # type: ignore[attr-defined]  # a function takes any attribute
+        stack.callback(module.register_forward_pre_hook(enter, with_kwargs=True).remove)
+        stack.callback(module.register_forward_hook(leave, with_kwargs=True, prepend=True).remove)
+
+    def _is_leaf(self, path: str, module: nn.Module) -> bool:
+        if self.table.for_module(module) is not None:
+            return True
+        return any(
+            leaf == path if isinstance(leaf, str) else isinstance(module, leaf) if isinstance(leaf, type) else module is leaf
+            for leaf in self.leaves
+        )
+
+    # Python functions that have a rule
+
+    def _functions(self) -> Iterator[types.FunctionType]:
+        """Python functions of other libraries, or the user's, that have a rule: torch doesn't dispatch them."""
+        for key in self.table:
+            if isinstance(key, str) and "." in key:
+                module, _, name = key.rpartition(".")
+                key = getattr(sys.modules.get(module), name, None)
+            if isinstance(key, types.FunctionType) and not key.__module__.startswith("torch."):
+                yield key
+
+    def _wrap(self, stack: contextlib.ExitStack, function: types.FunctionType) -> None:
+        """Have calls of the function noted, under every name that the network's modules know it by."""
+
+        def noted(*args: Any, **kwargs: Any) -> Any:
+            if self.within:
+                return function(*args, **kwargs)
+            self.within = 1
+            try:
+                result = function(*args, **kwargs)
+            finally:
+                self.within = 0
+            self.note("call", function, args, kwargs, result)
+            return result
+
+        spaces = [m.forward.__globals__ for m in map(type, self.record.model.modules()) if hasattr(m.forward, "__globals__")]
+        for space in {id(s): s for s in (*spaces, function.__globals__)}.values():
+            for name in [name for name, value in space.items() if value is function]:
+                space[name] = noted
+                stack.callback(space.__setitem__, name, function)
+
+    # Operations
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if self.within:
+            return func(*self._alike(args), **self._alike(kwargs))
+        given = _tensors((args, kwargs))
+        self.pending = func, tuple(self.known[id(t)][1] for t in given if id(t) in self.known)
+        versions = [t._version for t in given]
+        result = func(*self._alike(args), **self._alike(kwargs))
+        changed = [t for t, version in zip(given, versions, strict=True) if t._version != version]
+        if not changed and not _tensors(result):
+            return result
+        target, args = _key(func, args, self.table)
+        if target == "" or (target is getattr and args[1] in ("grad", "shape")):
+            return result
+        rest = [t for t in changed if not any(t is r for r in _tensors(result))]
+        if rest and result is None and rest[0] is (args[0] if args else None):
+            self.note("call", target, args, kwargs, rest[0])
+            return result
+        self.note("call", target, args, kwargs, result)
+        for tensor in rest:  # changed, and not what was returned
+            self._bind(
+                tensor, self._add("call", f"in-place change by {describe(target)}", (self._node_of(tensor),), {}, tensor)
+            )
+        for tensor in changed:
+            self._spread(tensor)
+        return result
+
+    def _alike(self, value: Any) -> Any:
+        """Arguments for a run on the meta device: what is real among tensors that aren't becomes a meta tensor."""
+        if not self.meta:
+            return value
+        tensors = _tensors(value)
+        if not any(t.is_meta for t in tensors) or all(t.is_meta for t in tensors):
+            return value
+        return pytree.tree_map_only(Tensor, lambda t: t if t.is_meta else self._twin(t), value)
+
+    def _twin(self, tensor: Tensor) -> Tensor:
+        if id(tensor) not in self.twins:
+            self.twins[id(tensor)] = tensor, _on_meta(tensor)
+            self._bind(self.twins[id(tensor)][1], self._node_of(tensor))
+        return self.twins[id(tensor)][1]
+
+    def note(self, op: Any, target: Any, args: Any, kwargs: Any, result: Any) -> None:
+        """Add an operation, and know the tensors that it returned."""
+        if not _tensors(result):
+            return
+        with torch._C.DisableTorchFunction():
+            node = self._add(op, target, self._nodes_for(args), self._nodes_for(kwargs), result)
+            self._bind_all(result, node)
+
+    def _bind_all(self, value: Any, node: Node) -> None:
+        if isinstance(value, Tensor):
+            self._bind(value, node)
+        elif isinstance(value, tuple | list):
+            for i, entry in enumerate(value):
+                if _tensors(entry):
+                    self._bind_all(entry, self._add("call", operator.getitem, (node, i), {}, entry))
+        elif isinstance(value, Mapping):
+            for key, entry in value.items():
+                if _tensors(entry):
+                    self._bind_all(entry, self._add("call", operator.getitem, (node, key), {}, entry))
+
+    def _add(self, op: Any, target: Any, args: Any, kwargs: Any, value: Any) -> Node:
+        node = Node(op, target, args, kwargs, value, scope=self.scopes[-1], source=_source())
+        name = target if isinstance(target, str) else getattr(target, "__name__", "call")
+        node.data = any(n.data for n in node.inputs) or op == "unseen" or _is_random(name)
+        if node.data:
+            node.name = self._name(name if op == "module" else f"{node.scope}.{name}".lstrip("."))
+        if op == "module":
+            node.scope = target
+        self.record.nodes.append(node)
+        if self.observer is not None and node.data:
+            self.observer(node.name, value)
+            node.value = None
+        return node
+
+    def _name(self, wanted: str) -> str:
+        wanted = wanted.replace(".", "_")
+        self.names[wanted] += 1
+        return wanted if self.names[wanted] == 1 else f"{wanted}_{self.names[wanted] - 1}"
+
+    def _bind(self, tensor: Tensor, node: Node) -> None:
+        if id(tensor) not in self.known:
+            self.aliases.setdefault(_storage(tensor), []).append(tensor)
+        self.known[id(tensor)] = tensor, node
+
+    def _spread(self, changed: Tensor) -> None:
+        """Other tensors that share memory with one that was changed are changed with it."""
+        source = self.known[id(changed)][1]
+        for other in self.aliases.get(_storage(changed), []):
+            if other is changed:
+                continue
+            before = self.known[id(other)][1]
+            if _whole(other, changed):
+                node = self._add("call", "reshape", (source, tuple(other.shape)), {}, other)
+            else:
+                node = self._add("call", "in-place change of a view", (before, source), {}, other)
+            self.known[id(other)] = other, node
+
+    def _nodes_for(self, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return self._node_of(value)
+        if isinstance(value, torch.Size):
+            return tuple(value)
+        if isinstance(value, tuple):
+            mapped = [self._nodes_for(v) for v in value]
+            return type(value)(*mapped) if hasattr(value, "_fields") else tuple(mapped)
+        if isinstance(value, list):
+            return [self._nodes_for(v) for v in value]
+        if isinstance(value, Mapping):
+            return {k: self._nodes_for(v) for k, v in value.items()}
+        if isinstance(value, slice):
+            return slice(*(self._nodes_for(v) for v in (value.start, value.stop, value.step)))
+        if isinstance(value, torch.device) and (value.type == "meta" or not self.meta):
+            return HERE
+        return value
+
+    def _node_of(self, tensor: Tensor) -> Node:
+        found = self.known.get(id(tensor))
+        if found is not None:
+            return found[1]
+        path = self.paths.get(id(tensor))
+        if path is not None:
+            node = Node("tensor", path, value=tensor)
+        elif self.meta and not tensor.is_meta:
+            node = Node("constant", tensor.detach(), value=_on_meta(tensor))
+        else:
+            return self._unseen(tensor)
+        self.record.nodes.append(node)
+        self._bind(tensor, node)
+        return node
+
+    def _unseen(self, tensor: Tensor) -> Node:
+        node = self._add(
+            "unseen", "an operation that torch doesn't show (a custom autograd function, a scripted one)", (), {}, tensor
+        )
+        self._bind(tensor, node)
+        return node
+
+
+class _Expanded:
+    """Stands for the forward of a module that is several operations: one under its own path, then its children."""
+
+    def __init__(self, recorder: Recorder, path: str, module: nn.Module, expansion: Expansion) -> None:
+        self.recorder, self.path, self.module, self.expansion = recorder, path, module, expansion
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.expansion(self.module, self._call, *args, **kwargs)
+
+    def _call(self, compute: Callable[..., Any], *inputs: Any) -> Any:
+        """Compute the module's own part and note it under the module's path."""
+        if self.recorder.within:
+            return compute(*inputs)
+        self.recorder.within = 1
+        try:
+            result = compute(*inputs)
+        finally:
+            self.recorder.within = 0
+        self.recorder.note("module", self.path, inputs, {}, result)
+        return result
+
+
+def _key(func: Any, args: tuple[Any, ...], table: RuleTable) -> tuple[Any, tuple[Any, ...]]:
+    """How rules know what torch dispatched: the function, the method's name, or `getattr` with a name; "" for nothing."""
+    name = getattr(func, "__name__", "")
+    if name == "__get__":
+        return getattr, (args[0], func.__self__.__name__)
+    if name in ("__set__", "__delete__"):
+        return "", args
+    if table.for_function(func) is not None:
+        return func, args
+    if name in _REFLECTED and len(args) == 2:
+        return _REFLECTED[name], (args[1], args[0])
+    if name in _OPERATORS:
+        return _OPERATORS[name], args
+    if name.startswith("__i") and name.endswith("__"):
+        return f"{name[3:-2]}_", args
+    if name.startswith("__") and name.endswith("__"):
+        return getattr(operator, name, name), args
+    own = getattr(Tensor, name, None)
+    method = own is func or getattr(func, "__objclass__", None) is not None or func.__module__ == "torch._tensor"
+    return (name if method and own is not None else func), args
+
+
+def _is_random(name: str) -> bool:
+    return name in _RANDOM or name in _RANDOM_IN_PLACE
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    """The tensors of a structure."""
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, tuple | list):
+        return [t for v in value for t in _tensors(v)]
+    if isinstance(value, Mapping):
+        return [t for v in value.values() for t in _tensors(v)]
+    if isinstance(value, slice):
+        return _tensors((value.start, value.stop, value.step))
+    if pytree.tree_is_leaf(value):
+        return []
+    return [t for t in pytree.tree_leaves(value) if isinstance(t, Tensor)]
+
+
+def _on_meta(tensor: Tensor) -> Tensor:
+    with torch._C.DisableTorchFunction():
+        return torch.empty_like(tensor, device="meta")
+
+
+def _storage(tensor: Tensor) -> int:
+    try:
+        with torch._C.DisableTorchFunction():
+            return tensor.untyped_storage()._cdata
+    except (NotImplementedError, RuntimeError):  # sparse tensors have none
+        return id(tensor)
+
+
+def _whole(other: Tensor, changed: Tensor) -> bool:
+    """Whether two tensors hold the same numbers in the same order."""
+    with torch._C.DisableTorchFunction():
+        return (
+            other.numel() == changed.numel()
+            and other.dtype == changed.dtype
+            and other.storage_offset() == changed.storage_offset()
+            and (
+                (other.shape == changed.shape and other.stride() == changed.stride())
+                or (other.is_contiguous() and changed.is_contiguous())
+            )
+        )
+
+
+def _unused_entries(record: Record) -> Iterator[Node]:
+    """Entries of several results that nothing reads, and that aren't returned."""
+    kept = {id(node) for node in _output_nodes(record.output)}
+    for node in reversed(record.nodes):
+        if node.target is operator.getitem and node.args[0].op != "input" and not node.users and id(node) not in kept:
+            container = node.args[0]
+            if not isinstance(container.value, Tensor):
+                container.users.pop(node, None)
+                yield node
+
+
+def _output_nodes(value: Any) -> list[Node]:
+    if isinstance(value, Node):
+        return [value]
+    entries = value.values() if isinstance(value, Mapping) else value if isinstance(value, tuple | list) else ()
+    return [n for v in entries for n in _output_nodes(v)]
+
+
+def _source() -> str:
+    """``file:line`` of the innermost frame outside torch and this package."""
+    frame: types.FrameType | None = sys._getframe(2)
+    while frame is not None:
+        name = frame.f_globals.get("__name__", "")
+        if not name.startswith(("normprop.", "torch.")) and name not in ("torch", "contextlib"):
+            return f"{frame.f_code.co_filename}:{frame.f_lineno}"
+        frame = frame.f_back
+    return ""
+
+
+@contextlib.contextmanager
+def _untouched() -> Iterator[None]:
+    """No gradients, no warnings, and random states as they were."""
+    state = random.getstate()
+    numpy = sys.modules.get("numpy")
+    drawn = None if numpy is None else numpy.random.get_state()
+    with torch.random.fork_rng(devices=[]), torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            yield
+        finally:
+            random.setstate(state)
+            if numpy is not None:
+                numpy.random.set_state(drawn)
