@@ -25,3 +25,7 @@ __all__ = [
     "propagate", "recalibrate", "rule", "stretch",
     "nn", "optim",
 ]  # fmt: skip
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -54,7 +54,9 @@ class Moments:
     def shifted(self, offset: Tensor | float) -> Moments:
         """Moments of ``x + offset``."""
         mean = self.mean + offset
-        return Moments(mean, self.var.expand(mean.shape) if mean.shape != self.var.shape else self.var)
+        if mean.shape == self.var.shape:
+            return Moments(mean, self.var)
+        return Moments(*torch.broadcast_tensors(mean, self.var))
 
     def plus(self, other: Moments) -> Moments:
         """Moments of the sum of two uncorrelated tensors: means add, variances add."""

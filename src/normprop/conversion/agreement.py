@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from normprop.errors import NormPropError
-from normprop.graph.copies import independent_copy
+from normprop.graph.copies import independent_copy, running_copy
 from normprop.graph.example_inputs import Inputs
 from normprop.graph.walk import reference_tensor
 
@@ -76,7 +76,10 @@ class Agreement:
     def _error(what: str, difference: float) -> NormPropError:
         return NormPropError(
             f"the {what} network differs from the original by {difference:.1e} relative: something in it can't be followed.\n"
-            "Say so with preserve=False and check=False only if this is accepted; else convert the parts that can be followed."
+            "Convert a part that can be, normprop.convert(model.part, in_place=True), or start fresh with preserve=False."
+            if what == "converted"
+            else f"the {what} network differs from the original by {difference:.1e} relative.\n"
+            "Statistics close to zero amplify rounding: fold in float64, or pass check=False if this is accepted."
         )
 
 
@@ -99,17 +102,9 @@ def _batch(inputs: Inputs) -> int | None:
 
 @torch.no_grad()
 def _run(model: nn.Module, inputs: Inputs) -> list[Tensor]:
-    modes = {module: module.training for module in model.modules()}
-    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    model.eval()
-    try:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            output: Any = model(*inputs.map(torch.clone).args, **inputs.kwargs)
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-        for name, buffer in model.named_buffers():
-            if name in buffers and buffer.shape == buffers[name].shape:
-                buffer.copy_(buffers[name])
+    """Outputs of a copy, so that no hook of the user's and no buffer notices."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        given = inputs.map(torch.clone)
+        output: Any = running_copy(model).eval()(*given.args, **given.kwargs)
     return [t for t in pytree.tree_leaves(output) if isinstance(t, Tensor)]

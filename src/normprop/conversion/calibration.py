@@ -176,7 +176,7 @@ class _Calibration:
     def _functions(self) -> dict[Key, tuple[Tensor, Tensor]]:
         """Factor and offset of every site as it is."""
         with torch.no_grad():
-            return {entry.key: self.lane.parts(self.model, entry)[1:] for entry in self.lane.all_entries()}
+            return {entry.key: self.lane.function(self.model, entry) for entry in self.lane.all_entries()}
 
     def _set_layer(self, entry: Entry, layer: nn.Module, inputs: Sequence[tuple[Any, ...]]) -> None:
         if entry.key in self.done:

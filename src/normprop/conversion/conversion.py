@@ -28,6 +28,10 @@ from normprop.rules.table import TABLE, Key, Rule
 from normprop.sites.site import Site
 
 DIRECTIONS = 8  # as many as `calibrate` measures by default
+_HOOKS = (
+    "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks", "_is_full_backward_hook",
+)  # fmt: skip
 _WRAPPERS = (
     nn.DataParallel,
     nn.parallel.DistributedDataParallel,
@@ -340,6 +344,7 @@ def _install_sites(root: nn.Module, plans: Sequence[SitePlan]) -> tuple[nn.Modul
             site = _site(channels, calls, like, _trainable(old.weight), _trainable(old.bias), center)
             for key, child in old.named_children():  # the activation of a norm-act module
                 site.add_module(key, child)
+            _take_hooks(site, old)
             site.train(old.training)
         _allocate_directions(root, site, own)
         parent_path, _, name = path.rpartition(".")
@@ -348,6 +353,12 @@ def _install_sites(root: nn.Module, plans: Sequence[SitePlan]) -> tuple[nn.Modul
         else:
             root.get_submodule(parent_path).add_module(name, site)
     return root, statistics
+
+
+def _take_hooks(site: Site, old: nn.Module) -> None:
+    """Hooks that the user put on a BatchNorm."""
+    for name in _HOOKS:
+        site.__dict__[name] = old.__dict__[name]
 
 
 def _trainable(tensor: Tensor | None) -> nn.Parameter | None:

@@ -242,6 +242,14 @@ class Lane:
         assert call[0] is not None
         return filters.to(call[0].dtype), factor, offset
 
+    def function(self, root: nn.Module, entry: Entry) -> tuple[Tensor, Tensor]:
+        """Factor and offset of a site, with a layer or without."""
+        if entry.layer is not None:
+            return self.parts(root, entry)[1:]
+        scale = self.evaluate(root, [entry])[entry.key]
+        assert scale.factor is not None
+        return scale.factor, scale.offset
+
     def arguments(self, root: nn.Module, entry: Entry) -> tuple[Tensor | None, Site, Any, Mapping[str, Any]]:
         """What `site_scales` takes for one entry."""
         site: Any = root.get_submodule(entry.site)

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
+
+from normprop.channel_moments import Moments
 from normprop.conversion.lane import Entry
 from normprop.conversion.program import constant
 from normprop.conversion.site_plan import SitePlan, nodes_behind
@@ -54,6 +57,12 @@ class LaneWriter:
         """The lane's side of a node."""
         if node.op == "input":
             return self._input(node)
+        found = self._ruled(node)
+        detaches = node.target in ("detach", torch.detach) or (node.target is getattr and node.args[1] == "data")
+        return Node("call", detached, (found,)) if node.detached or detaches else found
+
+    def _ruled(self, node: Node) -> Node:
+        """What the rule of an operation, or the site in its place, gives."""
         if node in self.plans:
             plan = self.plans[node]
             rank = node.value.dim()
@@ -110,6 +119,13 @@ class LaneWriter:
 
     def _tensor(self, path: str) -> Node:
         return self.tensors.setdefault(path, Node("tensor", path))
+
+
+def detached(moments: Any) -> Any:
+    """The same moments without their gradients: of what runs where the network has none."""
+    if isinstance(moments, tuple):
+        return tuple(detached(m) for m in moments)
+    return Moments(moments.mean.detach(), moments.var.detach()) if isinstance(moments, Moments) else moments
 
 
 def run_module(module: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

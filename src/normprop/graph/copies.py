@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import collections
+import contextlib
 import copy
 import types
 from collections.abc import Iterator
@@ -9,6 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+
+_CONTAINERS = (list, dict, set, bytearray, collections.deque)
 
 
 def independent_copy(model: nn.Module) -> nn.Module:
@@ -41,31 +46,49 @@ def throwaway_copy(model: nn.Module) -> nn.Module:
     return _throwaway(model, memo)
 
 
-def _throwaway(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
+def running_copy(model: nn.Module) -> nn.Module:
+    """As `throwaway_copy` with its moment lane."""
+    memo: dict[int, Any] = {id(t): t.detach() for t in _left_behind(model)}
+    memo |= {id(p): p for p in model.parameters()}
+    return _throwaway(model, memo, lanes=True)
+
+
+def _throwaway(model: nn.Module, memo: dict[int, Any], *, lanes: bool = False) -> nn.Module:
     copied = copy.deepcopy(model, memo)
     for module in copied.modules():
         for hooks in (module._forward_pre_hooks, module._forward_hooks):
             for key, hook in list(hooks.items()):
                 if getattr(hook, "unrecorded", False):
-                    del hooks[key]
+                    if not lanes:
+                        del hooks[key]
                 elif isinstance(hook, types.FunctionType):
                     hooks[key] = _isolated(hook, memo)
     return copied
 
 
 def _isolated(function: types.FunctionType, memo: dict[int, Any]) -> types.FunctionType:
-    """A function with copies of what it closes over, where that can be copied."""
+    """A function with copies of what it closes over and of the containers that it names, where these can be copied."""
+    space = dict(function.__globals__)
+    for name in set(_names(function.__code__)) & space.keys():
+        if isinstance(space[name], _CONTAINERS):
+            with contextlib.suppress(Exception):  # what can't be copied is shared
+                space[name] = copy.deepcopy(space[name], memo)
     cells = []
     for cell in function.__closure__ or ():
         try:
             cells.append(types.CellType(copy.deepcopy(cell.cell_contents, memo)))
         except Exception:  # empty, or of a kind that can't be copied
             cells.append(cell)
-    made = types.FunctionType(
-        function.__code__, function.__globals__, function.__name__, function.__defaults__, tuple(cells)
-    )
+    made = types.FunctionType(function.__code__, space, function.__name__, function.__defaults__, tuple(cells))
     made.__kwdefaults__ = function.__kwdefaults__
     return made
+
+
+def _names(code: types.CodeType) -> Iterator[str]:
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _names(constant)
 
 
 def _meta(tensor: Tensor) -> Tensor:

@@ -38,6 +38,7 @@ class Node:
         name: unique within the record, and the same whenever the network takes the same path.
         scope: path of the module whose forward runs the operation.
         source: ``file:line`` of the user's code.
+        detached: whether gradients were switched off where it ran.
         data: whether the value depends on the network's input, or is random.
         users: nodes that read this one, in order.
     """
@@ -50,6 +51,7 @@ class Node:
     name: str = ""
     scope: str = ""
     source: str = ""
+    detached: bool = False
     data: bool = False
     users: dict[Node, None] = field(default_factory=dict)
 
@@ -66,8 +68,9 @@ class Node:
         return self.name or f"{self.op} {self.target}"
 
     def __getstate__(self) -> dict[str, Any]:
-        """What a copy or a pickle keeps: functions by the names that import them."""
-        return vars(self) | {"target": Function.of(self.target) if callable(self.target) else self.target}
+        """What a copy or a pickle keeps: functions by the names that import them, and nobody who reads the node."""
+        target = Function.of(self.target) if callable(self.target) else self.target
+        return vars(self) | {"target": target, "users": {}, "value": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)

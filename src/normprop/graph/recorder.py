@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
+from torch.utils.checkpoint import CheckpointFunction
 
 from normprop.graph.node import HERE, Node, nodes_in
 from normprop.rules.table import RuleTable, describe
@@ -107,20 +108,25 @@ class Recorder(TorchFunctionMode):
         self.twins: dict[int, tuple[Tensor, Tensor]] = {}
         self.scopes = [""]
         self.within = 0
+        self.gradients = True
         self.names: Counter[str] = Counter()
         # Target and input nodes of the operation that is going on, for whoever asks why a run ended.
         self.pending: tuple[Any, tuple[Node, ...]] | None = None
 
-    def run(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], names: Sequence[str] = ()) -> Record:
+    def run(
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], names: Sequence[str] = (), *, gradients: bool = True
+    ) -> Record:
         """Run the network and return what it did.
 
         Args:
             args: of the forward.
             kwargs: of the forward.
             names: of the positional arguments, for people.
+            gradients: run with gradients switched on, so that regions without are seen.
         """
+        self.gradients = gradients
         self._take_inputs(args, kwargs, names)
-        with _untouched(), contextlib.ExitStack() as stack:
+        with _untouched(gradients), contextlib.ExitStack() as stack:
             for path, module in self.record.model.named_modules():
                 self._watch(stack, path, module)
             for function in self._functions():
@@ -286,6 +292,7 @@ class Recorder(TorchFunctionMode):
 
     def _add(self, op: Any, target: Any, args: Any, kwargs: Any, value: Any) -> Node:
         node = Node(op, target, args, kwargs, value, scope=self.scopes[-1], source=_source())
+        node.detached = self.gradients and not torch.is_grad_enabled()
         name = target if isinstance(target, str) else getattr(target, "__name__", "call")
         node.data = any(n.data for n in node.inputs) or op == "unseen" or _is_random(name)
         if node.data:
@@ -482,16 +489,22 @@ def _source() -> str:
 
 
 @contextlib.contextmanager
-def _untouched() -> Iterator[None]:
-    """No gradients, no warnings, and random states as they were."""
+def _untouched(gradients: bool) -> Iterator[None]:
+    """No warnings, checkpoints that only run what is in them, and random states as they were."""
     state = random.getstate()
     numpy = sys.modules.get("numpy")
     drawn = None if numpy is None else numpy.random.get_state()
-    with torch.random.fork_rng(devices=[]), torch.no_grad(), warnings.catch_warnings():
+    own = CheckpointFunction.__dict__.get("apply")
+    with torch.random.fork_rng(devices=[]), torch.set_grad_enabled(gradients), warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        CheckpointFunction.apply = staticmethod(lambda function, _, *args: function(*args))
         try:
             yield
         finally:
+            if own is None:
+                del CheckpointFunction.apply
+            else:
+                CheckpointFunction.apply = own
             random.setstate(state)
             if numpy is not None:
                 numpy.random.set_state(drawn)

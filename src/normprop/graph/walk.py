@@ -233,8 +233,9 @@ def rule_of(model: nn.Module, node: Node, table: RuleTable) -> Rule | None:
 def inner_nodes(nodes: Sequence[Node], fused: Mapping[Node, Fused]) -> set[Node]:
     """Nodes that appear within composed functions alone: nothing asks for their moments."""
     inner: set[Node] = set()
+    sources = {function.source for function in fused.values()}
     for node in reversed(nodes):
-        if node.users and all(u in inner or (u in fused and fused[u].source is not node) for u in node.users):
+        if node.users and node not in sources and all(u in inner or (u in fused and fused[u].source is not node) for u in node.users):
             inner.add(node)
     return inner
 
@@ -251,6 +252,16 @@ def reference_tensor(model: nn.Module) -> Tensor:
     tensor = next((t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()), torch.zeros(()))
     wide = torch.float32 if tensor.dtype in (torch.float16, torch.bfloat16) else tensor.dtype
     return torch.empty(0, dtype=wide, device=tensor.device)
+
+
+def _run(
+    recorder: Callable[[nn.Module], Recorder], copy: Callable[[], nn.Module], inputs: Inputs, names: Sequence[str]
+) -> Record:
+    """A record with gradients switched on, or off where the network can't do with them."""
+    try:
+        return recorder(copy()).run(inputs.args, inputs.kwargs, names)
+    except RuntimeError:  # changes in place of what gradients need
+        return recorder(copy()).run(inputs.args, inputs.kwargs, names, gradients=False)
 
 
 class _Copies:
@@ -291,7 +302,7 @@ def _recorded(
         given = Inputs.of(example)
         on_meta = given.on_meta()
         try:
-            return recorder(copies.on_meta()).run(on_meta.args, on_meta.kwargs, names), on_meta
+            return _run(recorder, copies.on_meta, on_meta, names), on_meta
         except Exception as error:
             real = given.random(reference_tensor(model)) if given.tensors() and given.tensors()[0].is_meta else given
             return _with_values(copies, recorder, real, names, error)
@@ -322,7 +333,7 @@ def _with_values(
     if reference_tensor(copies.model).is_meta:
         raise no_inputs(copies.model, None, reason) from reason
     try:
-        return recorder(copies.real()).run(inputs.args, inputs.kwargs, names), inputs.map(lambda t: t.to("meta"))
+        return _run(recorder, copies.real, inputs, names), inputs.map(lambda t: t.to("meta"))
     except Exception as error:
         raise no_inputs(copies.model, tuple(tuple(t.shape) for t in inputs.tensors()), error) from error
 
