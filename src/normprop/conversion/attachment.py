@@ -123,10 +123,24 @@ class Uncover:
         self.cover.uncover(layer, output)
 
 
+class Standardise:
+    """Standardises the input of a layer, in the paper's form."""
+
+    unrecorded = True
+
+    def __init__(self, lane: Lane, path: str) -> None:
+        self.lane, self.path = lane, path
+
+    def __call__(self, layer: nn.Module, args: Any) -> Any:
+        return (self.lane.standardise(self.path, args[0]), *args[1:])
+
+
 def attach(root: nn.Module, lane: Lane) -> None:
     """Give a network its lane: hooks of its own, and of every layer with a site."""
     root.register_forward_pre_hook(Begin(lane), with_kwargs=True)
     root.register_forward_hook(End(lane), always_call=True, prepend=True)
+    for path in dict.fromkeys(path for mode in (False, True) for path in lane.standards[mode]):
+        root.get_submodule(path).register_forward_pre_hook(Standardise(lane, path))
     for path in dict.fromkeys(path for mode in (False, True) for path in lane.layers[mode]):
         layer, cover = root.get_submodule(path), Cover(lane, path)
         layer.register_forward_pre_hook(cover)

@@ -145,8 +145,9 @@ class _Settings:
         root, statistics = _install_sites(root, every)
         _freeze_biases(root, self.walks, self.plans)
         inputs = _install_inputs(root, self.walks[False], self.input)
-        entries, layers = self._entries(inputs)
+        entries, layers, standards = self._entries(inputs)
         lane = Lane(root, entries, layers, self.walks[False].example, self.method)
+        lane.standards = standards
         lane.filters = _filters(root, self.walks, self.plans)
         for entry in lane.all_entries():
             site: Any = root.get_submodule(entry.site)
@@ -158,33 +159,25 @@ class _Settings:
         attach(root, lane)
         return root
 
-    def _entries(
-        self, inputs: list[tuple[str, str] | None]
-    ) -> tuple[dict[bool, list[Entry]], dict[bool, dict[str, list[Entry | None]]]]:
-        """Entries of each mode, and for each mode those of every layer's calls."""
+    def _entries(self, inputs: list[tuple[str, str] | None]) -> tuple[dict[bool, Any], dict[bool, Any], dict[bool, Any]]:
+        """Entries of each mode; for each mode those of every layer's calls; and what layers' inputs are standardised by."""
         found: dict[tuple[str, int], Entry] = {}
-        for mode in (False, True):
-            wanted = [p for p in self.plans[mode] if p.key not in found]
-            if wanted:
-                given = (
-                    inputs
-                    if mode is False
-                    else (inputs * len(self.walks[mode].record.inputs))[: len(self.walks[mode].record.inputs)]
-                )
-                for entry in LaneWriter(self.walks[mode], self.plans[mode], wanted, given, self.method).run():
-                    found[entry.key] = entry
         layers: dict[bool, dict[str, list[Entry | None]]] = {}
-        for mode, walk in self.walks.items():
+        standards: dict[bool, Any] = {False: {}, True: {}}
+        for mode, walk in sorted(self.walks.items()):
+            wanted = [p for p in self.plans[mode] if p.key not in found]
+            given = inputs if len(inputs) == len(walk.record.inputs) else [None] * len(walk.record.inputs)
+            if wanted or (self.method == "paper" and self.plans[mode]):
+                writer = LaneWriter(walk, self.plans[mode], wanted, given, self.method)
+                found |= {entry.key: entry for entry in writer.run()}
+                standards[mode] = writer.standards()
             by_call = {(p.layer.path, p.layer_call): found[p.key] for p in self.plans[mode] if p.layer is not None}
-            paths = {path for path, _ in by_call}
-            layers[mode] = {path: [] for path in paths}
+            layers[mode] = {path: [] for path, _ in by_call}
             for node in walk.nodes:
-                if node.op == "module" and node.target in paths:
+                if node.op == "module" and node.target in layers[mode]:
                     calls = layers[mode][node.target]
                     calls.append(by_call.get((node.target, len(calls))))
-        evaluation = [found[p.key] for p in self.plans[False]]
-        training = [found[p.key] for p in self.plans[True]]
-        return {False: evaluation, True: training}, layers
+        return {mode: [found[p.key] for p in of] for mode, of in self.plans.items()}, layers, standards
 
 
 def _check_options(model: nn.Module, method: str, center: Any, preserve: Any, normalize: str) -> None:

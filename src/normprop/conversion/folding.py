@@ -77,6 +77,15 @@ def _fold_network(root: nn.Module, lane: Lane) -> nn.Module:
         layer.weight = nn.Parameter(scale.weight.to(kind).clone())
         layer.bias = nn.Parameter(scale.offset.to(kind).clone())
         layer._modules.pop("site", None)
+    for path, calls in {**lane.standards[True], **lane.standards[False]}.items():
+        layer = root.get_submodule(path)
+        found = [lane.standard(root, path, call, node) for call, node in enumerate(calls) if node is not None]
+        if len(found) != len(calls) or any(not torch.equal(a, b) for other in found for a, b in zip(found[0], other, strict=True)):
+            raise NormPropError(f"{path} is called {len(calls)} times with inputs that are standardised differently.")
+        mean, inverse = (t.expand(torch.broadcast_shapes(*(u.shape for u in found[0]))) for t in found[0])
+        kind = layer.weight.dtype
+        place = _elementwise(inverse.to(kind), (-mean * inverse).to(kind))
+        root = _replaced(root, path, nn.Sequential(place, layer).train(layer.training))
     for path in dict.fromkeys(entry.site for entry in lane.all_entries() if not entry.bare):
         site = root.get_submodule(path)
         place: nn.Module = nn.Identity()
@@ -114,10 +123,15 @@ def _same(path: str, scales: list[Scale]) -> Scale:
 
 def _affine(factor: Tensor, offset: Tensor, ranks: set[int]) -> nn.Module:
     """A module of torch that multiplies and adds per channel along dimension 1."""
+    (rank,) = ranks if len(ranks) == 1 else {2}
+    shape = (-1, *(1,) * (rank - 2))
+    return _elementwise(factor.reshape(shape), offset.reshape(shape))
+
+
+def _elementwise(factor: Tensor, offset: Tensor) -> nn.Module:
+    """A module of torch that multiplies and adds."""
     root, graph = nn.Module(), fx.Graph()
-    shapes = {rank: (-1, *(1,) * (rank - 2)) for rank in ranks}
-    (shape,) = set(shapes.values()) if len(set(shapes.values())) == 1 else {(-1,)}
-    root.weight, root.bias = (nn.Parameter(t.clone().reshape(shape)) for t in (factor, offset))
+    root.weight, root.bias = (nn.Parameter(t.clone()) for t in (factor, offset))
     x, weight, bias = graph.placeholder("x"), graph.get_attr("weight"), graph.get_attr("bias")
     graph.output(graph.call_function(torch.addcmul, (bias, x, weight)))
     return fx.GraphModule(root, graph, "Affine")

@@ -84,6 +84,7 @@ class Lane:
 
     Attributes:
         filters: weights that nothing but sites reads, as `normprop.optim` takes them.
+        standards: of the paper's form, for each mode and layer, what the input of each call is standardised by.
         observer: what calibration puts between layers and sites while it runs.
         shared: scales that micro-batches share, see `accumulate`.
     """
@@ -102,6 +103,7 @@ class Lane:
         self.example = example
         self.method = method
         self.filters: list[dict[str, Any]] = []
+        self.standards: dict[bool, dict[str, list[Node | None]]] = {False: {}, True: {}}
         self.observer: Any = None
         self.shared: Any = None
         self.runs: dict[int, Run] = {}
@@ -199,6 +201,32 @@ class Lane:
         assert scale.weight is not None
         kind = raw(layer, "weight").dtype
         return scale.weight.to(kind), scale.offset.to(kind), None
+
+    def standardise(self, path: str, x: Tensor) -> Tensor:
+        """The input of a layer of the paper's form."""
+        run = self.run()
+        root = run.root or self.root
+        calls = self.standards[root.training].get(path) or self.standards[not root.training].get(path) or []
+        call = 0
+        if len(calls) > 1:
+            if run.root is None:
+                raise _ambiguous(path, len(calls))
+            call = run.calls.get(f"{path} input", 0)
+            run.calls[f"{path} input"] = call + 1
+        if call >= len(calls):
+            raise _unrecorded(path, call)
+        if calls[call] is None:
+            return x
+        mean, scale = self.standard(root, path, call, calls[call])
+        return (x - mean.to(x.dtype)) * scale.to(x.dtype)
+
+    def standard(self, root: nn.Module, path: str, call: int, node: Any) -> tuple[Tensor, Tensor]:
+        """Mean and 1/std by which an input is standardised."""
+        key = ("standard", path, call, root.training)
+        if key not in self.programs:
+            self.programs[key] = written([node], self.root)
+        (moments,) = self.programs[key].function(root)
+        return moments.mean, 1.0 / moments.std
 
     def leave(self, entry: Entry, output: Tensor, rest: tuple[Tensor, Tensor] | None) -> None:
         """A layer has given its output to its site."""

@@ -10,7 +10,8 @@ import torch
 from normprop.channel_moments import Moments
 from normprop.conversion.lane import Entry
 from normprop.conversion.program import constant
-from normprop.conversion.site_plan import SitePlan, nodes_behind
+from normprop.conversion.paper_form import standardised
+from normprop.conversion.site_plan import SitePlan, argument, linear_layer, nodes_behind
 from normprop.graph.node import Node, map_nodes
 from normprop.graph.walk import Walk
 from normprop.sites import site as sites
@@ -44,10 +45,13 @@ class LaneWriter:
         self.known: dict[Node, Node] = {}
         self.modules: dict[str, Node] = {}
         self.tensors: dict[str, Node] = {}
+        self.constant = standardised(walk, plans) if method == "paper" else set()
 
     def run(self) -> list[Entry]:
         """An entry per wanted site."""
         needed = nodes_behind(self.walk, self.wanted, list(self.plans.values()))
+        if self.method == "paper":
+            needed = self.constant & needed | self._read_by_layers()
         for node in self.walk.nodes:
             if node in needed:
                 self.lane[node] = self._moments(node)
@@ -66,6 +70,9 @@ class LaneWriter:
         if node in self.plans:
             plan = self.plans[node]
             rank = node.value.dim()
+            if self.method == "paper":
+                shape = tuple(node.value.shape[d] if d == self._channel(plan) else 1 for d in range(rank))
+                return Node("call", sites.standard_normal, (self._tensor(f"{plan.path}.shift"), shape))
             return Node("call", sites.site_moments, ((self._module(plan.path), rank, self._channel(plan)),))
         if self.walk.rules[node].training_only:
             return self.lane[self.walk.data_arguments(node)[0]]
@@ -75,7 +82,9 @@ class LaneWriter:
 
     def _entry(self, plan: SitePlan) -> Entry:
         site, layer = self._module(plan.path), plan.layer
-        moments = self.lane[plan.source]
+        moments = self.lane.get(plan.source)
+        if self.method == "paper" and (layer is not None or self._is_standard(plan.source)):
+            moments = None  # the layer's input is standardised
         options = {"channel": 1} if layer is None else layer.options()
         if plan.call:
             options["call"] = plan.call
@@ -83,6 +92,33 @@ class LaneWriter:
         scale = Node("call", sites.site_scales, ((weight, site, moments, options),))
         path = None if layer is None else layer.path
         return Entry(*plan.key, path, scale, moments, options, plan.bare, plan.node.value.dim(), self._channel(plan))
+
+    def standards(self) -> dict[str, list[Node | None]]:
+        """For every linear layer and each of its calls the moments by which its input is standardised, None for not at all."""
+        found: dict[str, list[Node | None]] = {}
+        for node in self.walk.nodes:
+            if linear_layer(self.walk, node) is None:
+                continue
+            source = argument(node)
+            standard = source in self.constant and not self._is_standard(source)
+            found.setdefault(node.target, []).append(self.lane[source] if standard else None)
+        return {path: calls for path, calls in found.items() if any(calls)}
+
+    def _read_by_layers(self) -> set[Node]:
+        """Nodes with constant moments that some linear layer reads, and what these moments are made of."""
+        stack = [argument(n) for n in self.walk.nodes if linear_layer(self.walk, n) is not None]
+        found: set[Node] = set()
+        while stack:
+            node = stack.pop()
+            if node in self.constant and node not in found:
+                found.add(node)
+                if node not in self.plans and node.op != "input":
+                    stack.extend(self.walk.data_arguments(node))
+        return found
+
+    def _is_standard(self, node: Node) -> bool:
+        """Whether a node has mean 0 and variance 1 as it is."""
+        return node in self.plans or (node.op == "input" and self.inputs[node] is None)
 
     @staticmethod
     def _channel(plan: SitePlan) -> int:
@@ -96,7 +132,7 @@ class LaneWriter:
             return Node("call", sites.given_moments, tuple(self._tensor(path) for path in given))
         shape = node.value.shape
         ones = (1, shape[1], *(1,) * (len(shape) - 2)) if len(shape) > 1 else (1,)
-        return Node("call", sites.standard_normal, (self._tensor(f"{self.wanted[0].path}.shift"), ones))
+        return Node("call", sites.standard_normal, (self._tensor(f"{next(iter(self.plans.values())).path}.shift"), ones))
 
     def _known(self, node: Node) -> Node:
         """The lane's node of a tensor made of parameters; one made of none of them is a constant."""

@@ -1,4 +1,10 @@
-"""The paper's own form of a network: unit filters, and every activation standardised by two constants (eqs 9, 11, 12)."""
+"""The paper's own form of a network: unit filters, and every layer's input standardised by constants.
+
+Arpit et al. (2016), eqs 9, 11 and 12, divide by ‖W‖ and standardise an activation by its moments at N(0, 1), whatever γ and β
+are. An activation that a network runs by itself can't be changed, so what reads it, the next linear layer, standardises it: the
+same function, borders that are padded with zeros included. The paper treats chains. A residual sum is standardised by its
+variance; a product (a gate) is left as it is, and so is what comes after it until the next site.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +17,8 @@ from torch import Tensor, nn
 from normprop.channel_moments import Moments
 from normprop.conversion.site_plan import SitePlan
 from normprop.graph.node import Node
-from normprop.graph.walk import Walk
-from normprop.rules import combine, elementwise, pooling, shape, stochastic
+from normprop.graph.walk import Walk, inner_nodes
+from normprop.rules import arithmetic, combine, elementwise, pooling, shape, stochastic
 from normprop.rules.composed import composed, full_moments
 from normprop.sites.rows import Form, from_rows, to_rows
 
@@ -64,3 +70,18 @@ def start_as_printed_(root: nn.Module, walk: Walk, plans: Sequence[SitePlan]) ->
             rows = to_rows(weight, form)
             length = rows.norm(dim=-1, keepdim=True)
             weight.copy_(from_rows(rows / torch.where(length > 0, length, 1.0), weight, form))
+
+
+def standardised(walk: Walk, plans: Sequence[SitePlan]) -> set[Node]:
+    """Nodes whose moments are constants: inputs, what sites give, and activations, poolings and sums of these."""
+    sites = {plan.node for plan in plans}
+    inner = inner_nodes(walk.nodes, walk.fused)
+    found: set[Node] = set()
+    for node in walk.nodes:
+        if node.op == "input" or node in sites:
+            found.add(node)
+        elif node in walk.rules and node not in inner and all(source in found for source in walk.data_arguments(node)):
+            function = walk.rules[node].function
+            if function in _ACTIVATIONS or function in _KEEPERS or function is arithmetic.add:
+                found.add(node)
+    return found
