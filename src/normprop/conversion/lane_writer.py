@@ -10,7 +10,7 @@ import torch
 from normprop.channel_moments import Moments
 from normprop.conversion.lane import Entry
 from normprop.conversion.program import constant
-from normprop.conversion.paper_form import standardised
+from normprop.conversion.paper_form import POOLINGS, standardised
 from normprop.conversion.site_plan import SitePlan, argument, linear_layer, nodes_behind
 from normprop.graph.node import Node, map_nodes
 from normprop.graph.walk import Walk
@@ -74,7 +74,8 @@ class LaneWriter:
                 shape = tuple(node.value.shape[d] if d == self._channel(plan) else 1 for d in range(rank))
                 return Node("call", sites.standard_normal, (self._tensor(f"{plan.path}.shift"), shape))
             return Node("call", sites.site_moments, ((self._module(plan.path), rank, self._channel(plan)),))
-        if self.walk.rules[node].training_only:
+        rule = self.walk.rules[node]
+        if rule.training_only or (self.method == "paper" and rule.function in POOLINGS):
             return self.lane[self.walk.data_arguments(node)[0]]
         module = self._module(node.target) if node.op == "module" else None
         function, args, kwargs = self.walk.call(node, self.lane.__getitem__, self._known, module)

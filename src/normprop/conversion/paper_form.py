@@ -24,6 +24,7 @@ from normprop.sites.rows import Form, from_rows, to_rows
 
 # What hands a standardised tensor on; the paper pools standardised tensors without a further word (§4).
 _KEEPERS = frozenset(f for family in (combine, pooling, shape, stochastic) for f in vars(family).values() if callable(f))
+POOLINGS = frozenset(f for f in vars(pooling).values() if callable(f))
 _ACTIVATIONS = frozenset([elementwise.named_activation, elementwise.module_activation, composed])
 
 
