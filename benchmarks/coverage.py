@@ -93,8 +93,8 @@ def page(rows: list[Any]) -> str:
         "# Which networks convert",
         "",
         f"{len(rows)} of the {len(names(''))} classification networks of torchvision and timm are built on the meta device,",
-        "without weights, and converted fresh (the rest was not run). *Traced* means that torch.fx turns it into a graph,",
-        "*converted* that `normprop.convert` rewrites it and that the result runs and returns the right shapes. The last",
+        "without weights, and converted fresh (the rest was not run). *Recorded* means that its forward was recorded,",
+        "*converted* that `normprop.convert` gives it sites and that the result runs and returns the right shapes. The last",
         "column names the operations in front of some BatchNorm whose moments are approximate.",
         "",
         f"    python benchmarks/coverage.py    # torch {version('torch')}, torchvision {version('torchvision')}, "
@@ -102,7 +102,7 @@ def page(rows: list[Any]) -> str:
         "",
         f"**{summary(rows)}**",
         "",
-        "| family | networks | with BatchNorm | traced | converted | layer sites | affine sites | approximate |",
+        "| family | networks | with BatchNorm | recorded | converted | layer sites | affine sites | approximate |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for name, group in sorted(groups.items()):
@@ -114,7 +114,7 @@ def page(rows: list[Any]) -> str:
         counts = (len(group), len(held), sum(r.traced for r in held), sum(r.converted for r in held), linear, affine)
         lines.append(f"| {name} | {' | '.join(map(str, counts))} | {', '.join(kinds)} |")
     failed = [r for r in rows if r.norms and not r.converted]
-    lines += ["", "## Not converted", "", "| network | traced | why |", "|---|---|---|"]
+    lines += ["", "## Not converted", "", "| network | recorded | why |", "|---|---|---|"]
     for row in failed:
         reason = (", ".join(row.missing) or row.error).replace("|", "\\|")
         lines.append(f"| {row.name} | {'yes' if row.traced else 'no'} | {reason} |")

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import normprop
-from normprop.conversion.layers import convolution
+from normprop.conversion.lane import lane_of
 from normprop.lab.samples.datasets import load
 from normprop.lab.samples.images import Images
 from normprop.lab.training.history import Observer
@@ -63,15 +63,14 @@ class Ratios(Observer):
         """Of every layer now, none for a network that isn't converted."""
         assert self.model is not None
         standardize, network = self.model.children()
-        if not isinstance(network, normprop.conversion.converted.ConvertedModule):
+        if lane_of(network) is None:
             return []
         return ratios(network, standardize(self.x))
 
 
 def ratios(network: nn.Module, x: Tensor) -> list[float]:
     """See `Ratios`."""
-    name = f"{convolution.__module__}.{convolution.__name__}"
-    rows = [row for row in normprop.inspect(network, x) if row.operation == name and row.measured and row.predicted]
+    rows = [row for row in normprop.inspect(network, x) if row.operation == "Conv2d" and row.measured and row.predicted]
     return [float((row.measured.var.mean() / row.predicted.var.mean()).sqrt()) for row in rows]
 
 

@@ -7,13 +7,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import normprop
 from normprop.channel_moments import Moments
-from normprop.conversion.converted import ConvertedModule
-from normprop.conversion.lane import site_calls
+from normprop.conversion.lane_writer import upstream
+from normprop.graph.node import Node
 from normprop.lab.networks.resnet import Block
 from normprop.lab.samples.images import Images
 from normprop.lab.training.history import Watcher
@@ -21,7 +21,7 @@ from normprop.lab.training.preparation import prepared, some
 from normprop.lab.training.recipe import Recipe
 from normprop.lab.training.seeds import derived
 from normprop.optim import UnitNormProjection
-from normprop.sites.site import Site, site_moments, site_scales
+from normprop.sites.site import Site, site_moments
 
 # Changes a network, or the optimizer that is to train it.
 Treatment = Callable[[nn.Module, Optimizer], None]
@@ -69,21 +69,13 @@ class Uncentred:
     layers: Sequence[str] | None = None
 
     def __call__(self, network: nn.Module, optimizer: Optimizer) -> None:
-        """Write so into the graph."""
-        assert isinstance(network, ConvertedModule)
-        for graph in dict.fromkeys(network.graphs().values()):
-            chosen = {
-                (call.scales, call.index)
-                for call in site_calls(graph).values()
-                if call.weight is not None and (self.layers is None or call.layer_path in self.layers)
-            }
-            for node in graph.nodes:
-                if node.target is site_scales:
-                    node.args = tuple(
-                        (*entry[:3], {**entry[3], "center": entry[3].get("center", False) and (node, i) not in chosen})
-                        for i, entry in enumerate(node.args)
-                    )
-        network.recompile()
+        """Say so to the sites."""
+        for entry in normprop.lane(network).all_entries():
+            if entry.layer is not None and (self.layers is None or entry.layer in self.layers):
+                site = network.get_submodule(entry.site)
+                assert isinstance(site, Site)
+                site.center = False
+                site.centered.data.zero_()
 
 
 @dataclass(frozen=True)
@@ -115,38 +107,29 @@ def projected(network: nn.Module, optimizer: Optimizer) -> None:
 
 def learned_proxies(network: nn.Module, optimizer: Optimizer) -> None:
     """Later layers take a site's output for N(β + β̃, γ²(1 + γ̃)²) with learned β̃ and γ̃ (Labatie et al. 2021)."""
-    assert isinstance(network, ConvertedModule)
-    names: dict[fx.Node, str] = {}
-    for graph in dict.fromkeys(network.graphs().values()):
-        for node in [node for node in graph.nodes if node.target is site_moments]:
-            node.args = tuple((site, _proxy(network, graph, names, node, site), *rest) for site, *rest in node.args)
-            node.target = proxied_moments
-    network.recompile()
-    proxies = [parameter for name in names.values() for parameter in network.get_submodule(name).parameters()]
-    optimizer.add_param_group({"params": proxies, "weight_decay": 0.0})
+    lane = normprop.lane(network)
+    proxies: dict[str, nn.ParameterDict] = {}
+    nodes = {node for entry in lane.all_entries() for node in upstream(entry.scale) if node.target is site_moments}
+    for node in nodes:
+        (site, rank, channel), *_ = node.args
+        name = f"proxy_{site.target.replace('.', '_')}"
+        if name not in proxies:
+            like = network.get_submodule(site.target).get_parameter("weight")
+            proxies[name] = nn.ParameterDict({n: nn.Parameter(torch.zeros_like(like)) for n in ("weight", "bias")})
+            network.add_module(name, proxies[name])
+        node.target, node.args = proxied_moments, (site, Node("module", name), rank, channel)
+    lane.programs.clear()
+    parameters = [parameter for proxy in proxies.values() for parameter in proxy.parameters()]
+    optimizer.add_param_group({"params": parameters, "weight_decay": 0.0})
 
 
-def _proxy(network: nn.Module, graph: fx.Graph, names: dict[fx.Node, str], node: fx.Node, site: fx.Node) -> fx.Node:
-    """A node for the β̃ and γ̃ of a site."""
-    if site not in names:
-        names[site] = f"proxy_{len(names)}"
-        like = network.get_submodule(str(site.target)).get_parameter("weight")
-        zeros = {name: nn.Parameter(torch.zeros_like(like)) for name in ("weight", "bias")}
-        network.add_module(names[site], nn.ParameterDict(zeros))
-    with graph.inserting_before(node):
-        return graph.get_attr(names[site])
-
-
-def proxied_moments(*calls: tuple[Site, nn.ParameterDict, int, int]) -> list[Moments]:
+def proxied_moments(site: Site, proxy: nn.ParameterDict, rank: int, channel: int) -> Moments:
     """`site_moments` with γ (1 + γ̃) and β + β̃."""
-    found = []
-    for site, proxy, rank, channel in calls:
-        assert site.weight is not None
-        assert site.bias is not None
-        shape = [len(site.weight) if d == channel % rank else 1 for d in range(rank)]
-        gamma, beta = site.weight * (1 + proxy["weight"]), site.bias + proxy["bias"]
-        found.append(Moments(beta.reshape(shape), gamma.square().reshape(shape)))
-    return found
+    assert site.weight is not None
+    assert site.bias is not None
+    shape = [len(site.weight) if d == channel % rank else 1 for d in range(rank)]
+    gamma, beta = site.weight * (1 + proxy["weight"]), site.bias + proxy["bias"]
+    return Moments(beta.reshape(shape), gamma.square().reshape(shape))
 
 
 @dataclass(frozen=True)
@@ -178,7 +161,7 @@ class BatchNoise:
                 site.scale.data.copy_(scale)
             clean.clear()
 
-        network.register_forward_pre_hook(disturb)
+        network.register_forward_pre_hook(disturb, prepend=True)
         optimizer.register_step_post_hook(restore)
 
     def disturb(self, site: Site) -> None:

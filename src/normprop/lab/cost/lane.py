@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
-from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
-from normprop.conversion.lane import lane_graph
+from normprop.conversion.lane import lane
 from normprop.lab.cost.rounds import Step
 
 _RENEWED = 16
 
 
 class Lane(nn.Module):
-    """The moment lane cut out of a converted network: no input; what the data lane reads of it as a tuple of tensors.
+    """The moment lane of a converted network alone: no input; effective weights and biases as a tuple of tensors.
 
     Args:
         model: what `normprop.convert` returned; parameters are shared with it.
@@ -24,26 +22,22 @@ class Lane(nn.Module):
     Example:
         >>> import normprop
         >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
-        >>> filters, offset = Lane(normprop.convert(net))()
-        >>> filters.shape, offset.shape
+        >>> weight, bias = Lane(normprop.convert(net))()
+        >>> weight.shape, bias.shape
         (torch.Size([8, 3, 3, 3]), torch.Size([8]))
     """
 
-    def __init__(self, model: fx.GraphModule) -> None:
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.graph_module = fx.GraphModule(model, lane_graph(model.graph), "Lane")
+        self.lane = lane(model)
+        self.entries = self.lane.entries[model.training]
+        paths = dict.fromkeys(path for e in self.entries for path in (e.layer, e.site) if path is not None)
+        self.parts = nn.ModuleList(model.get_submodule(path) for path in paths)
 
     def forward(self) -> tuple[Tensor, ...]:
-        """Filters, factors, offsets and averages of every site, as far as it has them."""
-        return tuple(t for value in self.graph_module() for t in _tensors(value))
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, tuple):
-        for entry in value:
-            yield from _tensors(entry)
+        """Weights, factors and offsets of every site, as far as it has them."""
+        values = self.lane.evaluate(self.lane.root, self.entries).values()
+        return tuple(t for value in values for t in value if t is not None)
 
 
 def lane_step(lane: Lane, *, compiled: bool = False) -> Step:

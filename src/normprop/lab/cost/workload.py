@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from normprop.conversion.accumulation import accumulate
-from normprop.conversion.converted import ConvertedModule
 from normprop.conversion.folding import fold
+from normprop.conversion.lane import lane_of
 from normprop.errors import NormPropError
 from normprop.lab.cost.contenders import CONTENDERS, SUBJECT, Shape
 from normprop.lab.cost.lane import Lane
@@ -72,7 +72,7 @@ class Workload:
     def deployed(self, name: str) -> nn.Module:
         """The network that a contender infers with, in evaluation mode: converted ones are folded."""
         network = CONTENDERS[name].build(self.original(), self.shape)
-        if isinstance(network, ConvertedModule):
+        if lane_of(network) is not None:
             network = fold(network)
         return self._placed(network).eval()
 
@@ -109,7 +109,7 @@ class Workload:
 
     def _shared(self, network: nn.Module) -> contextlib.AbstractContextManager[Any]:
         """What lets micro-batches share a converted network's moment lane."""
-        several = self.accumulate > 1 and isinstance(network, ConvertedModule) and not self.compiled
+        several = self.accumulate > 1 and lane_of(network) is not None and not self.compiled
         return accumulate(network) if several else contextlib.nullcontext()
 
     def inference_step(self, network: nn.Module, batch_size: int) -> Step:
