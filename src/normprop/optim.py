@@ -245,7 +245,7 @@ def _filters_of(module: torch.nn.Module) -> Iterator[Filters]:
     if hasattr(module, "filters"):
         yield from (Filters(*item) for item in cast(Any, module).filters())
     for hook in module._forward_pre_hooks.values():  # what convert leaves on its result
-        for entry in hook.lane.filters if getattr(hook, "begins", False) else ():
+        for entry in cast(Any, hook).lane.filters if getattr(hook, "begins", False) else ():
             yield Filters(module.get_parameter(entry["weight"]), entry["channel_dim"], entry["groups"])
 
 

@@ -66,7 +66,7 @@ class Cover:
         self.__init__(**state)  # type: ignore[misc]  # a copy starts anew
 
     def __call__(self, layer: nn.Module, args: Any) -> None:
-        if not is_covered(layer) and not _computed(layer):
+        if layer._parameters.get("weight") is None and not is_covered(layer) and not _computed(layer):
             raise NormPropError(
                 f"the weight of {self.path} is not a parameter any more: pruning, weight_norm or spectral_norm put a hook in "
                 "its place.\nUse torch.nn.utils.parametrizations or parametrize, or apply it before convert."
@@ -145,6 +145,21 @@ def attach(root: nn.Module, lane: Lane) -> None:
         layer, cover = root.get_submodule(path), Cover(lane, path)
         layer.register_forward_pre_hook(cover)
         layer.register_forward_hook(Uncover(cover), always_call=True, prepend=True)
+
+
+class Unrecorded:
+    """Refuses a BatchNorm that no record has run: by itself it would look at the batch."""
+
+    unrecorded = True
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        raise NormPropError(
+            f"{self.path} did not run when the network was converted, and is a BatchNorm still.\n"
+            "Convert with example= inputs (or in a mode) that take this path."
+        )
 
 
 def detach(root: nn.Module) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from normprop.conversion.agreement import Agreement
-from normprop.conversion.attachment import attach
+from normprop.conversion.attachment import Unrecorded, attach
 from normprop.conversion.calibration import Statistics, preserve_
 from normprop.conversion.lane import Entry, Lane, lanes_in
 from normprop.conversion.lane_writer import LaneWriter
@@ -157,6 +157,9 @@ class _Settings:
         if self.keep:
             preserve_(root, lane, statistics, biases)
         attach(root, lane)
+        for path, module in root.named_modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.register_forward_pre_hook(Unrecorded(path))
         return root
 
     def _entries(self, inputs: list[tuple[str, str] | None]) -> tuple[dict[bool, Any], dict[bool, Any], dict[bool, Any]]:

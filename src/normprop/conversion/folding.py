@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.utils import parametrize
 
 from normprop.conversion.agreement import Agreement
-from normprop.conversion.attachment import detach
+from normprop.conversion.attachment import Cover, detach
 from normprop.conversion.lane import Lane, lane_of, lanes_in
 from normprop.errors import NormPropError
 from normprop.graph.copies import independent_copy
@@ -60,27 +61,39 @@ def fold(model: nn.Module, *, check: bool = True) -> nn.Module:
 
 @torch.no_grad()
 def _fold_network(root: nn.Module, lane: Lane) -> nn.Module:
-    entries = lane.entries[False]
-    rest = [entry for entry in lane.all_entries() if entry not in entries]
+    entries = [e for e in lane.all_entries() if lane.is_attached(root, e)]
     values = lane.evaluate(root, entries)
-    if rest:
-        values |= lane.evaluate(root, rest)
     by_layer: dict[str, list[Scale]] = {}
     by_site: dict[str, list[Scale]] = {}
+    covered = {hook.path: m for m in root.modules() for hook in m._forward_pre_hooks.values() if isinstance(hook, Cover)}
     for entry in lane.all_entries():
-        (by_site if entry.layer is None else by_layer).setdefault(entry.layer or entry.site, []).append(values[entry.key])
+        if entry.layer is None:
+            by_site.setdefault(entry.site, []).append(values[entry.key])
+            continue
+        layer = covered[entry.layer]
+        if entry.key in values:
+            by_layer.setdefault(entry.layer, []).append(values[entry.key])
+        else:  # something wraps it: the factor is applied where the site was
+            filters, factor, offset = lane.parts(root, entry, layer)
+            bias = layer.bias
+            by_layer.setdefault(entry.layer, []).append(Scale(filters, None, bias))  # type: ignore[arg-type]  # none, or its own
+            offset = offset if bias is None else offset - factor * bias
+            by_site.setdefault(entry.site, []).append(Scale(None, factor, offset))
     for path, scales in by_layer.items():
-        scale = _same(path, scales)
-        layer: Any = root.get_submodule(path)
+        scale, layer = _same(path, scales), covered[path]
+        if parametrize.is_parametrized(layer, "weight"):
+            parametrize.remove_parametrizations(layer, "weight")
         assert scale.weight is not None
         kind = layer.weight.dtype
         layer.weight = nn.Parameter(scale.weight.to(kind).clone())
-        layer.bias = nn.Parameter(scale.offset.to(kind).clone())
+        layer.bias = None if scale.offset is None else nn.Parameter(scale.offset.to(kind).clone())
         layer._modules.pop("site", None)
     for path, calls in {**lane.standards[True], **lane.standards[False]}.items():
         layer = root.get_submodule(path)
         found = [lane.standard(root, path, call, node) for call, node in enumerate(calls) if node is not None]
-        if len(found) != len(calls) or any(not torch.equal(a, b) for other in found for a, b in zip(found[0], other, strict=True)):
+        if len(found) != len(calls) or any(
+            not torch.equal(a, b) for other in found for a, b in zip(found[0], other, strict=True)
+        ):
             raise NormPropError(f"{path} is called {len(calls)} times with inputs that are standardised differently.")
         mean, inverse = (t.expand(torch.broadcast_shapes(*(u.shape for u in found[0]))) for t in found[0])
         kind = layer.weight.dtype

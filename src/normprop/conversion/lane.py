@@ -163,7 +163,7 @@ class Lane:
         run.handed.clear()
         run.values = {}
         if self.observer is None:
-            entries = [entry for entry in self.entries[root.training] if self._is_attached(root, entry)]
+            entries = [entry for entry in self.entries[root.training] if self.is_attached(root, entry)]
             run.values = self.evaluate(root, entries) if self.shared is None else self.shared(root, entries)
         run.root = root
 
@@ -191,12 +191,13 @@ class Lane:
         That is factor and offset if something wraps the layer, which then runs with bare filters.
         """
         run = self.run()
-        root = run.root or self.root
-        if self.observer is not None or not self._is_plain(root, entry, layer):
-            filters, factor, offset = self.parts(root, entry)
-            return filters, None, (factor, offset)
         scale = run.values.get(entry.key)
         if scale is None:
+            root = run.root or self.root
+            if self.observer is not None or not self.is_plain(root, entry, layer):
+                filters, factor, offset = self.parts(root, entry, layer)
+                bias = raw(layer, "bias")
+                return filters, bias, (factor, offset if bias is None else offset - factor * bias)
             scale = self.evaluate(root, [entry])[entry.key]
         assert scale.weight is not None
         kind = raw(layer, "weight").dtype
@@ -263,9 +264,15 @@ class Lane:
         assert scale.factor is not None
         return self._affine(x, scale.factor, scale.offset, 1)
 
-    def parts(self, root: nn.Module, entry: Entry) -> tuple[Tensor, Tensor, Tensor]:
-        """Filters, factor and offset of a layer apart, with the dtype of the layer's weight."""
-        call = self.arguments(root, entry)
+    def parts(self, root: nn.Module, entry: Entry, layer: nn.Module | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Filters, factor and offset of a layer apart, with the dtype of the layer's weight.
+
+        Args:
+            root: the network.
+            entry: of the layer.
+            layer: itself, where something wraps it and has its path.
+        """
+        call = self.arguments(root, entry, layer)
         filters, factor, offset = site_parts(call)
         assert call[0] is not None
         return filters.to(call[0].dtype), factor, offset
@@ -278,7 +285,9 @@ class Lane:
         assert scale.factor is not None
         return scale.factor, scale.offset
 
-    def arguments(self, root: nn.Module, entry: Entry) -> tuple[Tensor | None, Site, Any, Mapping[str, Any]]:
+    def arguments(
+        self, root: nn.Module, entry: Entry, layer: nn.Module | None = None
+    ) -> tuple[Tensor | None, Site, Any, Mapping[str, Any]]:
         """What `site_scales` takes for one entry."""
         site: Any = root.get_submodule(entry.site)
         moments = None
@@ -287,7 +296,7 @@ class Lane:
             if key not in self.programs:
                 self.programs[key] = written([entry.moments], self.root)
             (moments,) = self.programs[key].function(root)
-        weight = None if entry.layer is None else raw(root.get_submodule(entry.layer), "weight")
+        weight = None if entry.layer is None else raw(layer or root.get_submodule(entry.layer), "weight")
         return weight, site, moments, entry.options
 
     @staticmethod
@@ -296,15 +305,15 @@ class Lane:
         shape[channel] = -1
         return torch.addcmul(offset.to(x.dtype).reshape(shape), x, factor.to(x.dtype).reshape(shape))
 
-    def _is_attached(self, root: nn.Module, entry: Entry) -> bool:
+    def is_attached(self, root: nn.Module, entry: Entry) -> bool:
         """Whether a layer is where it was, so that its effective weight will be asked for as such."""
         if entry.layer is None:
             return True
         layer = _found(root, entry.layer)
-        return layer is not None and self._is_plain(root, entry, layer)
+        return layer is not None and self.is_plain(root, entry, layer)
 
     @staticmethod
-    def _is_plain(root: nn.Module, entry: Entry, layer: nn.Module) -> bool:
+    def is_plain(root: nn.Module, entry: Entry, layer: nn.Module) -> bool:
         """Whether nothing stands between a layer and its site: no wrapper, hook or forward of its own, nor a computed weight."""
         assert entry.layer is not None
         if _found(root, entry.layer) is not layer or not is_covered(layer):

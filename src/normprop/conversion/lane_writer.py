@@ -11,7 +11,7 @@ from normprop.channel_moments import Moments
 from normprop.conversion.lane import Entry
 from normprop.conversion.program import constant
 from normprop.conversion.paper_form import POOLINGS, standardised
-from normprop.conversion.site_plan import SitePlan, argument, linear_layer, nodes_behind
+from normprop.conversion.site_plan import SitePlan, argument, is_site, linear_layer, nodes_behind
 from normprop.graph.node import Node, map_nodes
 from normprop.graph.walk import Walk
 from normprop.sites import site as sites
@@ -74,6 +74,8 @@ class LaneWriter:
                 shape = tuple(node.value.shape[d] if d == self._channel(plan) else 1 for d in range(rank))
                 return Node("call", sites.standard_normal, (self._tensor(f"{plan.path}.shift"), shape))
             return Node("call", sites.site_moments, ((self._module(plan.path), rank, self._channel(plan)),))
+        if is_site(self.walk, node):
+            return Node("call", sites.site_moments, ((self._module(node.target), node.value.dim(), 1),))
         rule = self.walk.rules[node]
         if rule.training_only or (self.method == "paper" and rule.function in POOLINGS):
             return self.lane[self.walk.data_arguments(node)[0]]

@@ -15,6 +15,7 @@ from normprop.graph.node import Node
 from normprop.graph.walk import Walk
 from normprop.rules import normalization
 from normprop.rules.linear import convolution, linear, transposed_convolution
+from normprop.sites.site import Site
 
 _LAYERS: dict[type[nn.Module], tuple[int, bool]] = {
     nn.Linear: (0, False),
@@ -173,9 +174,14 @@ def nodes_behind(walk: Walk, plans: Iterable[SitePlan], sites: Sequence[SitePlan
         node = stack.pop()
         if node not in needed:
             needed.add(node)
-            if node not in known and node.op != "input":
+            if node not in known and node.op != "input" and not is_site(walk, node):
                 stack.extend(walk.data_arguments(node))
     return needed
+
+
+def is_site(walk: Walk, node: Node) -> bool:
+    """Whether a node is a site already: of a part that was converted before."""
+    return node.op == "module" and isinstance(walk.module(node), Site)
 
 
 def is_batch_norm(walk: Walk, node: Node) -> bool:

@@ -21,7 +21,7 @@ from normprop.graph.node import Node, map_nodes, nodes_in, placed, run
 from normprop.graph.recorder import Leaf, Record, Recorder
 from normprop.rules.composed import composed
 from normprop.rules.table import TABLE, Key, Rule, RuleTable, Standing, describe
-from normprop.sites.site import Site
+from normprop.sites.site import Site, site_moments
 
 
 @dataclass(frozen=True)
@@ -169,7 +169,7 @@ def prepare(
     hint = integrations.load_for(model).sample_shape(model)
     recorder = lambda copy: recorder_for(copy, rules, leaf_modules)
     record, used = _recorded(_Copies(model, training), recorder, shape, hint, example, few)
-    return walk_over(model, record, used, TABLE.with_overrides(rules))
+    return walk_over(model, record, used, _table(rules))
 
 
 def recorder_for(
@@ -182,7 +182,13 @@ def recorder_for(
     integration = integrations.load_for(model)
     leaves = (*leaf_modules, *integration.leaf_modules)
     expansions = {Site: expand_site, **integration.expansions}
-    return Recorder(model, TABLE.with_overrides(rules), leaves, expansions, observer)
+    return Recorder(model, _table(rules), leaves, expansions, observer)
+
+
+def site_rule(module: Site, x: Moments) -> Moments:
+    """``γ û + β`` with E û = 0 and Var û = 1: what a site is there for (Arpit et al., 2016, §3)."""
+    (found,) = site_moments((module, x.mean.dim(), 1))
+    return found
 
 
 def expand_site(site: Site, call: Callable[..., Any], x: Tensor) -> Tensor:
@@ -191,6 +197,10 @@ def expand_site(site: Site, call: Callable[..., Any], x: Tensor) -> Tensor:
     for module in site.children():
         x = module(x)
     return x
+
+
+def _table(rules: Mapping[Key, Rule | Callable[..., Any]] | None) -> RuleTable:
+    return TABLE.with_overrides({Site: Rule(site_rule), **(rules or {})})
 
 
 def argument_names(model: nn.Module) -> list[str]:
@@ -235,7 +245,11 @@ def inner_nodes(nodes: Sequence[Node], fused: Mapping[Node, Fused]) -> set[Node]
     inner: set[Node] = set()
     sources = {function.source for function in fused.values()}
     for node in reversed(nodes):
-        if node.users and node not in sources and all(u in inner or (u in fused and fused[u].source is not node) for u in node.users):
+        if (
+            node.users
+            and node not in sources
+            and all(u in inner or (u in fused and fused[u].source is not node) for u in node.users)
+        ):
             inner.add(node)
     return inner
 

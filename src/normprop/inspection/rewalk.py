@@ -15,7 +15,7 @@ from normprop.graph.recorder import Leaf
 from normprop.graph.walk import Walk, prepare
 from normprop.rules import linear
 from normprop.rules.table import Key, Rule
-from normprop.sites.site import Site, site_moments
+from normprop.sites.site import site_moments
 
 
 def walk_of(
@@ -43,19 +43,13 @@ def walk_of(
     if len(lanes) == 1 and lanes[0].root is model and example is None and shape is None:
         example = lanes[0].example
     walk = prepare(
-        model, rules={Site: Rule(site_rule), **(rules or {})}, leaf_modules=leaf_modules, shape=shape, example=example
+        model, rules=rules, leaf_modules=leaf_modules, shape=shape, example=example
     )
     claimed = dict(_claims(walk, lanes))
     if claimed:
         walk = Walk(walk.model, walk.record, walk.example, {**walk.rules, **claimed}, walk.fused, walk.missing)
     walk.require()
     return walk
-
-
-def site_rule(module: Site, x: Moments) -> Moments:
-    """``γ û + β`` with E û = 0 and Var û = 1: what a site is there for (Arpit et al., 2016, §3)."""
-    (found,) = site_moments((module, x.mean.dim(), 1))
-    return found
 
 
 @torch.no_grad()

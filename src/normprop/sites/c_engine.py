@@ -57,7 +57,10 @@ class _NativeScales(torch.autograd.Function):
             return (None, *plain_backward(ctx.forms, [True] * len(ctx.forms), tensors, known))
         call = Call(ctx.forms, sites_of(tensors))
         needs = ctx.needs_input_grad[1 :: len(Operands._fields)]
-        return (None, *call.apart(*call.gradients(columns, grads, needs)))
+        found = call.apart(*call.gradients(columns, grads, needs))
+        width = len(Operands._fields)
+        asked = [any(g is not None for g in grads[i : i + 3]) for i in range(0, len(grads), 3)]
+        return (None, *(g if asked[i // width] else None for i, g in enumerate(found)))
 
 
 class _Geometry(NamedTuple):

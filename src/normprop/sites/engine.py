@@ -103,7 +103,8 @@ class _Scales(torch.autograd.Function):
         sizes = [len(sites[i].gamma) for i in order]
         for i, gamma, beta in zip(order, by_gamma.split(sizes), g.split(sizes), strict=True):
             results[_FIELDS * i + 3 : _FIELDS * i + 5] = gamma, beta
-        return (None, *results)
+        asked = [any(g is not None for g in grads[i : i + 4]) for i in range(0, len(grads), 4)]
+        return (None, *(g if asked[i // _FIELDS] else None for i, g in enumerate(results)))
 
 
 class _Bucket(NamedTuple):
