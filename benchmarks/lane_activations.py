@@ -104,7 +104,7 @@ def composed_pair(program: Program) -> tuple[Rule, Rule]:
     points = sorted({0.0, *(sign * 2.0**k for k in range(-2, 7) for sign in (-1, 1)), *edges})
 
     def full(x: Moments) -> tuple[Tensor, Tensor]:
-        return mean_and_var(lambda u: run(program, u, ()), x.mean, x.std, points)
+        return mean_and_var(lambda u: run(program, u, ()), x.mean, x.var, points)
 
     def lane(x: Moments) -> tuple[Tensor, Tensor]:
         result = composed(x, program, edges, jumps)

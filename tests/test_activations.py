@@ -1,5 +1,7 @@
 import functools
+import inspect
 import itertools
+import math
 
 import mpmath
 import pytest
@@ -8,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from normprop.activations.activation_moments import activation_moments, moments
-from normprop.activations.catalogue import ALIASES, FORMS, MODULES, canonical
+from normprop.activations.catalogue import ACTIVATIONS, ROWS, canonical, written_values
 from normprop.errors import NormPropError
 
 MEANS = [0.0, *(s * m for m in (1e-3, 0.03, 0.7, 2.9, 6.5, 30.0, 200.0, 1e3) for s in (1, -1))]
@@ -38,8 +40,13 @@ PIECEWISE = {
     "softshrink": ({"lambd": 0.75}, [[0.75, 1], [0], [-0.75, 1]], [-0.75, 0.75]),
     "sign": ({}, [[-1], [1]], [0]),
     "heaviside": ({}, [[0], [1]], [0]),
+    "gt": ({"other": 0.3}, [[0], [1]], [0.3]),
+    "ge": ({"other": -1.0}, [[0], [1]], [-1]),
+    "lt": ({"other": 0.3}, [[1], [0]], [0.3]),
+    "le": ({"other": 2.0}, [[1], [0]], [2]),
 }
-JUMPING = ("threshold", "hardshrink", "sign", "heaviside")
+JUMPING = ("threshold", "hardshrink", "sign", "heaviside", "gt", "ge", "lt", "le")
+STEPS = ("floor", "ceil", "round", "trunc")
 
 
 def product(p, q):
@@ -197,7 +204,7 @@ def test_smooth_activations_against_high_precision_quadrature(name):
                     )
 
 
-@pytest.mark.parametrize("name", [n for n in FORMS if n not in (*JUMPING, "pow")])
+@pytest.mark.parametrize("name", [n for n in ACTIVATIONS if n not in (*JUMPING, *STEPS, "pow")])
 def test_slope_and_mean_slope_are_those_of_autograd(name):
     """Stein: dE f/dm = E f'; heat equation: dE f/ds = s d²E f/dm²; Poincaré: Var f ≤ s² E f'²; Jensen."""
     parameters = {"clamp": {"min": -1.0, "max": 1.0}, "clamp_min": {"min": -1.0}, "clamp_max": {"max": 1.0}}
@@ -214,28 +221,173 @@ def test_slope_and_mean_slope_are_those_of_autograd(name):
     assert (result.mean_slope**2 <= result.slope * (1 + 1e-12)).all()
 
 
-def test_every_elementwise_activation_module_is_known():
-    composite = {"GLU", "MultiheadAttention", "Softmin", "Softmax", "Softmax2d", "LogSoftmax"}
-    names = set(nn.modules.activation.__all__) - composite
-    assert names <= {cls.__name__ for cls in MODULES}
-    for name in names:
-        module = nn.Threshold(0.1, 0.0) if name == "Threshold" else getattr(nn, name)()
-        assert canonical(module) is not None
-        assert moments(module).var > 0
+# Sums of the levels' probabilities, from the definition.
+LEVELS = {
+    "floor": mpmath.floor,
+    "ceil": mpmath.ceil,
+    "round": lambda u: mpmath.floor(u + half),
+    "trunc": lambda u: mpmath.floor(u) if u >= 0 else mpmath.ceil(u),
+}
 
 
-@pytest.mark.parametrize("cls", MODULES)
-def test_moments_are_those_of_the_real_module(cls):
-    module = (nn.Threshold(0.1, -0.4) if cls is nn.Threshold else cls()).eval()
-    generator = torch.Generator().manual_seed(5)
-    count = 400_000
-    mean, std = 0.3, 1.4
-    with torch.no_grad():
-        f = module((mean + std * torch.randn(count, generator=generator)).reshape(-1, 1)).double().flatten()
-    result = moments(module, mean, std)
-    assert abs(f.mean() - result.mean.detach()) < 5 * (f.var() / count).sqrt()
-    spread = (f - f.mean()).square()
-    assert abs(spread.mean() - result.var.detach()) < 5 * (spread.var() / count).sqrt()
+def level_oracle(f, mean, std):
+    mean, std = mpmath.mpf(mean), mpmath.mpf(std)
+    low, high = (int(mpmath.floor(2 * (mean + sign * 14 * std))) for sign in (-1, 1))
+    ends = [mpmath.mpf(k) / 2 for k in range(low - 2, high + 4)]
+    parts = [
+        (f((a + b) / 2), mpmath.ncdf((b - mean) / std) - mpmath.ncdf((a - mean) / std)) for a, b in itertools.pairwise(ends)
+    ]
+    first = sum(p * v for v, p in parts)
+    return first, sum(p * (v - first) ** 2 for v, p in parts)
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_step_functions_by_the_probabilities_of_their_levels(name):
+    grid = list(itertools.product((0.0, 0.3, -0.5, 1.0, -2.7, 17.2, -40.9), (1e-3, 0.05, 0.49, 0.51, 1.0, 3.9, 4.1, 20.0)))
+    mean, std = torch.tensor(grid, dtype=torch.float64).unbind(1)
+    found = activation_moments(name, mean, std)
+    with mpmath.workdps(40):
+        for i, point in enumerate(grid):
+            first, var = level_oracle(LEVELS[name], *point)
+            assert abs(found.mean[i].item() - first) <= 1e-13 * (1 + abs(first)), point
+            assert abs(found.var[i].item() - var) <= 1e-13 * (1 + var), point
+    assert found.slope.isinf().all()
+    m, s = mean.clone().requires_grad_(), std.clamp(min=0.05)
+    again = activation_moments(name, m, s)
+    (by_mean,) = torch.autograd.grad(again.mean.sum(), m)
+    torch.testing.assert_close(by_mean, again.mean_slope, rtol=1e-8, atol=1e-11)
+
+
+def test_rounding_to_decimals():
+    fine, coarse = activation_moments("round", 0.123, 0.2, decimals=1), activation_moments("round", 1.23, 2.0)
+    assert fine.mean.item() == pytest.approx(coarse.mean.item() / 10, rel=1e-12)
+    assert fine.var.item() == pytest.approx(coarse.var.item() / 100, rel=1e-12)
+
+
+# What a row's functions are called with, where they ask for it or their defaults are too plain.
+ARGUMENTS = {
+    "leaky_relu": {"negative_slope": 0.2},
+    "prelu": {"weight": torch.tensor(0.3)},
+    "rrelu": {"lower": 0.1, "upper": 0.4},
+    "elu": {"alpha": 0.7},
+    "celu": {"alpha": 0.7},
+    "hardtanh": {"min_val": -0.5, "max_val": 0.8},
+    "hardshrink": {"lambd": 0.3},
+    "softshrink": {"lambd": 0.3},
+    "softplus": {"beta": 2.0, "threshold": 20.0},
+    "threshold": {"threshold": 0.2, "value": -0.4},
+    "clamp": {"min": -0.5, "max": 0.8},
+    "clamp_min": {"min": 0.1},
+    "clamp_max": {"max": 0.3},
+    "gelu": {"approximate": "tanh"},
+    "heaviside": {"values": torch.tensor(0.5)},
+    "pow": {"exponent": 3},
+    **{name: {"other": 0.4} for name in ("gt", "ge", "lt", "le")},
+}
+MEAN, STD, COUNT = 0.3, 1.4, 400_000
+
+
+@functools.cache
+def samples():
+    return MEAN + STD * torch.randn(COUNT, generator=torch.Generator().manual_seed(5))
+
+
+def agree(expected, y):
+    """z < 5 of sampled mean and variance."""
+    y = y.double()
+    assert abs(y.mean() - expected.mean.detach()) < 5 * (y.var() / COUNT).sqrt()
+    spread = (y - y.mean()).square()
+    assert abs(spread.mean() - expected.var.detach()) < 5 * (spread.var() / COUNT).sqrt()
+
+
+def parameters_of(row):
+    return ARGUMENTS.get(row.name, {})
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+def test_one_row_is_one_activation(row):
+    """Its module, and every function and method by which it is met, are one name with one pair of moments; by sampling."""
+    parameters = parameters_of(row)
+    expected = moments(row.name, MEAN, STD) if not parameters else activation_moments(row.name, MEAN, STD, **parameters)
+    met = [*row.functions, *(getattr(torch.Tensor, name) for name in row.methods)]
+    if row.module is not None:
+        module = nn.PReLU(init=0.3) if row.name == "prelu" else row.module(**parameters)
+        found = moments(module.eval(), MEAN, STD)
+        torch.testing.assert_close(found.mean.detach().double().squeeze(), expected.mean.detach(), rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(found.var.detach().double().squeeze(), expected.var.detach(), rtol=1e-6, atol=0.0)
+        met.append(module)
+    assert met
+    for operation in met:
+        name, given = canonical(operation)
+        assert name == row.name
+        keywords = {} if isinstance(operation, nn.Module) else parameters
+        with torch.no_grad():
+            y = call(operation, samples().clone(), keywords)
+        agree(expected, y)
+        assert set(given) <= set(row.parameters)
+
+
+def call(operation, x, keywords):
+    """An operation with parameters by position, as torch has no keywords for some of them."""
+    if operation is F.gelu:
+        return operation(x, **keywords)
+    if operation in (torch.prelu, F.prelu, torch.Tensor.prelu):
+        return operation(x, keywords["weight"].reshape(1))
+    return operation(x, *keywords.values())
+
+
+def test_no_two_rows_claim_a_spelling():
+    spellings = [f for row in ROWS for f in (*row.functions, *row.methods, row.module) if f is not None]
+    names = [name for row in ROWS for name in (row.name, *row.also, *row.aliases)]
+    assert len(names) == len(set(names))
+    assert len(spellings) == len(set(spellings))
+
+
+def test_every_elementwise_activation_module_of_torch_has_a_row():
+    elsewhere = {"GLU", "MultiheadAttention", "Softmin", "Softmax", "Softmax2d", "LogSoftmax"}  # over several elements
+    assert set(nn.modules.activation.__all__) - elsewhere <= {row.module.__name__ for row in ROWS if row.module}
+
+
+def test_every_form_has_a_row():
+    from normprop.activations import closed_forms, piecewise_forms, smooth_forms, step_forms
+
+    forms = {
+        function
+        for space in (closed_forms, piecewise_forms, smooth_forms, step_forms)
+        for name, function in vars(space).items()
+        if name[0] != "_" and inspect.isfunction(function) and getattr(function, "__module__", "") == space.__name__
+    }
+    assert forms == {row.form for row in ROWS}
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "function"), list(written_values()), ids=lambda x: str(x) if isinstance(x, str) else ""
+)
+def test_values_of_forms_are_those_of_torch(name, parameters, function):
+    u = torch.linspace(-9.03, 9.11, 301, dtype=torch.float64)
+    row = ACTIVATIONS[name]
+    real = row.module().double() if name in ("identity", "prelu") else row.functions[0]
+    parameters = dict(parameters) | ({"min": -math.inf} if name == "clamp" else {})
+    if name == "heaviside":
+        real = functools.partial(torch.heaviside, values=u.new_zeros(()))
+    torch.testing.assert_close(function(u), real(u, **parameters), rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("name", ["clamp", "clamp_min", "clamp_max", "gt", "lt", "prelu"])
+def test_parameters_per_channel(name):
+    """As one channel at a time, with gradients by the parameters."""
+    columns = {"min": [-1.0, 0.2, 0.5], "max": [0.5, 0.3, 0.1], "other": [0.0, 1.0, -2.0], "weight": [0.1, 0.5, -0.3]}
+    wanted = ("min", "max") if name == "clamp" else ACTIVATIONS[name].parameters
+    tensors = {key: torch.tensor(columns[key], dtype=torch.float64, requires_grad=True) for key in wanted}
+    found = activation_moments(name, 0.3, 0.8, **tensors)
+    for i in range(3):
+        alone = activation_moments(name, 0.3, 0.8, **{key: columns[key][i] for key in wanted})
+        assert found.mean[i].item() == pytest.approx(alone.mean.item(), rel=1e-12)
+        assert found.var[i].item() == pytest.approx(alone.var.item(), rel=1e-12)
+    if name != "clamp":  # whose bounds cross in one channel
+        (tensor,) = tensors.values()
+        pick = lambda t: [getattr(activation_moments(name, 0.3, 0.8, **{wanted[0]: t}), field) for field in ("mean", "var")]
+        assert torch.autograd.gradcheck(lambda t: tuple(pick(t)), (tensor,))
 
 
 FUNCTIONS = [
@@ -292,11 +444,6 @@ def test_canonical_knows_what_it_does_not_know(fn):
 def test_subclasses():
     assert canonical(KeepsForward()) == ("relu6", {})
     assert moments(Overrides()).mean == pytest.approx(2 * moments("relu").mean.item(), rel=1e-12)
-
-
-def test_aliases_point_into_the_table():
-    assert set(ALIASES.values()) <= set(FORMS)
-    assert set(MODULES.values()) <= set(FORMS)
 
 
 def test_softplus_with_a_visible_jump_is_refused_and_works_as_a_callable():

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from normprop.activations.breakpoints import Breakpoints, check_elementwise, find_breakpoints
 from normprop.activations.catalogue import canonical, expectations, torch_function
-from normprop.activations.normal import Expectations, density, working_dtype
-from normprop.activations.quadrature import Breakpoints, find_breakpoints, integrate, mean_and_variance
+from normprop.activations.normal import Expectations, density, has_values, working_dtype
+from normprop.activations.quadrature import integrate, mean_and_variance
 from normprop.errors import NormPropError
 
 Activation = str | nn.Module | type[nn.Module] | Callable[..., Tensor]
@@ -94,7 +95,9 @@ def activation_moments(name: str, mean: float | Tensor, std: float | Tensor, **p
     tensor(0.5200, dtype=torch.float64)
     """
     m, s, dtype = _prepare(mean, std)
-    return _pack(expectations(name, m, s, parameters, order=10 if dtype == torch.float64 else 7), dtype)
+    shape = torch.broadcast_shapes(m.shape, *(p.shape for p in parameters.values() if isinstance(p, Tensor)))
+    found = expectations(name, m.expand(shape), s.expand(shape), parameters, order=10 if dtype == torch.float64 else 7)
+    return _pack(found, dtype)
 
 
 def module_moments(module: nn.Module, mean: float | Tensor, std: float | Tensor) -> ActivationMoments:
@@ -122,20 +125,28 @@ def function_moments(
 
 
 def mean_and_var(
-    fn: Callable[[Tensor], Tensor], mean: float | Tensor, std: float | Tensor, points: Sequence[float]
+    fn: Callable[[Tensor], Tensor],
+    mean: float | Tensor,
+    var: float | Tensor,
+    points: Sequence[float],
+    *,
+    kinked: bool = True,
+    jumping: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Mean and variance alone of `function_moments`, as exact as the result's dtype can show, and cheaper.
 
     Args:
         fn: takes float64 tensors of any shape.
         mean: number or tensor.
-        std: number or tensor.
+        var: number or tensor; at 0 derivatives are those of the limit.
         points: ascending; where fn bends.
+        kinked: whether fn may have a kink or a jump.
+        jumping: whether it may have a jump.
     """
-    m, s, dtype = _prepare(mean, std)
+    m, v, dtype = _prepare(mean, var)
     order, reach = (12, 14.0) if dtype == torch.float64 else (8, 10.0)
-    average, var = mean_and_variance(fn, m, s, points, order=order, reach=reach)
-    return average.to(dtype), var.to(dtype)
+    average, spread = mean_and_variance(fn, m, v, points, order=order, reach=reach, kinked=kinked, jumping=jumping)
+    return average.to(dtype), spread.to(dtype)
 
 
 def _prepare(mean: float | Tensor, std: float | Tensor) -> tuple[Tensor, Tensor, torch.dtype]:
@@ -158,18 +169,11 @@ def _prepare(mean: float | Tensor, std: float | Tensor) -> tuple[Tensor, Tensor,
 def _check_values(mean: float | Tensor, std: float | Tensor) -> None:
     """Refuse what is no Gaussian; only here, so that a network on its way to divergence just carries its NaN on."""
     m, s, _ = _prepare(mean, std)
-    if _eager(m) and _eager(s):
+    if has_values(m) and has_values(s):
         if bool((~(s >= 0)).any()):
             raise NormPropError("std is negative or NaN")
         if bool(m.isnan().any()):
             raise NormPropError("mean is NaN")
-
-
-def _eager(x: Tensor) -> bool:
-    """Whether the values may be looked at: not while compiling, exporting, under a transform, or on the meta device."""
-    if torch.compiler.is_compiling() or x.is_meta or type(x) not in (Tensor, nn.Parameter):
-        return False
-    return not torch._C._functorch.is_functorch_wrapped_tensor(x)
 
 
 def _pack(e: Expectations, dtype: torch.dtype) -> ActivationMoments:
@@ -180,7 +184,7 @@ def _adaptive(fn: Callable[[Tensor], Tensor], mean: Tensor, std: Tensor) -> Expe
     """Search for kinks over the range of all means and stds, then raise the order until two rules agree."""
     if mean.numel() == 0:
         return Expectations(*(torch.zeros_like(mean) for _ in range(6)))
-    if not (_eager(mean) and _eager(std)):
+    if not (has_values(mean) and has_values(std)):
         raise NormPropError(
             "an unknown callable is searched for kinks, which needs values: call find_breakpoints and integrate"
         )
@@ -196,29 +200,6 @@ def _adaptive(fn: Callable[[Tensor], Tensor], mean: Tensor, std: Tensor) -> Expe
             break
     _check_finite(fn, result, mean.detach(), reach)
     return result if points.resolved else result._replace(error=10 * result.error)
-
-
-def check_elementwise(fn: Callable[[Tensor], Tensor], low: float = -3.0, high: float = 3.0) -> None:
-    """NormPropError if fn is random, or its value at one place depends on other places; tried between low and high."""
-    probe = torch.linspace(max(low, -3.0), min(high, 3.0), 12, dtype=torch.float64) if low < 3 and high > -3 else None
-    probe = torch.linspace(low, high, 12, dtype=torch.float64) if probe is None else probe
-    try:
-        with torch.no_grad():
-            whole = fn(probe.clone())
-            grid = fn(probe.reshape(3, 4).clone())
-            part = fn(probe[7:9].clone())
-            again = fn(probe.clone())
-    except NormPropError:
-        raise
-    except Exception as reason:
-        raise NormPropError(f"the activation cannot be applied to a float64 tensor of any shape: {reason}") from reason
-    if not isinstance(whole, Tensor) or whole.shape != probe.shape or grid.shape != (3, 4):
-        raise NormPropError("the activation changes the shape of its input: it is not elementwise")
-    if not torch.equal(whole.nan_to_num(), again.nan_to_num()):
-        raise NormPropError("the activation is random: put it into eval mode, or pass its mean function")
-    same = (whole[7:9], part), (whole.reshape(3, 4), grid)
-    if not all(torch.allclose(a, b, rtol=1e-9, atol=1e-12, equal_nan=True) for a, b in same):
-        raise NormPropError("the activation's output at one place depends on other places: it is not elementwise")
 
 
 def _check_finite(fn: Callable[[Tensor], Tensor], result: Expectations, mean: Tensor, reach: Tensor) -> None:

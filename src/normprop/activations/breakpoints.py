@@ -1,6 +1,7 @@
 """Where a function of one variable kinks, jumps or varies: the panels on which it is a polynomial."""
 
 import math
+import warnings
 from collections.abc import Callable
 from itertools import pairwise
 from typing import NamedTuple
@@ -8,11 +9,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from normprop.activations.crossings import find_crossings, roundest
+from normprop.errors import NormPropError
+
 Function = Callable[[Tensor], Tensor]
 
 _ORDER = 14
 _TOLERANCE = 1e-11
 _EPSILON = 2.0**-52
+_NOISE = 1e-8
 # Halvings next to a singularity that no panel end removes, such as that of √|u|.
 _DEPTH = 30
 
@@ -21,29 +26,85 @@ class Breakpoints(NamedTuple):
     """Panel ends between which a function is smooth at the scale of the panel.
 
     edges: ascending, kinks and jumps among them. jumps: those where the value jumps. resolved: whether the search
-    came to an end; otherwise the function varies faster, or jumps more often, than `limit` panels can follow.
+    came to an end; otherwise the function varies faster, or jumps more often, than `limit` panels can follow. seen:
+    whether all of it was made of torch's operations; otherwise something narrow may have stayed hidden.
     """
 
     edges: tuple[float, ...]
     jumps: tuple[float, ...] = ()
     resolved: bool = True
+    seen: bool = True
 
 
-def find_breakpoints(fn: Function, low: float = -1e4, high: float = 1e4, *, limit: int = 256) -> Breakpoints:
+def find_breakpoints(
+    fn: Function, low: float = -1e4, high: float = 1e4, *, limit: int = 256, straight: float = math.inf
+) -> Breakpoints:
     """Panels that resolve an elementwise fn on [low, high], with its kinks and jumps located to the last digit.
 
-    Panels are halved until fn is a polynomial on each, to rounding error. Those that are still not at the finest
-    width hold a kink or a jump; it becomes a panel end, and the panels are built afresh around it.
+    Panels start at what the operations inside fn tell apart (see `find_crossings`) and at powers of two, and are halved
+    until fn is a polynomial on each, to rounding error. Those that are still not at the finest width hold a kink or a jump;
+    it becomes a panel end, and the panels are built afresh around it.
+
+    Args:
+        fn: takes float64 tensors of any shape.
+        low: where to begin.
+        high: where to end.
+        limit: unresolved panels at a time.
+        straight: beyond this distance from 0 powers of two are kept only if fn is no polynomial across them.
 
     >>> find_breakpoints(lambda x: torch.where(x > 1, x.square(), -x)).jumps
     (1.0,)
     """
     near = torch.linspace(max(low, min(high, -4.0)), min(high, max(low, 4.0)), 65, dtype=torch.float64)
-    scale = float(_values(fn, near).nan_to_num(0.0, 0.0, 0.0).abs().max())
-    start = sorted({low, high, *(x for x in _ladder() if low < x < high)})
+    crossings = find_crossings(fn, low, high)
+    scale = max(_largest(fn, near), 1e-3 * _largest(fn, torch.tensor(crossings.points, dtype=torch.float64)))
+    ladder = {low, high, *(x for x in _ladder() if low < x < high)}
+    start = _distinct(sorted({*ladder, *crossings.points}))
     singular, _, complete = _refine(fn, start, scale, limit, math.inf)
     _, edges, resolved = _refine(fn, _distinct(sorted({*start, *singular})), scale, limit, _DEPTH)
-    return Breakpoints(tuple(edges), _jumps(fn, edges, scale), complete and resolved)
+    jumps = _jumps(fn, edges, scale)
+    kept = {x for x in ladder if abs(x) <= straight}
+    edges = _joined(fn, edges, {low, high, *kept, *singular, *jumps}, scale)
+    return Breakpoints(tuple(edges), jumps, complete and resolved, crossings.seen)
+
+
+def check_elementwise(fn: Function, low: float = -3.0, high: float = 3.0) -> None:
+    """NormPropError if fn is random, or its value at one place depends on other places; tried between low and high."""
+    near = (max(low, -3.0), min(high, 3.0)) if low < 3 and high > -3 else (low, high)
+    probe = torch.linspace(*near, 12, dtype=torch.float64)
+    try:
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what is about to be refused
+            whole = fn(probe.clone())
+            grid = fn(probe.reshape(3, 4).clone())
+            part = fn(probe[7:9].clone())
+            again = fn(probe.clone())
+    except NormPropError:
+        raise
+    except Exception as reason:
+        raise NormPropError(f"the activation cannot be applied to a float64 tensor of any shape: {reason}") from reason
+    if not isinstance(whole, Tensor) or whole.shape != probe.shape or grid.shape != (3, 4):
+        raise NormPropError("the activation changes the shape of its input: it is not elementwise")
+    if not torch.equal(whole.nan_to_num(), again.nan_to_num()):
+        raise NormPropError("the activation is random: put it into eval mode, or pass its mean function")
+    same = (whole[7:9], part), (whole.reshape(3, 4), grid)
+    if not all(torch.allclose(a, b, rtol=1e-9, atol=1e-12, equal_nan=True) for a, b in same):
+        raise NormPropError("the activation's output at one place depends on other places: it is not elementwise")
+
+
+def _joined(fn: Function, edges: list[float], kept: set[float], scale: float) -> list[float]:
+    """The panel ends without those that nothing needs: fn is a polynomial across them."""
+    left, start, idle = edges, 1, 0
+    while idle < 2:
+        candidates = [i for i in range(start, len(left) - 1, 2) if left[i] not in kept]  # no two neighbours at a time
+        needless: set[float] = set()
+        if candidates:
+            panels = torch.tensor([[left[i - 1], left[i + 1]] for i in candidates], dtype=torch.float64)
+            smooth = _resolved(fn, panels, scale).tolist()
+            needless = {left[i] for i, one in zip(candidates, smooth, strict=True) if one}
+        left = [x for x in left if x not in needless]
+        start, idle = 3 - start, 0 if needless else idle + 1
+    return left
 
 
 def _ladder() -> list[float]:
@@ -71,7 +132,7 @@ def _refine(
             return sorted(singular), sorted(edges), False
         middle = work.mean(1)
         finest = work[:, 1] - work[:, 0] <= 4 * _EPSILON * middle.abs().clamp(min=1e-6)
-        singular.update(_roundest(a, b) for a, b in work[finest].tolist())
+        singular.update(roundest(a, b) for a, b in work[finest].tolist())
         work, middle = work[~finest], middle[~finest]
         edges.update(middle.tolist())
         work = torch.cat([torch.stack([work[:, 0], middle], 1), torch.stack([middle, work[:, 1]], 1)])
@@ -88,14 +149,6 @@ def _distinct(points: list[float]) -> list[float]:
         elif len(repr(point)) < len(repr(kept[-1])):
             kept[-1] = point
     return kept
-
-
-def _roundest(a: float, b: float) -> float:
-    """Of the few numbers from a to b the one that is shortest to write, which is most likely the one meant."""
-    candidates = [a]
-    while candidates[-1] < b and len(candidates) < 32:
-        candidates.append(math.nextafter(candidates[-1], b))
-    return 0.0 if a <= 0 <= b else min(candidates, key=lambda x: len(repr(x)))
 
 
 def _jumps(fn: Function, edges: list[float], scale: float) -> tuple[float, ...]:
@@ -134,6 +187,8 @@ def _resolved(fn: Function, panels: Tensor, scale: float) -> Tensor:
     # Overflow and the outside of a domain have nothing to resolve; their border is found like a kink.
     undefined = ~(values.isfinite() & slopes.isfinite())
     smooth = torch.ones(len(panels), dtype=torch.bool)
+    # What the rounding of u itself may do, of a function that varies within the panel; far below what a kink does.
+    rounding = _ORDER * _EPSILON * panels.abs().amax(1) / (high - low)
     for y, tolerance in ((values, _TOLERANCE), (slopes, 100 * _TOLERANCE)):
         y = y.masked_fill(undefined, 0.0)
         y = y / y.abs().amax(1, keepdim=True).clamp(min=max(scale, 1e-300))
@@ -141,8 +196,13 @@ def _resolved(fn: Function, panels: Tensor, scale: float) -> Tensor:
         series[:, 0] /= 2
         ends = torch.stack([(series * edge).sum(1), (series * edge * (-1) ** k).sum(1)], dim=1)
         misfit = torch.maximum(series[:, -3:].abs().amax(1), 1e-4 * (ends - y[:, _ORDER:]).abs().amax(1))
-        smooth &= misfit <= tolerance
+        noise = rounding * (y.amax(1) - y.amin(1))
+        smooth &= misfit <= noise.clamp(tolerance, _NOISE)
     return torch.where(undefined.any(1), undefined.all(1), smooth)
+
+
+def _largest(fn: Function, x: Tensor) -> float:
+    return float(_values(fn, x).nan_to_num(0.0, 0.0, 0.0).abs().max()) if len(x) else 0.0
 
 
 def _values(fn: Function, x: Tensor) -> Tensor:

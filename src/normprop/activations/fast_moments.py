@@ -1,7 +1,8 @@
-"""Mean and variance behind an activation in one autograd function: what a moment lane needs of `activation_moments`."""
+"""Mean and variance after an activation in one autograd function: what a moment lane needs of `activation_moments`."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -9,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from normprop.activations.activation_moments import activation_moments
+from normprop.activations.catalogue import outline
 from normprop.activations.normal import working_dtype
 from normprop.activations.panels import DOUBLE, SINGLE, Panels, lane_panels
-from normprop.channel_moments import safe_sqrt
+from normprop.activations.small_variance import continued
 from normprop.double_backward import gradients_again
 
 # Nodes of one pass on a CPU: their vectors stay in the cache, and the allocator has blocks of that size at hand.
@@ -41,9 +43,7 @@ def lane_moments(name: str, mean: Tensor, var: Tensor, parameters: Mapping[str, 
     0.206621 0.313083
     """
 
-    def plain(mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
-        found = activation_moments(name, mean, safe_sqrt(var), **parameters)
-        return found.mean, found.var
+    plain = functools.partial(_plain, name, parameters)
 
     if not (eager(mean) and eager(var)) or any(isinstance(value, Tensor) for value in parameters.values()):
         return plain(mean, var)
@@ -53,6 +53,23 @@ def lane_moments(name: str, mean: Tensor, var: Tensor, parameters: Mapping[str, 
         return plain(mean, var)
     first, second = _LaneMoments.apply(*torch.broadcast_tensors(mean, var), panels, plain)
     return first, second
+
+
+def _plain(name: str, parameters: Mapping[str, Any], mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
+    """The moments of `activation_moments`, with the derivatives of the limit where there is no variance."""
+
+    def evaluate(mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
+        found = activation_moments(name, mean, std, **parameters)
+        return found.mean, found.var
+
+    shapes = (p.shape for p in parameters.values() if isinstance(p, Tensor))
+    shape = torch.broadcast_shapes(mean.shape, var.shape, *shapes)
+    dtype = torch.promote_types(torch.promote_types(mean.dtype, var.dtype), torch.float32)
+    m, v = mean.to(dtype).expand(shape), var.to(dtype).expand(shape)
+    f = outline(name, parameters)
+    center = f.value(m if f.jumping else m.detach()).to(dtype)
+    rounding = torch.finfo(working_dtype(mean.device)).eps
+    return continued(evaluate, m, v, center, kinked=f.kinked, jumping=f.jumping, rounding=rounding)
 
 
 def eager(x: Tensor) -> bool:

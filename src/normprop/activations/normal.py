@@ -4,7 +4,7 @@ import math
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from normprop.errors import NormPropError
 
@@ -30,6 +30,13 @@ def working_dtype(device: torch.device) -> torch.dtype:
     """The precision to compute moments in: float64, which Metal does not have, nor ONNX Runtime for every function."""
     narrow = device.type == "mps" or (torch.compiler.is_compiling() and torch.onnx.is_in_onnx_export())
     return torch.float32 if narrow else torch.float64
+
+
+def has_values(x: Tensor) -> bool:
+    """Whether values may be looked at: not while compiling, exporting, under a transform, or on the meta device."""
+    if torch.compiler.is_compiling() or x.is_meta or type(x) not in (Tensor, nn.Parameter):
+        return False
+    return not torch._C._functorch.is_functorch_wrapped_tensor(x)
 
 
 def density(z: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from normprop.activations.catalogue import known_form
 from normprop.activations.normal import gauss_legendre
-from normprop.activations.piecewise import Piecewise, Polynomial
+from normprop.activations.piecewise import Piecewise
 from normprop.activations.smooth_forms import Smooth
 
 Function = Callable[[Tensor], Tensor]
@@ -127,15 +127,7 @@ def _piecewise_panels(f: Piecewise, precision: Precision) -> Panels:
     def slope(u: Tensor) -> Tensor:
         return torch.addcmul(tilt.to(u), u, 2 * c2.to(u)) if curved else tilt.to(u).expand_as(u).clone()
 
-    center = functools.partial(_center, f.pieces, f.knots)
-    return Panels(ends, *_matrices([rule] * len(f.pieces)), center, value, slope, kinked=True)
-
-
-def _center(pieces: Sequence[Polynomial], knots: Sequence[float], u: Tensor) -> Tensor:
-    value = pieces[0].at(u)
-    for knot, piece in zip(knots, pieces[1:], strict=True):
-        value = torch.where(u > knot, piece.at(u), value)
-    return value
+    return Panels(ends, *_matrices([rule] * len(f.pieces)), f.at, value, slope, kinked=True)
 
 
 def _legendre(count: int) -> tuple[Tensor, Tensor]:

@@ -39,8 +39,15 @@ class Piecewise:
     """`pieces[i]` between `knots[i − 1]` and `knots[i]` (ascending); `continuous`: neighbours meet at their knot."""
 
     pieces: Sequence[Polynomial]
-    knots: Sequence[float] = ()
+    knots: Sequence[Scalar] = ()
     continuous: bool = True
+
+    def at(self, u: Tensor) -> Tensor:
+        """The function's value at u; at a knot, that of the piece before it."""
+        value = self.pieces[0].at(u)
+        for knot, piece in zip(self.knots, self.pieces[1:], strict=True):
+            value = torch.where(u > knot, piece.at(u), value)
+        return value
 
 
 def piecewise_moments(f: Piecewise, mean: Tensor, std: Tensor) -> Expectations:
@@ -98,9 +105,7 @@ def _many_parts(f: Piecewise, mean: Tensor, std: Tensor, order: int) -> Expectat
     start = torch.cat([m, torch.where(ahead, knots, m)], dim=1)
     offset = start - origin
     value = c0 + offset * (c1 + offset * c2)
-    center = f.pieces[0].at(mean)
-    for knot, piece in zip(f.knots, f.pieces[1:], strict=True):
-        center = torch.where(mean > knot, piece.at(mean), center)
+    center = f.at(mean)
     moved = value - center
     tilt = c1 + 2 * offset * c2
     d1, d2 = tilt * s, c2 * s * s
@@ -124,7 +129,8 @@ def _many_parts(f: Piecewise, mean: Tensor, std: Tensor, order: int) -> Expectat
         slope, mean_slope = expect(tilt * tilt, 2 * tilt * bend, bend * bend), expect(side * tilt, side * bend)
     if not f.continuous:
         for knot, left, right in zip(f.knots, f.pieces, f.pieces[1:], strict=False):
-            jump = right.at(mean.new_tensor(knot)) - left.at(mean.new_tensor(knot))
+            place = knot.to(mean) if isinstance(knot, Tensor) else mean.new_tensor(knot)
+            jump = right.at(place) - left.at(place)
             mean_slope = mean_slope + jump * density(((knot - mean) / s).clamp(-FAR, FAR)) / s
             slope = torch.where(jump != 0, math.inf, slope)
     return _packed(average, var, second, slope, mean_slope)

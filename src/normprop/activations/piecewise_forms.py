@@ -1,5 +1,8 @@
 """The activations that are piecewise polynomials, as pieces and knots; parameters as in torch.nn.functional."""
 
+import torch
+from torch import Tensor
+
 from normprop.activations.piecewise import Piecewise, Polynomial, Scalar
 from normprop.errors import NormPropError
 
@@ -47,9 +50,9 @@ def rrelu(lower: float = 1 / 8, upper: float = 1 / 3) -> Piecewise:
     return leaky_relu((lower + upper) / 2)
 
 
-def hardtanh(min_val: float = -1.0, max_val: float = 1.0) -> Piecewise:
+def hardtanh(min_val: Scalar = -1.0, max_val: Scalar = 1.0) -> Piecewise:
     """u, kept between min_val and max_val."""
-    if not min_val < max_val:
+    if not (isinstance(min_val, Tensor) or isinstance(max_val, Tensor) or min_val < max_val):
         raise NormPropError(f"hardtanh: min_val {min_val} is not below max_val {max_val}")
     return Piecewise([Polynomial(min_val), _LINE, Polynomial(max_val)], [min_val, max_val])
 
@@ -59,21 +62,26 @@ def relu6() -> Piecewise:
     return hardtanh(0.0, 6.0)
 
 
-def clamp(min: float | None = None, max: float | None = None) -> Piecewise:
-    """u, kept between the given bounds."""
+def clamp(min: Scalar | None = None, max: Scalar | None = None) -> Piecewise:
+    """u, kept between the given bounds; max counts where they are the wrong way round."""
+    if isinstance(min, Tensor) and max is not None:
+        min = torch.minimum(min, max if isinstance(max, Tensor) else torch.full_like(min, max))
+    elif isinstance(max, Tensor) and min is not None:
+        min = max.clamp(max=min)
     if min is not None and max is not None:
-        return hardtanh(min, max) if min < max else Piecewise([Polynomial(max)])
+        tensors = isinstance(min, Tensor) or isinstance(max, Tensor)
+        return hardtanh(min, max) if tensors or min < max else Piecewise([Polynomial(max)])
     if min is not None:
         return clamp_min(min)
     return identity() if max is None else clamp_max(max)
 
 
-def clamp_min(min: float) -> Piecewise:
+def clamp_min(min: Scalar) -> Piecewise:
     """max(u, min)."""
     return Piecewise([Polynomial(min), _LINE], [min])
 
 
-def clamp_max(max: float) -> Piecewise:
+def clamp_max(max: Scalar) -> Piecewise:
     """min(u, max)."""
     return Piecewise([_LINE, Polynomial(max)], [max])
 
@@ -111,6 +119,26 @@ def sign() -> Piecewise:
     return Piecewise([Polynomial(-1.0), Polynomial(1.0)], [0.0], continuous=False)
 
 
-def heaviside() -> Piecewise:
-    """0 below 0, 1 above."""
-    return Piecewise([_ZERO, Polynomial(1.0)], [0.0], continuous=False)
+def heaviside(values: Scalar = 0.0) -> Piecewise:  # noqa: ARG001
+    """0 below 0, 1 above; `values` at 0 alone."""
+    return gt(0.0)
+
+
+def gt(other: Scalar) -> Piecewise:
+    """1 above `other`, 0 below: a comparison as a number."""
+    return Piecewise([_ZERO, Polynomial(1.0)], [other], continuous=False)
+
+
+def ge(other: Scalar) -> Piecewise:
+    """As gt, from which it differs with probability 0."""
+    return gt(other)
+
+
+def lt(other: Scalar) -> Piecewise:
+    """0 above `other`, 1 below."""
+    return Piecewise([Polynomial(1.0), _ZERO], [other], continuous=False)
+
+
+def le(other: Scalar) -> Piecewise:
+    """As lt."""
+    return lt(other)

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from normprop.activations.breakpoints import Breakpoints, find_breakpoints
-from normprop.activations.normal import Expectations, density, gauss_legendre
+from normprop.activations.normal import Expectations, density, gauss_legendre, has_values
 from normprop.activations.piecewise import TINY
+from normprop.activations.small_variance import continued, smallest_std
 
 Function = Callable[[Tensor], Tensor]
 
@@ -40,47 +41,92 @@ def integrate(fn: Function, mean: Tensor, std: Tensor, breakpoints: Breakpoints,
     >>> integrate(torch.relu, torch.tensor(0.0).double(), torch.tensor(1.0).double(), points).second
     tensor(0.5000, dtype=torch.float64)
     """
-    grid = _column([_REACH * i / 16 for i in range(-16, 17)], mean).expand(-1, *mean.shape)
-    edges = _merge(_marks(breakpoints.edges, mean, std, _REACH), grid)
-    fine = _integrate_values(fn, mean, std, edges, breakpoints, order)
-    coarse = _integrate_values(fn, mean.detach(), std.detach(), edges, breakpoints, order - 2)
+    narrow = _narrow(fn, mean, std)
+    m, s = (x if narrow is None else torch.where(narrow, x.detach(), x) for x in (mean, std))
+    fine = _integrate_values(fn, m, s, breakpoints, order)
+    coarse = _integrate_values(fn, mean.detach(), std.detach(), breakpoints, order - 2)
     gaps = [(a - b).abs().detach() for a, b in zip(fine[:4], coarse[:4], strict=True)]
     error = torch.stack([torch.where(gap.isnan(), 0.0, gap) for gap in gaps]).amax(0)
     size = torch.where(fine.slope.isinf(), 0.0, fine.slope.detach()) + fine.second.detach()
+    if narrow is not None:
+        fine = _with_slopes(fine, _limit(fn, mean, std, breakpoints, order), narrow)
     return fine._replace(error=error + 1e-14 * size)
 
 
-def mean_and_variance(
-    fn: Function, mean: Tensor, std: Tensor, points: Sequence[float], *, order: int = 12, reach: float = 14.0
-) -> tuple[Tensor, Tensor]:
-    """E fn(u) and Var fn(u), u ~ N(mean, std²): the two of `integrate` that a moment lane needs, in a third of its work.
+def _narrow(fn: Function, mean: Tensor, std: Tensor) -> Tensor | None:
+    """Where the std is so small that derivatives are those of the limit; None if that is known to be nowhere."""
+    with torch.no_grad():
+        narrow = std < smallest_std(mean, fn(mean), kinked=True)
+    return narrow if not has_values(narrow) or bool(narrow.any()) else None
 
-    Static tensor operations only, any number of times differentiable in mean, std and what fn closes over. The variance
-    is that of differences from the mean, so a std that is small beside fn(mean) costs digits.
+
+def _limit(fn: Function, mean: Tensor, std: Tensor, at: Breakpoints, order: int) -> Expectations:
+    """`integrate` for a std near 0, with the derivatives of the limit."""
+    rest: list[Expectations] = []
+
+    def evaluate(mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
+        rest.append(_integrate_values(fn, mean, std, at, order))
+        return rest[0].mean, rest[0].var
+
+    jumping = bool(at.jumps)
+    center = fn(mean if jumping else mean.detach())
+    average, var = continued(evaluate, mean, std.square(), center, kinked=True, jumping=jumping)
+    return rest[0]._replace(mean=average, var=var, second=var + average.square())
+
+
+def _with_slopes(values: Expectations, slopes: Expectations, where: Tensor) -> Expectations:
+    """The values of one and the derivatives of the other."""
+    pairs = zip(values, slopes, strict=True)
+    return Expectations(*(torch.where(where, a.detach() + (b - b.detach()).nan_to_num(), a) for a, b in pairs))
+
+
+def mean_and_variance(
+    fn: Function,
+    mean: Tensor,
+    var: Tensor,
+    points: Sequence[float],
+    *,
+    order: int = 12,
+    reach: float = 14.0,
+    kinked: bool = True,
+    jumping: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """E fn(u) and Var fn(u), u ~ N(mean, var): the two of `integrate` that a moment lane needs, in a third of its work.
+
+    Static tensor operations only, any number of times differentiable in mean, var and what fn closes over, with the
+    derivatives of the limit at var = 0 (see `continued`). The variance is that of differences from the mean, so a std
+    that is small beside fn(mean) costs digits.
 
     Args:
         fn: an elementwise function of a tensor.
         mean: float tensor, any shape.
-        std: float tensor of the same shape, not negative.
+        var: float tensor of the same shape, not negative.
         points: ascending; where fn bends.
         order: nodes per panel.
         reach: standard deviations on both sides of the mean beyond which fn counts for nothing.
+        kinked: whether fn may have a kink or a jump.
+        jumping: whether it may have a jump.
 
     >>> found = mean_and_variance(torch.relu, torch.tensor(0.0).double(), torch.tensor(1.0).double(), [0.0])
     >>> print(f"{found[0]:.6f} {found[1]:.6f}")
     0.398942 0.340845
     """
     count = math.ceil(reach / 2.5)
-    grid = _column([reach * i / count for i in range(-count, count + 1)], mean).expand(-1, *mean.shape)
-    rule = _rule(_merge(_marks(points, mean, std, reach), grid), mean, std, order)
-    weightless = rule.measure.detach() == 0
-    value = torch.where(weightless, 0.0, fn(torch.where(weightless, mean.detach(), rule.u)))
-    average = _total(rule.measure * value)
-    var = _variance(value - average.detach(), rule)
-    return average, torch.where(std > 0, var, 0.0)
+
+    def evaluate(mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
+        grid = _column([reach * i / count for i in range(-count, count + 1)], mean).expand(-1, *mean.shape)
+        rule = _rule(_merge(_marks(points, mean, std, reach), grid), mean, std, order)
+        weightless = rule.measure.detach() == 0
+        value = torch.where(weightless, 0.0, fn(torch.where(weightless, mean.detach(), rule.u)))
+        average = _total(rule.measure * value)
+        return average, _variance(value - average.detach(), rule)
+
+    return continued(evaluate, mean, var, fn(mean if jumping else mean.detach()), kinked=kinked, jumping=jumping)
 
 
-def _integrate_values(fn: Function, mean: Tensor, std: Tensor, edges: Tensor, at: Breakpoints, order: int) -> Expectations:
+def _integrate_values(fn: Function, mean: Tensor, std: Tensor, at: Breakpoints, order: int) -> Expectations:
+    grid = _column([_REACH * i / 16 for i in range(-16, 17)], mean).expand(-1, *mean.shape)
+    edges = _merge(_marks(at.edges, mean, std, _REACH), grid)
     rule = _rule(edges, mean, std, order)
     # Panels without width or weight may sit on a singularity.
     weightless = rule.measure.detach() == 0
@@ -101,8 +147,8 @@ def _integrate_values(fn: Function, mean: Tensor, std: Tensor, edges: Tensor, at
     if at.jumps:
         safe = std.clamp_min(TINY)
         for jump in at.jumps:
-            sides = fn(mean.new_tensor([math.nextafter(jump, -math.inf), jump, math.nextafter(jump, math.inf)]))
-            mean_slope = mean_slope + (sides[2] - sides[0]) * density(((jump - mean) / safe).clamp(-60, 60)) / safe
+            sides = fn(_column([math.nextafter(jump, -math.inf), math.nextafter(jump, math.inf)], mean))
+            mean_slope = mean_slope + (sides[1] - sides[0]) * density(((jump - mean) / safe).clamp(-60, 60)) / safe
         energy = torch.full_like(energy, math.inf)
     second = _total(rule.measure * value.square())
     return Expectations(average, torch.where(std > 0, var, 0.0), second, energy, mean_slope, torch.zeros_like(average))
@@ -182,7 +228,8 @@ def _rule(edges: Tensor, mean: Tensor, std: Tensor, order: int) -> _Rule:
 
 
 def _variance(deviation: Tensor, rule: _Rule) -> Tensor:
-    return _total(rule.measure * deviation.square()) - _total(rule.measure * deviation).square()
+    """Not negative, as the difference may be where it is nothing but rounding."""
+    return (_total(rule.measure * deviation.square()) - _total(rule.measure * deviation).square()).clamp(min=0.0)
 
 
 def _total(x: Tensor) -> Tensor:

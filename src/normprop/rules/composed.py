@@ -8,35 +8,35 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from normprop.activations.activation_moments import ActivationMoments, check_elementwise, function_moments, mean_and_var
 from normprop.activations.breakpoints import Breakpoints, find_breakpoints
+from normprop.activations.catalogue import ACTIVATIONS, ROWS, Parameters, written_values
+from normprop.activations.crossings import find_crossings
 from normprop.activations.fast_moments import eager
-from normprop.channel_moments import Moments
+from normprop.channel_moments import Moments, safe_sqrt
 from normprop.rules import elementwise
+from normprop.rules.table import Standing
 
 Step = tuple[str, tuple[Any, ...], tuple[tuple[str, Any], ...]]
 Program = tuple[Step, ...]
 Operand = Tensor | nn.Module
 
-_FAR = 64.0
+# Bends are searched this far out, and further where the numbers in a program call for it.
+_FAR = 2.0**14
+_FARTHEST = 1e12
+_NEAREST = 64.0
+_HUGE = 1e26  # no Gaussian that reaches there has moments that are worth their digits
 _REACH = 30.0  # where a function that has moments is finite
-# Panel ends of every program, those that `find_breakpoints` starts from; a program's own come on top.
+# Panel ends of every program; a program's own come on top.
 _LADDER = frozenset([0.0, *(sign * 2.0**k for k in range(-2, 7) for sign in (-1, 1))])
 
-
-def _named(name: str) -> Callable[..., Tensor]:
-    function: Callable[..., Tensor] = getattr(torch, name, None) or getattr(F, name)
-    return function
-
-
 OPERATIONS: dict[str, Callable[..., Any]] = {
-    **{name: _named(name) for name in elementwise.FUNCTIONS if name != "rrelu"},  # which is random
+    **{row.name: row.functions[0] for row in ROWS if row.ruled and not row.random},
     "same": lambda x: x,
     "add": lambda x, other, alpha=1: x + alpha * other,
     "sub": lambda x, other, alpha=1: x - alpha * other,
@@ -60,16 +60,18 @@ OPERATIONS: dict[str, Callable[..., Any]] = {
     "module": lambda module, x: module(x),
     "where": torch.where,
     "masked_fill": lambda x, mask, value: torch.where(mask, value, x),
-    "gt": lambda x, other: x > other,
-    "ge": lambda x, other: x >= other,
-    "lt": lambda x, other: x < other,
-    "le": lambda x, other: x <= other,
     "logical_not": torch.logical_not,
     "logical_and": torch.logical_and,
     "logical_or": torch.logical_or,
     "ndtr": torch.special.ndtr,
-    **{name: _named(name) for name in ("log1p", "expm1", "atan", "asinh", "exp2", "sinc", "logaddexp")},
-}  # fmt: skip
+    "logaddexp": torch.logaddexp,
+    **{name: getattr(torch, name) for name in ("log1p", "expm1", "atan", "asinh", "exp2", "sinc")},
+}
+# Steps without a kink.
+_SMOOTH = frozenset(
+    "same add sub rsub mul div neg addcmul lerp power sqrt rsqrt reciprocal log zeros ones full_like ndtr logaddexp log1p "
+    "expm1 atan asinh exp2 sinc square exp sin cos sinh cosh".split()
+) | {name for name, row in ACTIVATIONS.items() if row.form.__module__.endswith("smooth_forms")}
 
 
 def operation(name: str) -> Callable[..., Any] | None:
@@ -127,28 +129,32 @@ def composed(
     known = _known(program) if not operands and eager(x.mean) and eager(x.var) else None
     if known is not None:
         return elementwise.named_activation(known[0], (), x, **dict(known[1]))
-    mean, std = _broadcast(x, operands)
+    mean, var = _broadcast(x, operands)
     points = sorted({*_LADDER, *bends})
-    return Moments(*mean_and_var(lambda u: run(program, u, operands), mean, std, points))
-
-
-# Activations that networks write out.
-_WRITTEN_OUT: tuple[tuple[str, tuple[tuple[str, Any], ...]], ...] = (
-    *((name, ()) for name in ("relu", "relu6", "silu", "gelu", "mish", "hardswish", "hardsigmoid", "hardtanh")),
-    *((name, ()) for name in ("elu", "selu", "softplus", "logsigmoid", "sigmoid", "tanh", "tanhshrink")),
-    ("gelu", (("approximate", "tanh"),)),
-)
+    kinked = any(name not in _SMOOTH for name, *_ in program)
+    function = lambda u: run(program, u, operands)
+    return Moments(*mean_and_var(function, mean, var, points, kinked=kinked, jumping=bool(jumps)))
 
 
 @functools.cache
-def _known(program: Program) -> tuple[str, tuple[tuple[str, Any], ...]] | None:
-    """The activation that a program without operands agrees with to rounding at every one of 400 places."""
-    u = torch.linspace(-15.03, 14.91, 400, dtype=torch.float64, device="cpu")
+def _known(program: Program) -> tuple[str, Parameters] | None:
+    """The activation that a program without operands agrees with: near 0, over all magnitudes, and around its own bends."""
+    found = _search_without_operands(program)
+    if found is None:
+        return None
+    sizes = 2.0 ** torch.arange(-20.37, 40.0, 0.5, dtype=torch.float64, device="cpu")
+    bends = torch.tensor([0.0, *found.bends, *found.crossings], dtype=torch.float64, device="cpu")
+    offsets = [sign * size * (1 + bends.abs()) for size in (1e-6, 1e-3, 0.1) for sign in (-1, 1)]
+    near = torch.linspace(-15.03, 14.91, 400, dtype=torch.float64, device="cpu")
+    u = torch.cat([near, sizes, -sizes, *(bends + offset for offset in offsets)])
     with torch.no_grad():
         value = run(program, u, ())
-        for name, parameters in _WRITTEN_OUT:
-            other = _named(name)(u, **dict(parameters))
-            if torch.allclose(value, other, rtol=1e-13, atol=1e-14):
+        # What overflows far out has the limit that it is written for, or is infinite in the network, too.
+        u, value = u[value.isfinite()], value[value.isfinite()]
+        # torch's softplus is a line from 20 on, off by 2e-9.
+        tolerance = torch.where(u.abs() < 15, 1e-13, 1e-9) * value.abs() + 1e-14
+        for name, parameters, function in written_values():
+            if bool(((function(u) - value).abs() <= tolerance).all()):
                 return name, parameters
     return None
 
@@ -157,9 +163,9 @@ def composed_moments(
     x: Moments, program: Program, bends: tuple[float, ...], jumps: tuple[float, ...], *operands: Operand
 ) -> ActivationMoments:
     """All moments of the function that a program computes; arguments as for `composed`."""
-    mean, std = _broadcast(x, operands)
+    mean, var = _broadcast(x, operands)
     points = Breakpoints(tuple(sorted({*_LADDER, *bends})), jumps)
-    return function_moments(lambda u: run(program, u, operands), mean, std, points)
+    return function_moments(lambda u: run(program, u, operands), mean, safe_sqrt(var), points)
 
 
 def full_moments(call: tuple[Any, tuple[Any, ...], dict[str, Any]]) -> ActivationMoments | None:
@@ -168,45 +174,79 @@ def full_moments(call: tuple[Any, tuple[Any, ...], dict[str, Any]]) -> Activatio
 
 
 def _broadcast(x: Moments, operands: Sequence[Operand]) -> tuple[Tensor, Tensor]:
-    """Mean and std expanded to the shape that they take together with the operands."""
+    """Mean and variance expanded to the shape that they take together with the operands."""
     shapes = (o.shape for o in operands if isinstance(o, Tensor))
     shape = torch.broadcast_shapes(x.mean.shape, x.var.shape, *shapes)
-    return x.mean.expand(shape), x.std.expand(shape)
+    return x.mean.expand(shape), x.var.expand(shape)
+
+
+class _Found(NamedTuple):
+    """Bends and jumps of a program as far out as `reach`; `crossings`: what its numbers single out; whether it was seen."""
+
+    bends: tuple[float, ...]
+    jumps: tuple[float, ...]
+    crossings: tuple[float, ...] = ()
+    reach: float = _FARTHEST
+    seen: bool = True
 
 
 def find_bends(program: Program, operands: Sequence[Operand] = ()) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
     """What `composed` needs to know of a program: its bends and jumps, found once.
 
-    Parameters are taken at their present mean. None if the program or its derivative is not finite on the whole line (the
-    logarithm of a Gaussian has no moments), or if it bends more often than can be followed.
+    They are found wherever the numbers in the program put them (see `find_crossings`), and by halving panels. Parameters
+    are taken at their present mean. None if the program or its derivative is not finite on the whole line (the logarithm
+    of a Gaussian has no moments), or if it bends more often than can be followed.
 
     Raises:
         NormPropError: it is random, or not elementwise.
 
-    >>> find_bends((("relu6", ("%0",), ()), ("mul", ("%0", "%1"), ())))
-    ((6.0,), ())
+    >>> find_bends((("relu", ("%0",), ()), ("clamp_max", ("%1", 100.0), ())))
+    ((100.0,), ())
     """
+    found = _search(program, operands)
+    return None if found is None else (found.bends, found.jumps)
+
+
+def composed_standing(program: Program, operands: Sequence[Operand] = ()) -> tuple[Standing, str]:
+    """Standing of `composed` for a program that has bends, and the reason."""
+    found = _search(program, operands)
+    if found is None or not found.seen:
+        return "approximate", "what it computes outside of torch's operations may bend unseen"
+    if found.reach < _FAR:
+        return "approximate", f"beyond {found.reach:g} it varies faster than its panels"
+    return "exact", ""
+
+
+def _search(program: Program, operands: Sequence[Operand]) -> _Found | None:
     if any(isinstance(o, Tensor) and o.is_meta for o in operands):
-        return (), ()  # a network without values: shapes are all that can be asked for
+        return _Found((), ())  # a network without values: shapes are all that can be asked for
     if not operands:
-        return _bends_without_operands(program)
+        return _search_without_operands(program)
     middle = [o.detach().double().mean().cpu() if isinstance(o, Tensor) and o.is_floating_point() else o for o in operands]
-    return _bends(lambda u: run(program, u, middle))
+    return _searched(lambda u: run(program, u, middle))
 
 
 @functools.cache
-def _bends_without_operands(program: Program) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
-    return _bends(lambda u: run(program, u, ()))
+def _search_without_operands(program: Program) -> _Found | None:
+    return _searched(lambda u: run(program, u, ()))
 
 
-def _bends(fn: Callable[[Tensor], Tensor]) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+def _searched(fn: Callable[[Tensor], Tensor]) -> _Found | None:
     check_elementwise(fn)
     u = torch.arange(-_REACH, _REACH + 0.25, 0.25, dtype=torch.float64)
     with torch.no_grad():
         finite = bool(fn(u).isfinite().all())
     # Off the round numbers, where a derivative may well be missing.
-    finite = finite and bool(torch.func.grad(lambda x: fn(x).sum())(u + 0.1).isfinite().all())
-    points = find_breakpoints(fn, -_FAR, _FAR) if finite else None
-    if points is None or not points.resolved:
+    if not finite or not bool(torch.func.grad(lambda x: fn(x).sum())(u + 0.1).isfinite().all()):
         return None
-    return tuple(e for e in points.edges if e not in _LADDER), points.jumps
+    crossings = find_crossings(fn, -_FARTHEST, _FARTHEST)
+    far = max([_FAR, *(4 * abs(x) for x in crossings.points)])
+    for reach in (far, _FAR, 16 * _NEAREST, _NEAREST):
+        points = find_breakpoints(fn, -reach, reach, straight=_NEAREST)
+        if points.resolved:
+            kept = [e for e in points.edges if e not in _LADDER and abs(e) < reach]
+            with torch.no_grad():
+                moderate = (fn(torch.tensor(kept, dtype=torch.float64)).abs() < _HUGE).tolist()
+            bends = tuple(e for e, one in zip(kept, moderate, strict=True) if one)
+            return _Found(bends, points.jumps, crossings.points, reach, points.seen)
+    return None

@@ -11,90 +11,78 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from normprop.activations.activation_moments import ActivationMoments, activation_moments, canonical, moments
+from normprop.activations.catalogue import ROWS
 from normprop.activations.compiled_rectifiers import native_rectified
 from normprop.activations.fast_moments import lane_moments
 from normprop.activations.rectifier_moments import rectified_moments
 from normprop.channel_moments import Moments
 from normprop.native.operands import handles
-from normprop.rules.table import TABLE, Rule, rule
+from normprop.rules.table import TABLE, Rule, Standing, rule
+from normprop.rules.uniform import Uniform, uniform_activation
 
-# One line an operation: its name for `activation_moments`, its parameters in order, and where a graph meets it.
+# Name for `activation_moments` → its parameters in order, and where a network meets it.
 FUNCTIONS: dict[str, tuple[str, tuple[Any, ...]]] = {
-    "relu": ("", (F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_")),
-    "relu6": ("", (F.relu6,)),
-    "leaky_relu": ("negative_slope", (F.leaky_relu, F.leaky_relu_)),
-    "prelu": ("weight", (F.prelu, torch.prelu)),
-    "elu": ("alpha", (F.elu, F.elu_)),
-    "celu": ("alpha", (F.celu, F.celu_)),
-    "selu": ("", (F.selu, F.selu_)),
-    "gelu": ("approximate", (F.gelu,)),
-    "silu": ("", (F.silu,)),
-    "mish": ("", (F.mish,)),
-    "hardswish": ("", (F.hardswish,)),
-    "hardsigmoid": ("", (F.hardsigmoid,)),
-    "hardtanh": ("min_val max_val", (F.hardtanh, F.hardtanh_)),
-    "hardshrink": ("lambd", (F.hardshrink, torch.hardshrink, "hardshrink")),
-    "softshrink": ("lambd", (F.softshrink,)),
-    "softplus": ("beta threshold", (F.softplus,)),
-    "softsign": ("", (F.softsign,)),
-    "tanhshrink": ("", (F.tanhshrink,)),
-    "logsigmoid": ("", (F.logsigmoid,)),
-    "threshold": ("threshold value", (F.threshold, torch.threshold_)),
-    "sigmoid": ("", (torch.sigmoid, torch.sigmoid_, torch.special.expit, "sigmoid", "sigmoid_")),
-    "tanh": ("", (torch.tanh, torch.tanh_, "tanh", "tanh_")),
-    "exp": ("", (torch.exp, "exp", "exp_")),
-    "erf": ("", (torch.erf, "erf", "erf_")),
-    "sin": ("", (torch.sin, "sin", "sin_")),
-    "cos": ("", (torch.cos, "cos", "cos_")),
-    "abs": ("", (torch.abs, "abs", "abs_")),
-    "square": ("", (torch.square, "square", "square_")),
-    "clamp": ("min max", (torch.clamp, torch.clamp_, "clamp", "clamp_", torch.clip, "clip", "clip_")),
-    "clamp_min": ("min", (torch.clamp_min, "clamp_min", "clamp_min_")),
-    "clamp_max": ("max", (torch.clamp_max, "clamp_max", "clamp_max_")),
-    "sign": ("", (torch.sign, "sign", "sign_")),
-    "sinh": ("", (torch.sinh, "sinh")),
-    "cosh": ("", (torch.cosh, "cosh")),
-    "erfc": ("", (torch.erfc, torch.special.erfc, "erfc")),
-    "rrelu": ("lower upper", (F.rrelu, F.rrelu_)),
+    row.name: (" ".join(row.parameters), (*row.functions, *row.methods)) for row in ROWS if row.ruled
 }
-
-_MODULES = (
-    nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.RReLU, nn.ELU, nn.CELU, nn.SELU, nn.GELU, nn.SiLU, nn.Mish,
-    nn.Hardswish, nn.Hardsigmoid, nn.Hardtanh, nn.Hardshrink, nn.Softshrink, nn.Softplus, nn.Softsign, nn.Tanhshrink,
-    nn.LogSigmoid, nn.Threshold, nn.Sigmoid, nn.Tanh,
-)  # fmt: skip
+_COMPARISONS = {"gt": "lt", "ge": "le", "lt": "gt", "le": "ge"}
 
 
-def _fitting(parameter: Any, x: Moments) -> Any:
-    """A parameter per channel (PReLU's slopes) as a tensor that meets the channels of x along dimension 1."""
-    if isinstance(parameter, Tensor) and parameter.numel() > 1:
+def _fitting(name: str, parameter: Any, x: Moments) -> Any:
+    """PReLU's slopes, a vector, as a tensor that meets the channels of x along dimension 1."""
+    if name == "prelu" and isinstance(parameter, Tensor) and parameter.numel() > 1:
         return parameter.reshape(1, -1, *(1,) * (x.mean.dim() - 2))
     return parameter
 
 
 def named_activation_moments(
     name: str, parameters: tuple[str, ...], x: Moments, *args: Any, **kwargs: Any
-) -> ActivationMoments:
-    """All moments of a named activation called as in torch: ``F.leaky_relu(x, 0.2)``."""
-    return activation_moments(name, x.mean, x.std, **_given(parameters, x, args, kwargs))
+) -> ActivationMoments | None:
+    """All moments of a named activation called as in torch: ``F.leaky_relu(x, 0.2)``; None for what compares two tensors."""
+    given = _given(name, parameters, x, args, kwargs)
+    if any(isinstance(value, Moments) for value in given.values()) or not isinstance(x, Moments):
+        return None
+    return activation_moments(name, x.mean, x.std, **given)
 
 
-def _given(parameters: tuple[str, ...], x: Moments, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+def _given(
+    name: str, parameters: tuple[str, ...], x: Moments, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[str, Any]:
     """The parameters of a call by their names, without what says how to run it."""
     given = dict(zip(parameters, args, strict=False)) | kwargs
-    return {k: _fitting(v, x) for k, v in given.items() if k not in ("inplace", "training")}
+    return {k: _fitting(name, v, x) for k, v in given.items() if k not in ("inplace", "training", "out")}
 
 
 def named_activation(name: str, parameters: tuple[str, ...], x: Moments, *args: Any, **kwargs: Any) -> Moments:
-    """``E f(u)`` and ``Var f(u)`` for u ~ N(m, v) ([P] remark 1 and eq. 12, at the channel's own m and v [SF, PN])."""
-    return _activation(name, x, _given(parameters, x, args, kwargs))
+    """``E f(u)`` and ``Var f(u)`` for u ~ N(m, v), at every channel's own m and v.
+
+    Arpit et al. 2016, remark 1 and eq. 12, at any m and v as by Shekhovtsov & Flach 2019 and Labatie et al. 2021.
+    """
+    if name in _COMPARISONS and not isinstance(x, Moments):  # a number beside a tensor
+        return named_activation(_COMPARISONS[name], parameters, *args, x, **kwargs)
+    given = _given(name, parameters, x, args, kwargs)
+    if name in _COMPARISONS and isinstance(given["other"], Moments):
+        difference, given = x.plus(given["other"].scaled(-1.0)), {"other": 0.0}
+        return _activation(name, Moments(difference.mean, difference.var), given)
+    found = _activation(name, x, given)
+    if name == "rrelu" and (kwargs.get("training") or args[2:3] == (True,)):
+        return _with_random_slopes(x, found, given)
+    return found
 
 
 def _activation(name: str, x: Moments, parameters: Mapping[str, Any]) -> Moments:
+    if isinstance(x, Uniform) and (found := uniform_activation(name, x, parameters)) is not None:
+        return found
     slope = _rectifier_slope(name, parameters)
     if slope is not None:
         return (natively_rectified([x], slope) or [_rectified(x, slope)])[0]
     return Moments(*lane_moments(name, x.mean, x.var, parameters))
+
+
+def _with_random_slopes(x: Moments, found: Moments, parameters: Mapping[str, Any]) -> Moments:
+    """RReLU in training: slopes a, even over their range, add ``Var a · E min(u, 0)²`` (law of total variance)."""
+    lower, upper = parameters.get("lower", 1 / 8), parameters.get("upper", 1 / 3)
+    below = activation_moments("relu", -x.mean, x.std).second
+    return Moments(found.mean, found.var + (upper - lower) ** 2 / 12 * below)
 
 
 def _rectifier_slope(name: str, parameters: Mapping[str, Any]) -> float | None:
@@ -107,7 +95,7 @@ def _rectifier_slope(name: str, parameters: Mapping[str, Any]) -> float | None:
 
 def named_slope(name: str, parameters: tuple[str, ...], x: Moments, *args: Any, **kwargs: Any) -> float | None:
     """Slope below zero of a named activation called as in torch, if it is ReLU or LeakyReLU; None for all else."""
-    return _rectifier_slope(name, _given(parameters, x, args, kwargs))
+    return _rectifier_slope(name, _given(name, parameters, x, args, kwargs))
 
 
 def module_slope(module: nn.Module) -> float | None:
@@ -117,7 +105,7 @@ def module_slope(module: nn.Module) -> float | None:
 
 
 def natively_rectified(xs: Sequence[Moments], slope: float) -> list[Moments] | None:
-    """Several tensors behind a leaky rectifier, if compiled functions can do it as they lie; else None."""
+    """Several tensors after a leaky rectifier, if compiled functions can do it as they lie; else None."""
     tensors = [t for x in xs for t in (x.mean, x.var)]
     if any(x.mean.shape != x.var.shape or not x.mean.is_contiguous() or not x.var.is_contiguous() for x in xs):
         return None
@@ -138,23 +126,31 @@ def module_activation_moments(module: nn.Module, x: Moments) -> ActivationMoment
     if known is None:
         return moments(module, x.mean, x.std)
     name, parameters = known
-    return activation_moments(name, x.mean, x.std, **{k: _fitting(v, x) for k, v in parameters.items()})
+    return activation_moments(name, x.mean, x.std, **{k: _fitting(name, v, x) for k, v in parameters.items()})
 
 
-@rule(*_MODULES)
+@rule(*(row.module for row in ROWS if row.ruled and row.module is not None))
 def module_activation(module: nn.Module, x: Moments) -> Moments:
-    """As `named_activation`; learned parameters (PReLU's slopes) take part in the gradient ([P] remark 2)."""
+    """As `named_activation`; learned parameters (PReLU's slopes) take part in the gradient (Arpit et al. 2016, remark 2)."""
     known = canonical(module)
     if known is None:
         result = moments(module, x.mean, x.std)
         return Moments(result.mean, result.var)
     name, parameters = known
-    return _activation(name, x, {k: _fitting(v, x) for k, v in parameters.items()})
+    found = _activation(name, x, {k: _fitting(name, v, x) for k, v in parameters.items()})
+    return _with_random_slopes(x, found, parameters) if name == "rrelu" and module.training else found
+
+
+def _of_one_tensor(*args: Any, **kwargs: Any) -> tuple[Standing, str] | None:
+    """Parameters that depend on the input make it another function."""
+    others = (*args[1:], *kwargs.values())
+    return ("unsupported", "a parameter of it depends on the input") if Moments in others else None
 
 
 for _name, (_parameters, _keys) in FUNCTIONS.items():
     for _key in dict.fromkeys(_keys):  # torch gives some functions two names
-        TABLE.add(_key, Rule(named_activation, leading=(_name, tuple(_parameters.split()))))
+        _judge = None if _name in _COMPARISONS else _of_one_tensor
+        TABLE.add(_key, Rule(named_activation, leading=(_name, tuple(_parameters.split())), judge=_judge))
 
 
 @rule(nn.GLU, F.glu, standing="approximate", reason="the two halves are taken as independent", shaped=True)
