@@ -18,6 +18,7 @@ _ARGUMENTS: dict[str, tuple[Any, ...]] = {
     "leaky_relu": (0.2,), "elu": (0.7,), "celu": (0.7,), "hardtanh": (-0.5, 0.8), "hardshrink": (0.3,), "softshrink": (0.3,),
     "softplus": (2.0, 20.0), "threshold": (0.2, -0.4), "clamp": (-0.5, 0.8), "clamp_min": (0.1,), "clamp_max": (0.3,),
     "prelu": (torch.tensor([0.1, 0.25, 0.4], dtype=torch.float64),), "rrelu": (0.1, 0.3),
+    "heaviside": (torch.tensor(0.5, dtype=torch.float64),), **dict.fromkeys(("gt", "ge", "lt", "le"), (0.2,)),
 }  # fmt: skip
 _MODULES = {
     nn.LeakyReLU: (0.2,), nn.ELU: (0.7,), nn.CELU: (0.7,), nn.Hardtanh: (-0.5, 0.8), nn.Hardshrink: (0.3,),

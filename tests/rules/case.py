@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from normprop import Moments
-from normprop.graph.walk import Kind, Walk, prepare
+from normprop.graph.node import Node, map_nodes
+from normprop.graph.walk import Walk, prepare
 
 Shape = tuple[int, ...]
 
@@ -68,7 +69,7 @@ class Case:
         return found
 
     def walk(self) -> Walk:
-        """The operation, traced."""
+        """The operation, recorded."""
         return prepare(self.network(), shape=tuple(self.shapes))
 
     def network(self) -> nn.Module:
@@ -77,11 +78,12 @@ class Case:
 
 
 class One(nn.Module):
-    """A network of one operation."""
+    """A network of one operation; a buffer tells its precision."""
 
     def __init__(self, operation: Callable[..., Any]) -> None:
         super().__init__()
         self.operation = operation
+        self.register_buffer("precision", torch.zeros(()))
 
     def forward(self, x: Any) -> Any:
         return self.operation(x)
@@ -110,25 +112,17 @@ def channel_moments(channels: int, positive: bool = False, seed: int = 0) -> Mom
 
 def evaluate(walk: Walk, inputs: Sequence[Moments]) -> Any:
     """What the rules say of the output."""
-    interpreter = fx.Interpreter(walk.graph_module, garbage_collect_values=False)
-    known: dict[fx.Node, Any] = {}
-    moments: dict[fx.Node, Any] = {}
+    walk.require()
+    moments: dict[Node, Any] = {}
     given = iter(inputs)
-    for node in walk.graph_module.graph.nodes:
-        kind = walk.kinds[node]
-        if node.op == "output":
-            return fx.node.map_arg(node.args[0], moments.__getitem__)
-        if kind is Kind.TENSOR:
-            fetch = lambda a: known[a] if walk.kinds[a] is Kind.TENSOR else walk.values[a]
-            args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), fetch)
-            known[node] = getattr(interpreter, node.op)(node.target, args, kwargs)
-        elif kind is Kind.DATA and node.op == "placeholder":
+    for node in walk.nodes:
+        if node.op == "input":
             moments[node] = next(given)
-        elif kind is Kind.DATA:
-            module = walk.module(node) if node.op == "call_module" else None
-            function, args, kwargs = walk.call(node, moments.__getitem__, known.__getitem__, module)
+        elif node.data and node in walk.rules:
+            module = walk.module(node) if node.op == "module" else None
+            function, args, kwargs = walk.call(node, moments.__getitem__, walk.known, module)
             moments[node] = function(*args, **kwargs)
-    raise AssertionError("a graph without an output")
+    return map_nodes(walk.record.output, moments.__getitem__)
 
 
 def flat(result: Any) -> list[Any]:
