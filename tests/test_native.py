@@ -128,8 +128,8 @@ def test_memory_that_is_not_in_one_piece(center: bool) -> None:
 
     def outputs(w: torch.Tensor, m: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
         (scale,) = scales([form], [Operands(w, m, None, g, *rest)])
-        assert scale.filters is not None
-        return scale.filters.sum() + scale.offset.square().sum()  # the first gradient is one number, expanded
+        assert scale.weight is not None
+        return scale.weight.sum() + scale.offset.square().sum()  # the first gradient is one number, expanded
 
     tensors = [weight, mean.requires_grad_(), gamma.requires_grad_()]
     whole = [t.detach().contiguous().requires_grad_() for t in tensors]

@@ -14,9 +14,9 @@ from normprop.native.library import library
 from normprop.native.operands import prepare
 from normprop.sites import c_engine as native_scales
 from normprop.sites import engine as scales
-from normprop.sites import torch_engine as filter_sums
-from normprop.sites.reference import Scale
-from normprop.sites.rows import Form, Operands, from_rows, to_rows
+from normprop.sites import torch_engine
+from normprop.sites.reference import Scale, plain_scale
+from normprop.sites.rows import Form, Operands
 
 DOUBLE = torch.float64
 FORMS = [
@@ -91,17 +91,13 @@ def no_layer(channels: int = 5) -> Operands:
     )
 
 
-def effective(form: Form, scale: Scale) -> tuple[Tensor | None, Tensor]:
+def effective(scale: Scale) -> tuple[Tensor | None, Tensor]:
     """Effective filters, or the factor of a site without a layer, and the offset."""
-    if scale.filters is None or scale.factor is None:
-        return scale.factor if scale.filters is None else scale.filters, scale.offset
-    rows = to_rows(scale.filters, form)
-    average = 0.0 if scale.average is None else scale.average.reshape(*rows.shape[:2], 1)
-    return from_rows((rows - average) * scale.factor.reshape(*rows.shape[:2], 1), scale.filters, form), scale.offset
+    return scale.factor if scale.weight is None else scale.weight, scale.offset
 
 
 def check(forms: Sequence[Form], given: Sequence[Operands]) -> None:
-    found = [t for form, scale in zip(forms, scales.scales(forms, given), strict=True) for t in effective(form, scale)]
+    found = [t for scale in scales.scales(forms, given) for t in effective(scale)]
     expected = []
     for form, one in zip(forms, given, strict=True):
         filters, factor, offset = slow(form, one)
@@ -122,8 +118,7 @@ def size(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     elif isinstance(library(), str):
         pytest.skip(str(library()))
     if "large" in request.param:
-        monkeypatch.setattr(scales, "_SMALL", 0)
-        monkeypatch.setattr(filter_sums, "_BLOCK", 40)
+        monkeypatch.setattr(torch_engine, "_SMALL", 0)
         monkeypatch.setattr(native_scales, "_DIVIDED", 0)
     return str(request.param)
 
@@ -159,8 +154,8 @@ def test_channels_last_weights(center: bool, size: str) -> None:
         given.append(one._replace(weight=weight))
     check([form] * 3, given)
     scale = scales.scales([form], given[:1])[0]
-    assert scale.filters is not None
-    assert scale.filters.is_contiguous(memory_format=torch.channels_last)
+    assert scale.weight is not None
+    assert scale.weight.is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.parametrize("directions", [0, 2])
@@ -174,9 +169,7 @@ def test_first_and_second_derivatives(form: Form, directions: int, size: str) ->
         rest = iter(tensors)
         sites = [one._replace(**{k: next(rest) for k in few}) for one, few in zip(given, names, strict=True)]
         forms = [form, Form()]
-        return tuple(
-            t for f, s in zip(forms, scales.scales(forms, sites), strict=True) for t in effective(f, s) if t is not None
-        )
+        return tuple(t for s in scales.scales(forms, sites) for t in effective(s) if t is not None)
 
     assert torch.autograd.gradcheck(function, leaves)
     assert torch.autograd.gradgradcheck(function, leaves)
@@ -188,7 +181,7 @@ def test_transforms_give_what_eager_mode_gives(size: str) -> None:
     assert given.weight is not None
 
     def total(weight: Tensor) -> Tensor:
-        filters, offset = effective(form, scales.scales([form], [given._replace(weight=weight)])[0])
+        filters, offset = effective(scales.scales([form], [given._replace(weight=weight)])[0])
         assert filters is not None
         return filters.square().sum() + offset.square().sum()
 
@@ -218,7 +211,7 @@ def test_traced_graphs_keep_the_compiled_function_whole(form: Form, monkeypatch:
         rest = iter(tensors)
         sites = [Operands(*(t if t is None else next(rest) for t in one)) for one in given]
         found = scales.scales(forms, sites)
-        return tuple(t for f, s in zip(forms, found, strict=True) for t in effective(f, s) if t is not None)
+        return tuple(t for s in found for t in effective(s) if t is not None)
 
     expected = function(*flat)
     traced = torch.compile(function, fullgraph=True, backend=aot_autograd(fw_compiler=backend))(*flat)
@@ -251,7 +244,7 @@ def test_what_has_no_variance_has_finite_gradients(constant: float, directions: 
     with torch.no_grad():
         given.weight[0] = constant
         given.var[0] = 0.0
-    filters, offset = effective(form, scales.scales([form], [given])[0])
+    filters, offset = effective(scales.scales([form], [given])[0])
     assert filters is not None
     leaves = [t for t in given if t is not None and t.requires_grad]
     gradients = torch.autograd.grad(filters.square().sum() + offset.square().sum(), leaves)
@@ -275,10 +268,28 @@ def test_a_backward_pass_writes_to_no_gradient_that_somebody_holds(size: str) ->
     given = layer(Form(), taps=(3, 3))._replace(weight=weight)
     scale = scales.scales([Form()], [given])[0]
     x = torch.randn(2, 4, 5, 5, dtype=DOUBLE)
-    assert scale.filters is not None
-    y = torch.nn.functional.conv2d(x, scale.filters).square().sum() + scale.offset.sum()
+    assert scale.weight is not None
+    y = torch.nn.functional.conv2d(x, scale.weight).square().sum() + scale.offset.sum()
     first = torch.autograd.grad(y, weight, retain_graph=True)[0]
     copy = first.clone()
     again = torch.autograd.grad(y, weight)[0]
     torch.testing.assert_close(first, copy, rtol=0, atol=0)
     torch.testing.assert_close(first, again)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("value", [0.1, 0.3, 1 / 3])
+@pytest.mark.parametrize("fan_in", [64, 2000, 5000])
+def test_centred_filters_of_equal_weights_have_no_variance(fan_in: int, value: float, dtype: torch.dtype, size: str) -> None:
+    form = Form(center=True)
+    weight = torch.full((4, fan_in), value, dtype=dtype, requires_grad=True)
+    ones, zeros = torch.ones(4, dtype=dtype), torch.zeros(4, dtype=dtype)
+    plain = Operands(weight, None, None, ones, zeros, zeros, ones)
+    for given in (plain, plain._replace(directions=torch.randn(3, fan_in, dtype=dtype))):
+        (scale,), expected = scales.scales([form], [given]), plain_scale(form, given)
+        assert scale.weight is not None
+        assert expected.weight is not None
+        for found in (scale.weight, expected.weight):  # one over the root of a variance that counts as one
+            assert float(found.detach().abs().max()) < 1e3 * torch.finfo(dtype).eps
+        (gradient,) = torch.autograd.grad(scale.weight.square().sum() + scale.offset.sum(), weight)
+        assert float(gradient.abs().max()) < 1e3 * torch.finfo(dtype).eps

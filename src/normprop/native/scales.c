@@ -98,14 +98,29 @@ static REAL NAME(sum)(const REAL *x, int64_t n)
     return sum;
 }
 
-/* √v U of a group. */
-static void NAME(lean)(const NAME(site) *s, const REAL *v, int64_t group, REAL *basis)
+/* Mean of n numbers. A sum of many is off by many roundings; what is left of it takes these away. */
+static REAL NAME(mean)(const REAL *x, int64_t n)
+{
+    const REAL first = NAME(sum)(x, n) / n;
+    REAL rest = 0;
+#pragma omp simd reduction(+ : rest)
+    for (int64_t j = 0; j < n; j++) rest += x[j] - first;
+    return first + rest / n;
+}
+
+/* √v U of a group; returns how many directions there are, none where all of them are zeros still. */
+static int64_t NAME(lean)(const NAME(site) *s, const REAL *v, int64_t group, REAL *basis)
 {
     const int64_t n = s->inputs * s->taps;
+    const REAL *all = s->directions + group * s->rank * n;
+    int64_t j = 0;
+    while (j < s->rank * n && all[j] == 0) j++;
+    if (j == s->rank * n) return 0;
     for (int64_t r = 0; r < s->rank; r++) {
         const REAL *u = s->directions + (group * s->rank + r) * n;
         for (int64_t j = 0; j < n; j++) basis[r * n + j] = v[j] > 0 ? (REAL)sqrt(v[j]) * u[j] : 0;
     }
+    return s->rank;
 }
 
 /* p = Σ c √v U: how far a filter, less `a`, lies along each direction; four at a time, as it is read once for them. */
@@ -174,18 +189,18 @@ static void NAME(forward)(const NAME(site) *s, int64_t from, int64_t to, REAL *s
     }
     const int64_t n = s->inputs * s->taps;
     REAL *m = scratch, *v = scratch + n, *basis = scratch + 6 * n, *p = basis + s->rank * n;
-    int64_t group = -1;
+    int64_t group = -1, rank = 0;
     REAL total = 0;
     for (int64_t o = from; o < to; o++) {
         if (o / s->filters != group) {
             group = o / s->filters;
             NAME(spread)(s, s->mean, group, 0, m);
             NAME(spread)(s, s->var, group, 1, v);
-            NAME(lean)(s, v, group, basis);
+            rank = NAME(lean)(s, v, group, basis);
             total = NAME(sum)(v, n);
         }
         const REAL *w = s->weight + o * n;
-        const REAL a = s->center ? NAME(sum)(w, n) / n : 0;
+        const REAL a = s->center ? NAME(mean)(w, n) : 0;
         REAL first = 0, second = 0;
 #pragma omp simd reduction(+ : first, second)
         for (int64_t j = 0; j < n; j++) {
@@ -198,8 +213,8 @@ static void NAME(forward)(const NAME(site) *s, int64_t from, int64_t to, REAL *s
         if (second <= rounding * rounding * total) {
             second = 0;
         } else {
-            NAME(along)(w, a, basis, s->rank, n, p);
-            for (int64_t r = 0; r < s->rank; r++) second += s->stride * p[r] * p[r];
+            NAME(along)(w, a, basis, rank, n, p);
+            for (int64_t r = 0; r < rank; r++) second += s->stride * p[r] * p[r];
         }
         NAME(finish)(s, o, first / s->stride, second / s->stride);
         s->average[o] = a;
@@ -249,7 +264,7 @@ static void NAME(backward)(
     }
     REAL *m = scratch, *v = scratch + n, *by_m = scratch + 2 * n, *by_v = scratch + 3 * n;
     REAL *by_root = scratch + 4 * n, *t = scratch + 5 * n, *basis = scratch + 6 * n, *p = basis + s->rank * n;
-    int64_t group = -1;
+    int64_t group = -1, rank = 0;
     REAL mean = 0;
     for (int64_t o = from; o < to; o++) {
         if (o / s->filters != group) {
@@ -257,7 +272,7 @@ static void NAME(backward)(
             group = o / s->filters;
             NAME(spread)(s, s->mean, group, 0, m);
             NAME(spread)(s, s->var, group, 1, v);
-            NAME(lean)(s, v, group, basis);
+            rank = NAME(lean)(s, v, group, basis);
             mean = NAME(sum)(m, n) / n;
             for (int64_t j = 0; j < 3 * n; j++) by_m[j] = 0;
         }
@@ -302,9 +317,9 @@ static void NAME(backward)(
                 for (int64_t j = 0; j < n; j++) out[j] = e * m[j] + twice * (w[j] - a) * v[j] - less;
             }
         }
-        if (s->rank) {
-            NAME(along)(w, a, basis, s->rank, n, p);
-            NAME(towards)(p, s->stride * twice, basis, s->rank, n, t);
+        if (rank) {
+            NAME(along)(w, a, basis, rank, n, p);
+            NAME(towards)(p, s->stride * twice, basis, rank, n, t);
             const REAL even = s->center ? NAME(sum)(t, n) / n : 0;
 #pragma omp simd
             for (int64_t j = 0; j < n; j++) by_root[j] += (w[j] - a) * t[j];

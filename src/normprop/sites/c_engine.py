@@ -19,7 +19,7 @@ _DIVIDED = 1 << 14
 
 
 def native_scales(forms: Sequence[Form], operands: Sequence[Operands]) -> list[Scale]:
-    """What `engine.scales` gives, for operands that the compiled functions handle; all filters come multiplied.
+    """What `engine.scales` gives, for operands that the compiled functions handle.
 
     Args:
         forms: of the layers.
@@ -53,8 +53,7 @@ class _NativeScales(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         *tensors, columns = ctx.saved_tensors
         if torch.is_grad_enabled():
-            known = [g for i in range(0, len(grads), 3) for g in (*grads[i : i + 3], None)]
-            return (None, *plain_backward(ctx.forms, [True] * len(ctx.forms), tensors, known))
+            return (None, *plain_backward(ctx.forms, tensors, grads))
         call = Call(ctx.forms, sites_of(tensors))
         needs = ctx.needs_input_grad[1 :: len(Operands._fields)]
         found = call.apart(*call.gradients(columns, grads, needs))

@@ -13,31 +13,34 @@ from normprop.sites.rows import Form, Operands, excess_basis, from_rows, given_m
 
 
 class Scale(NamedTuple):
-    """What a site makes of the layer before it: ``u = factor · ((filters − average) ∗ x) + offset``.
+    """What a site makes of the layer before it.
 
     Attributes:
-        filters: the layer's weight; None for a site without a layer.
-        factor: ``f = γ/√(kV)``, ``(O,)``; None if the filters are multiplied by it already.
+        weight: ``f c``, the effective weight, in the shape of the layer's own; None for a site without a layer.
+        factor: ``f = γ/√(kV)``, ``(O,)``, of a site without a layer: ``u = f z + b``; else None.
         offset: ``b = β − (E + d√V) f``, ``(O,)``.
-        average: mean of each filter, ``(O,)``; None if the filters are centred already, or are not to be.
     """
 
-    filters: Tensor | None
+    weight: Tensor | None
     factor: Tensor | None
     offset: Tensor
-    average: Tensor | None = None
 
 
-def plain_scale(form: Form, given: Operands, *, multiplied: bool) -> Scale:
-    """The scale of one site in plain operations, which say what `scales` computes."""
+def plain_scale(form: Form, given: Operands) -> Scale:
+    """The scale of one site in plain operations, which say what all engines compute."""
+    filters, factor, offset = parts(form, given)
+    if given.weight is None or filters is None:
+        return Scale(None, factor, offset)
+    rows = to_rows(filters, form)
+    return Scale(from_rows(rows * factor.reshape(*rows.shape[:2], 1), filters, form), None, offset)
+
+
+def parts(form: Form, given: Operands) -> tuple[Tensor | None, Tensor, Tensor]:
+    """The centred filters c (the weight itself if they aren't centred; None without a layer), f and b, apart."""
     filters, first, second = plain_statistics(form, given)
     factor = given.gamma * inverse_root(given.scale, second)
     offset = given.beta - first * factor - given.gamma * given.shift * given.scale.rsqrt()
-    if given.weight is None or filters is None or not multiplied:
-        average = to_rows(given.weight, form).mean(-1).reshape(-1) if given.weight is not None and form.center else None
-        return Scale(given.weight, factor, offset, average)
-    rows = to_rows(filters, form)
-    return Scale(from_rows(rows * factor.reshape(*rows.shape[:2], 1), filters, form), None, offset)
+    return filters, factor, offset
 
 
 def plain_statistics(form: Form, given: Operands) -> tuple[Tensor | None, Tensor, Tensor]:
@@ -45,23 +48,33 @@ def plain_statistics(form: Form, given: Operands) -> tuple[Tensor | None, Tensor
     if given.weight is None:
         return None, *given_moments(given)
     rows = to_rows(given.weight, form)
-    rows = rows - rows.mean(-1, keepdim=True) if form.center else rows
+    average = rows.mean(-1, keepdim=True) if form.center else None
+    rows = rows if average is None else rows - average
     mean, var = vectors(form, [given], rows)
-    square = rows.square() if var is None else rows.square() * var.unsqueeze(1)
-    second = form.share * square.sum(-1).reshape(-1)
+    second = variances(rows, average, var)
     if given.directions is not None:
         basis = excess_basis(to_rows(given.directions, form, like=given.weight), var)
-        second = second + (rows @ basis.mT).square().sum(-1).reshape(-1)
+        along = (rows @ basis.mT).square().sum(-1) / form.share
+        second = torch.where(second > 0, second + along, 0.0)
+    second = (form.share * second).reshape(-1)
     first = torch.zeros_like(second) if mean is None else form.share * (rows * mean.unsqueeze(1)).sum(-1).reshape(-1)
     return from_rows(rows, given.weight, form), first, second
 
 
-def parts(form: Form, given: Operands) -> tuple[Tensor, Tensor, Tensor]:
-    """The centred filters c (the weight itself if they aren't centred), f and b, apart."""
-    filters, first, second = plain_statistics(form, given)
-    factor = given.gamma * inverse_root(given.scale, second)
-    offset = given.beta - first * factor - given.gamma * given.shift * given.scale.rsqrt()
-    return filters, factor, offset  # type: ignore[return-value]  # None for a site without a layer
+def variances(rows: Tensor, average: Tensor | None, var: Tensor | None) -> Tensor:
+    """``Σ c² v`` of filters in rows; what rounding leaves of a centred filter of equal weights is zero.
+
+    Args:
+        rows: c, ``(…, filters, fan-in)``.
+        average: what centring took away from each filter; None where nothing was.
+        var: v, one value per weight of a filter, ``(…, fan-in)``; None for 1.
+    """
+    second = (rows.square() if var is None else rows.square() * var.unsqueeze(-2)).sum(-1)
+    if average is None:
+        return second
+    total = rows.shape[-1] if var is None else var.sum(-1, keepdim=True)
+    rounding = 16.0 * torch.finfo(rows.dtype).eps * average.squeeze(-1)
+    return torch.where(second > rounding.square() * total, second, 0.0)
 
 
 def inverse_root(scale: Tensor, var: Tensor) -> Tensor:
@@ -69,11 +82,9 @@ def inverse_root(scale: Tensor, var: Tensor) -> Tensor:
     return (scale * torch.where(var > 0, var, 1.0)).rsqrt()
 
 
-def plain_backward(
-    forms: Sequence[Form], multiplied: Sequence[bool], tensors: Sequence[Any], grads: Sequence[Any]
-) -> list[Tensor | None]:
+def plain_backward(forms: Sequence[Form], tensors: Sequence[Any], grads: Sequence[Tensor | None]) -> list[Tensor | None]:
     """Gradients of the operands of several sites, from those of their scales, that can be differentiated again."""
     outputs: list[Tensor | None] = []
-    for form, given, product in zip(forms, sites_of(tensors), multiplied, strict=True):
-        outputs += plain_scale(form, given, multiplied=product)
+    for form, given in zip(forms, sites_of(tensors), strict=True):
+        outputs += plain_scale(form, given)
     return gradients_again(outputs, tensors, grads)

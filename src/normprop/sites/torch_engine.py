@@ -1,14 +1,30 @@
-"""E = Σ c m and V = Σ c² v of layers, with their gradients written out, in few passes over the weights."""
+"""Scales of sites in torch operations: one autograd function for all of them, with the gradients written out."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from normprop.sites.rows import Form, Operands, excess_basis, from_rows, given_moments, per_channel, root, to_rows, vectors
+from normprop.sites.reference import inverse_root, plain_backward, variances
+from normprop.sites.rows import (
+    Form,
+    Operands,
+    excess_basis,
+    from_rows,
+    given_moments,
+    per_channel,
+    root,
+    sites_of,
+    to_rows,
+    vectors,
+)
+
+_FIELDS = len(Operands._fields)
+# Layers with fewer weights than this cost more for their operations than for their numbers.
+_SMALL = 1 << 16
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 
@@ -20,24 +36,15 @@ class VectorGradients(NamedTuple):
         factor: f, the factor itself, which a site's multiplied filters carry.
         first: ∂L/∂E.
         second: ∂L/∂V.
-        average: ∂L/∂(means of the filters), None for zero.
     """
 
     factor: Tensor
     first: Tensor
     second: Tensor
-    average: Tensor | None
-
-
-# Large weights are handled a block of filters at a time, which stays in the cores' caches from one operation to the next:
-# 2¹⁷ numbers a thread.
-_BLOCK = 1 << 17
 
 
 class NoLayer:
     """A site without a layer: E and V are the moments of what it normalises."""
-
-    multiplied = False
 
     def statistics(self, sites: Sequence[Operands]) -> tuple[None, Tensor, Tensor]:
         """No filters, E and V."""
@@ -58,14 +65,12 @@ class NoLayer:
         return [(None, mean, var)]
 
 
-class SmallLayers:
-    """Layers of one form and shape, all at once; their filters come multiplied by the factor.
+class Layers:
+    """Layers of one form and shape, all at once.
 
     Args:
         form: of the layers.
     """
-
-    multiplied = True
 
     def __init__(self, form: Form) -> None:
         self.form = form
@@ -74,16 +79,16 @@ class SmallLayers:
         """Filters in rows ``(layers · groups, filters, fan-in)``; E and V, ``(layers · O,)``."""
         rows = [to_rows(s.weight, self.form) for s in sites if s.weight is not None]
         c = rows[0] if len(rows) == 1 else torch.cat(rows)
-        if self.form.center:
-            c = c - c.mean(-1, keepdim=True)
+        average = c.mean(-1, keepdim=True) if self.form.center else None
+        c = c if average is None else c - average
         mean, var = vectors(self.form, sites, c)
         first = c.new_zeros(c.shape[:2]) if mean is None else _row_sums(c, mean)
-        second = _row_sums(c * c, var)
+        second = variances(c, average, var)
         if self.form.stride != 1:
             first, second = first * self.form.share, second * self.form.share
         basis = self._basis(sites, var)
         if basis is not None:
-            second = second + (c @ basis.mT).square().sum(-1)
+            second = torch.where(second > 0, second + (c @ basis.mT).square().sum(-1), 0.0)
         return c, first.reshape(-1), second.reshape(-1)
 
     def filters(self, kept: Tensor, sites: Sequence[Operands], factor: Tensor) -> list[Tensor]:
@@ -153,152 +158,7 @@ class SmallLayers:
         return None if sites[0].directions is None else excess_basis(self._directions(sites), var)
 
 
-class LargeLayer:
-    """One ungrouped layer whose weight is worth going through only once: nothing of its size is written but its gradient.
-
-    Its filters come as they are, with factor and, where they are to be centred, means beside them.
-
-    Args:
-        form: of the layer.
-    """
-
-    multiplied = False
-
-    def __init__(self, form: Form) -> None:
-        self.form = form
-
-    def statistics(self, sites: Sequence[Operands]) -> tuple[Tensor | None, Tensor, Tensor]:
-        """E and V, ``(O,)`` each, and before them, if filters are to be centred, their means w̄ and Σ W v: ``(2, O)``.
-
-        For centred filters ``E = Σ W m − w̄ Σ m`` and ``V = Σ W² v − 2 w̄ Σ W v + w̄² Σ v``, which is zero where nothing but
-        rounding is left of it.
-        """
-        rows, mean, var = self._operands(sites)
-        first, second, average, weighted = rows.new_zeros(4, len(rows))
-        for w, e, v, a, u, block in self._blocks(rows, first, second, average, weighted):
-            if mean is not None:
-                torch.mv(w, mean, out=e)
-            if self.form.center:
-                torch.mean(w, 1, out=a)
-                if var is not None:
-                    torch.mv(w, var, out=u)
-            torch.mul(w, w, out=block)
-            if var is None:
-                torch.sum(block, 1, out=v)
-            else:
-                torch.mv(block, var, out=v)
-        if self.form.center:
-            if mean is not None:
-                first = first - average * mean.sum()
-            total = rows.shape[1] if var is None else var.sum()
-            weighted = average * rows.shape[1] if var is None else weighted
-            shared = average.square() * total
-            second = second - 2.0 * average * weighted + shared
-            second = torch.where(second > 16 * torch.finfo(second.dtype).eps * shared, second, 0.0)
-        if self.form.stride != 1:
-            first, second = first * self.form.share, second * self.form.share
-        return torch.stack([average, weighted]) if self.form.center else None, first, second
-
-    def filters(self, _kept: Tensor | None, sites: Sequence[Operands], _factor: Tensor) -> list[Tensor]:
-        """The filters themselves."""
-        return [s.weight.view_as(s.weight) for s in sites if s.weight is not None]
-
-    def backward(
-        self,
-        sites: Sequence[Operands],
-        average: Tensor | None,
-        G: Tensor | None,
-        vectors_of: VectorGradients,
-        need: Sequence[Sequence[bool]],
-    ) -> list[Gradients]:
-        """Gradients of weight, mean and variance; ``G + m ∂E + 2 v c ∂V`` is written to G.
-
-        Of centred filters, c = W − w̄, m ∂E + 2 v c ∂V loses its mean over each filter, and ∂L/∂w̄ comes in evenly. Beside
-        2 v W ∂V all of it is of the form a m + b v + r, with numbers a, b and r a filter.
-        """
-        (site,) = sites
-        assert site.weight is not None
-        rows, mean, var = self._operands(sites)
-        e, v = vectors_of.first * self.form.share, vectors_of.second * self.form.share
-        grad: Tensor | None = None
-        if need[0][0]:
-            grad = torch.zeros_like(rows) if G is None else to_rows(G, self.form, like=site.weight)[0]
-        even, basis = self._even(rows, mean, var, average, vectors_of.average, e, v)
-        crossed = None if average is None or var is None else average[0] * v
-        d_mean, d_var = rows.new_zeros(2, rows.shape[1])
-        for w, e_, v_, g, r, x, block in self._blocks(rows, e, v, grad, even, crossed):
-            if mean is not None:
-                d_mean.addmv_(w.t(), e_)
-            if var is not None:
-                d_var.addmv_(torch.mul(w, w, out=block).t(), v_)
-            if x is not None:
-                d_var.addmv_(w.t(), x, alpha=-2.0)
-            if g is not None:
-                torch.mul(w, v_.unsqueeze(1), out=block)
-                if var is None:
-                    g.add_(block, alpha=2.0)
-                else:
-                    g.addcmul_(block, var, value=2.0)
-                if r is not None:
-                    g.addmm_(r, basis)
-                elif mean is not None:
-                    g.addr_(e_, mean)
-        if average is not None:
-            d_mean -= torch.dot(average[0], e)
-            d_var += torch.dot(average[0].square(), v)
-        weight = None if grad is None else from_rows(grad.unsqueeze(0), site.weight, self.form)
-        by_mean, by_var = (
-            per_channel(d.unsqueeze(0), self.form, site.weight, [like])[0] if like is not None and needed else None
-            for d, like, needed in ((d_mean, site.mean, need[0][1]), (d_var, site.var, need[0][2]))
-        )
-        return [(weight, by_mean, by_var)]
-
-    def _operands(self, sites: Sequence[Operands]) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Filters in rows ``(O, fan-in)``, m and v ``(fan-in,)``."""
-        assert sites[0].weight is not None
-        rows = to_rows(sites[0].weight, self.form)
-        mean, var = vectors(self.form, sites, rows)
-        return rows[0], None if mean is None else mean[0], None if var is None else var[0]
-
-    def _blocks(self, rows: Tensor, *others: Tensor | None) -> Iterator[tuple[Any, ...]]:
-        """Runs of filters with what belongs to them, and memory for as many numbers."""
-        step = max(1, _BLOCK * torch.get_num_threads() // max(1, rows.shape[1]))
-        block = rows.new_empty(min(step, len(rows)), rows.shape[1])
-        count = -(-len(rows) // step)
-        runs = [[None] * count if t is None else t.split(step) for t in others]
-        for w, *few in zip(rows.split(step), *runs, strict=True):
-            yield (w, *few, block if len(w) == len(block) else block[: len(w)])
-
-    @staticmethod
-    def _even(
-        rows: Tensor,
-        mean: Tensor | None,
-        var: Tensor | None,
-        average: Tensor | None,
-        given: Tensor | None,
-        e: Tensor,
-        v: Tensor,
-    ) -> tuple[Tensor | None, Tensor]:
-        """Of centred filters' gradients what is no multiple of W: numbers a filter ``(O, n)`` times rows ``(n, fan-in)``."""
-        if average is None:
-            return None, rows
-        count = rows.shape[1]
-        flat = torch.zeros_like(e) if given is None else given / count
-        numbers, basis = [], []
-        if mean is not None:
-            numbers.append(e)
-            basis.append(mean)
-            flat = flat - e * mean.mean()
-        if var is None:
-            flat = flat - 2.0 * v * average[0]
-        else:
-            numbers.append(-2.0 * v * average[0])
-            basis.append(var)
-            flat = flat - 2.0 * v * (average[1] - average[0] * var.sum()) / count
-        return torch.stack([*numbers, flat], 1), torch.stack([*basis, torch.ones_like(rows[0])])
-
-
-Sums = NoLayer | SmallLayers | LargeLayer
+Sums = NoLayer | Layers
 
 
 def _row_sums(rows: Tensor, values: Tensor | None) -> Tensor:
@@ -308,3 +168,138 @@ def _row_sums(rows: Tensor, values: Tensor | None) -> Tensor:
     if rows.shape[1] < 8:
         return (rows * values.unsqueeze(1)).sum(-1)
     return torch.bmm(rows, values.unsqueeze(-1)).squeeze(-1)
+
+
+class TorchScales(torch.autograd.Function):
+    """`plain_scale` of several sites, with the derivatives written out (derived).
+
+    For G = ∂L/∂filters, h = ∂L/∂f and g = ∂L/∂b, and with r = 1/√(kV):
+
+        q = h − g E      ∂L/∂γ = q r − g d/√k      ∂L/∂β = g      ∂L/∂E = −g f      ∂L/∂V = −½ q f / V
+        ∂L/∂c = G + m ∂L/∂E + 2 v c ∂L/∂V, less its mean over each filter where filters are centred
+        ∂L/∂m = Σ_o c ∂L/∂E    ∂L/∂v = Σ_o c² ∂L/∂V
+
+    and with G' = ∂L/∂(f c): h = Σ G' c and G = f G'. What is per channel is computed for all sites together, and what is per
+    weight for all small layers of one shape. Differentiated again, the backward is `plain_scale`'s.
+
+    With directions and p_r = Σ c √v U_r, ∂L/∂c has 2 ∂L/∂V Σ_r p_r √v U_r besides, and ∂L/∂v has Σ_o ∂L/∂V Σ_r p_r c U_r/√v.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, forms: tuple[Form, ...], *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Weight, factor and offset of every site."""
+        sites = sites_of(tensors)
+        ctx.forms, ctx.buckets = forms, buckets_of(forms, sites)
+        ctx.set_materialize_grads(False)
+        outputs, kept, vectors_of = computed(ctx.buckets, sites)
+        ctx.save_for_backward(*tensors, *kept, *vectors_of)
+        return tuple(outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        """See the class; nothing for sites that nobody asked."""
+        saved, buckets = ctx.saved_tensors, ctx.buckets
+        count = _FIELDS * len(ctx.forms)
+        if torch.is_grad_enabled():
+            return (None, *plain_backward(ctx.forms, saved[:count], grads))
+        sites, kept = sites_of(saved[:count]), saved[count:-5]
+        first, second, inverse, factor, shifted = saved[-5:]
+        order = [i for bucket in buckets for i in bucket.members]
+        by_filters, by_factor = [], []
+        for bucket, filters in zip(buckets, kept, strict=True):
+            members = bucket.members
+            if isinstance(bucket.sums, Layers):
+                G, h = bucket.sums.factor_gradient(filters, [sites[i] for i in members], [grads[3 * i] for i in members])
+            else:
+                G, h = None, _or_zero(grads[3 * members[0] + 1], sites[members[0]])
+            by_filters.append(G)
+            by_factor.append(h)
+        g = _joined([_or_zero(grads[3 * i + 2], sites[i]) for i in order])
+        q = torch.addcmul(_joined(by_factor), g, first, value=-1)
+        by_gamma = torch.addcmul(q * inverse, g, shifted, value=-1)
+        by_first = (g * factor).neg_()
+        by_second = torch.where(second > 0, q * factor / second, 0.0).mul_(-0.5)
+        results: list[Tensor | None] = [None] * count
+        for bucket, filters, G in zip(buckets, kept, by_filters, strict=True):
+            few = [sites[i] for i in bucket.members]
+            needs = [ctx.needs_input_grad[1 + _FIELDS * i :][:3] for i in bucket.members]
+            f, e, v = (t[bucket.channels] for t in (factor, by_first, by_second))
+            part = VectorGradients(f, e, v)
+            for i, three in zip(bucket.members, bucket.sums.backward(few, filters, G, part, needs), strict=True):
+                results[_FIELDS * i : _FIELDS * i + 3] = three
+        sizes = [len(sites[i].gamma) for i in order]
+        for i, gamma, beta in zip(order, by_gamma.split(sizes), g.split(sizes), strict=True):
+            results[_FIELDS * i + 3 : _FIELDS * i + 5] = gamma, beta
+        asked = [any(g is not None for g in grads[i : i + 3]) for i in range(0, len(grads), 3)]
+        return (None, *(g if asked[i // _FIELDS] else None for i, g in enumerate(results)))
+
+
+class _Bucket(NamedTuple):
+    """Sites that are handled together.
+
+    Attributes:
+        members: their numbers.
+        channels: their part of the vectors that hold all sites' channels.
+        sums: how E and V are computed.
+    """
+
+    members: list[int]
+    channels: slice
+    sums: Sums
+
+
+def computed(
+    buckets: Sequence[_Bucket], sites: Sequence[Operands]
+) -> tuple[list[Tensor | None], list[Tensor | None], tuple[Tensor, ...]]:
+    """The scales, flat; what each bucket keeps for a backward; E, V, r, f and d/√k of all channels in the buckets' order."""
+    order = [i for bucket in buckets for i in bucket.members]
+    found = [bucket.sums.statistics([sites[i] for i in bucket.members]) for bucket in buckets]
+    gamma, beta, shift, scale = (_joined([getattr(sites[i], k) for i in order]) for k in ("gamma", "beta", "shift", "scale"))
+    first, second = _joined([three[1] for three in found]), _joined([three[2] for three in found])
+    inverse = inverse_root(scale, second)
+    factor = gamma * inverse
+    shifted = shift * scale.rsqrt()
+    offset = torch.addcmul(torch.addcmul(beta, first, factor, value=-1), gamma, shifted, value=-1)
+    outputs: list[Tensor | None] = [None] * (3 * len(sites))
+    sizes = [len(sites[i].gamma) for i in order]
+    for i, f, b in zip(order, factor.split(sizes), offset.split(sizes), strict=True):
+        outputs[3 * i + 1 : 3 * i + 3] = f, b
+    kept: Any
+    for bucket, (kept, *_) in zip(buckets, found, strict=True):
+        filters = bucket.sums.filters(kept, [sites[i] for i in bucket.members], factor[bucket.channels])
+        for i, c in zip(bucket.members, filters, strict=True):
+            outputs[3 * i] = c
+            if c is not None:
+                outputs[3 * i + 1] = None
+    return outputs, [three[0] for three in found], (first, second, inverse, factor, shifted)
+
+
+def buckets_of(forms: Sequence[Form], sites: Sequence[Operands]) -> list[_Bucket]:
+    """Who is handled together: small layers of one form and shape, and any other site by itself."""
+    members: dict[Hashable, list[int]] = {}
+    for i, (form, site) in enumerate(zip(forms, sites, strict=True)):
+        together = site.weight is not None and site.weight.numel() < _SMALL
+        members.setdefault((form, *_layout(site)) if together else i, []).append(i)
+    buckets, start = [], 0
+    for few in members.values():
+        form, weight = forms[few[0]], sites[few[0]].weight
+        end = start + sum(len(sites[i].gamma) for i in few)
+        buckets.append(_Bucket(few, slice(start, end), NoLayer() if weight is None else Layers(form)))
+        start = end
+    return buckets
+
+
+def _layout(site: Operands) -> tuple[Hashable, ...]:
+    """What small layers that are handled together have in common."""
+    weight, mean, var = site[:3]
+    assert weight is not None
+    ranks = None if site.directions is None else site.directions.shape[0]
+    return weight.shape, weight.stride(), weight.dtype, mean is None, var is None, ranks
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
+
+
+def _or_zero(grad: Tensor | None, site: Operands) -> Tensor:
+    return torch.zeros_like(site.gamma) if grad is None else grad

@@ -18,7 +18,7 @@ _TAGS = (torch.Tag.flexible_layout,)
 
 
 def whole_scales(forms: Sequence[Form], operands: Sequence[Operands]) -> list[Scale]:
-    """What `normprop.sites.engine.scales` gives where a graph is traced; all filters come multiplied."""
+    """What `normprop.sites.engine.scales` gives where a graph is traced."""
     codes = [int(code) for form in forms for code in (form.groups, form.transposed, form.stride, form.center)]
     given = [t is not None for one in operands for t in one]
     columns, *filters = _scales(codes, given, [t for one in operands for t in one if t is not None])
