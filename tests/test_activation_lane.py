@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from normprop.conversion.batch import composed_activations
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -12,9 +13,8 @@ import normprop
 from normprop import Moments
 from normprop.activations.activation_moments import activation_moments
 from normprop.activations.fast_moments import lane_moments
-from normprop.activations.normal import working_dtype
 from normprop.activations.panels import SINGLE, lane_panels
-from normprop.conversion.batch import composed_activations
+from normprop.precision import working_dtype
 from normprop.rules.composed import _known
 from normprop.rules.elementwise import module_activation, named_activation
 

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 import normprop
 from normprop import Moments, NormPropError, TracingError, UnsupportedOpError
 from normprop.graph.input_moments import input_moments
-from normprop.graph.walk import prepare, reference_tensor
+from normprop.graph.walk import prepare
+from normprop.precision import reference_tensor
 
 
 def head(*layers: nn.Module) -> nn.Module:

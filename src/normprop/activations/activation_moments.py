@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from normprop.activations.breakpoints import Breakpoints, check_elementwise, find_breakpoints
 from normprop.activations.catalogue import canonical, expectations, torch_function
-from normprop.activations.normal import Expectations, density, has_values, working_dtype
+from normprop.activations.normal import Expectations, density, has_values
 from normprop.activations.quadrature import integrate, mean_and_variance
 from normprop.errors import NormPropError
+from normprop.precision import working_dtype
 
 Activation = str | nn.Module | type[nn.Module] | Callable[..., Tensor]
 

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from normprop.activations.activation_moments import activation_moments
 from normprop.activations.catalogue import outline
-from normprop.activations.normal import working_dtype
 from normprop.activations.panels import DOUBLE, SINGLE, Panels, lane_panels
 from normprop.activations.small_variance import continued
 from normprop.double_backward import gradients_again
+from normprop.precision import working_dtype
 
 # Nodes of one pass on a CPU: their vectors stay in the cache, and the allocator has blocks of that size at hand.
 _TOGETHER = 24_000

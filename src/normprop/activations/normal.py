@@ -26,12 +26,6 @@ class Expectations(NamedTuple):
     error: Tensor
 
 
-def working_dtype(device: torch.device) -> torch.dtype:
-    """The precision to compute moments in: float64, which Metal does not have, nor ONNX Runtime for every function."""
-    narrow = device.type == "mps" or (torch.compiler.is_compiling() and torch.onnx.is_in_onnx_export())
-    return torch.float32 if narrow else torch.float64
-
-
 def has_values(x: Tensor) -> bool:
     """Whether values may be looked at: not while compiling, exporting, under a transform, or on the meta device."""
     if torch.compiler.is_compiling() or x.is_meta or type(x) not in (Tensor, nn.Parameter):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from normprop.activations.normal import working_dtype
+from normprop.precision import working_dtype
 
 _ROOT_TWO_PI = 2.5066282746310002
 

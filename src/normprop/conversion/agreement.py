@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 from normprop.errors import NormPropError
 from normprop.graph.copies import independent_copy, running_copy
 from normprop.graph.example_inputs import Inputs
-from normprop.graph.walk import reference_tensor
+from normprop.precision import reference_tensor
 
 _EXTENTS = (32, 64, 128)
 

@@ -12,7 +12,7 @@ from normprop.conversion.lane import Entry, Key, Lane, converted_lane
 from normprop.conversion.lockstep import LockStep
 from normprop.errors import NormPropError, NotFiniteError
 from normprop.graph.example_inputs import Inputs, batch_inputs
-from normprop.rules.linear import full_precision
+from normprop.precision import full_precision
 from normprop.sites.directions import principal_directions
 from normprop.sites.site import Site, site_operands, site_statistics
 

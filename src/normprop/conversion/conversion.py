@@ -21,8 +21,9 @@ from normprop.errors import NormPropError, TracingError
 from normprop.graph.copies import independent_copy
 from normprop.graph.input_moments import input_moments, sample_shapes
 from normprop.graph.recorder import Leaf
-from normprop.graph.walk import Walk, prepare, reference_tensor
+from normprop.graph.walk import Walk, prepare
 from normprop.native.operands import prepare as prepare_native
+from normprop.precision import reference_tensor
 from normprop.rules import normalization
 from normprop.rules.table import TABLE, Key, Rule
 from normprop.sites.site import Site

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from normprop import integrations
@@ -19,6 +18,7 @@ from normprop.graph.example_inputs import Inputs, Shape, Shapes, candidates, fir
 from normprop.graph.fusion import Fused, Fusion
 from normprop.graph.node import Node, map_nodes, nodes_in, placed, run
 from normprop.graph.recorder import Leaf, Record, Recorder
+from normprop.precision import reference_tensor
 from normprop.rules.composed import composed
 from normprop.rules.table import TABLE, Key, Rule, RuleTable, Standing, describe
 from normprop.sites.site import Site, site_moments
@@ -259,13 +259,6 @@ def tensors_in(value: Any) -> list[Tensor]:
     if isinstance(value, Tensor):
         return [value]
     return [t for v in value for t in tensors_in(v)] if isinstance(value, tuple | list) else []
-
-
-def reference_tensor(model: nn.Module) -> Tensor:
-    """A floating tensor whose device and (at least float32) dtype the moments take."""
-    tensor = next((t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()), torch.zeros(()))
-    wide = torch.float32 if tensor.dtype in (torch.float16, torch.bfloat16) else tensor.dtype
-    return torch.empty(0, dtype=wide, device=tensor.device)
 
 
 def _run(

@@ -13,10 +13,11 @@ from normprop.errors import NormPropError
 from normprop.graph.example_inputs import batch_inputs
 from normprop.graph.input_moments import input_moments, sample_shapes
 from normprop.graph.recorder import Leaf
-from normprop.graph.walk import Walk, argument_names, recorder_for, reference_tensor
+from normprop.graph.walk import Walk, argument_names, recorder_for
 from normprop.inspection.propagation import rows_of
 from normprop.inspection.report import Report
 from normprop.inspection.rewalk import walk_of
+from normprop.precision import reference_tensor
 from normprop.rules.table import Key, Rule
 
 

@@ -12,9 +12,10 @@ from normprop.channel_moments import Moments
 from normprop.graph.input_moments import input_moments, sample_shapes
 from normprop.graph.node import Node
 from normprop.graph.recorder import Leaf
-from normprop.graph.walk import Walk, reference_tensor
+from normprop.graph.walk import Walk
 from normprop.inspection.report import Report, Row
 from normprop.inspection.rewalk import Claim, walk_of
+from normprop.precision import reference_tensor
 from normprop.rules import arithmetic, elementwise, normalization, shape
 from normprop.rules.composed import composed, full_moments
 from normprop.rules.table import Key, Rule

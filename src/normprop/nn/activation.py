@@ -10,8 +10,8 @@ from torch import Tensor
 from normprop.activations.activation_moments import moments
 from normprop.activations.catalogue import canonical, torch_function
 from normprop.errors import NormPropError
-from normprop.nn.filters import accumulation_dtype
 from normprop.nn.plain import plain_graph
+from normprop.precision import accumulation_dtype
 
 ActivationLike = str | torch.nn.Module | type[torch.nn.Module] | Callable[[Tensor], Tensor]
 

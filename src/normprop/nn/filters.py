@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from normprop.errors import NormPropError
+from normprop.precision import accumulation_dtype
 
 
 def filter_view(weight: Tensor, channel_dim: int = 0, groups: int = 1) -> tuple[Tensor, tuple[int, ...]]:
@@ -43,11 +44,6 @@ def filter_norms(view: Tensor, inside: tuple[int, ...]) -> Tensor:
     """The Frobenius norm of every filter of a `filter_view`, reduced dimensions kept, in float32 at least."""
     norms: Tensor = torch.linalg.vector_norm(view, dim=inside, keepdim=True, dtype=accumulation_dtype(view.dtype))
     return norms
-
-
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The precision in which norms and moments of `dtype` parameters are computed: their own, but float32 at least."""
-    return torch.promote_types(dtype, torch.float32)
 
 
 def unit_filters(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -12,17 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from normprop.channel_moments import Moments
+from normprop.precision import full_precision, wide
 from normprop.rules.table import Standing, rule
-
-
-def wide(tensor: Tensor) -> Tensor:
-    """The tensor in float32 at least: moments of half-precision networks are not computed in half precision."""
-    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
-
-
-def full_precision(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Autocast off on the tensor's device; the meta device knows no autocast."""
-    return contextlib.nullcontext() if tensor.is_meta else torch.autocast(tensor.device.type, enabled=False)
 
 
 def weight_moments(

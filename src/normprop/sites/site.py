@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from normprop.channel_moments import Moments
 from normprop.errors import NormPropError
-from normprop.rules.linear import full_precision, wide
+from normprop.precision import full_precision, wide
 from normprop.sites.engine import scales
 from normprop.sites.reference import Scale, parts, plain_statistics
 from normprop.sites.rows import Form, Operands
