@@ -540,3 +540,30 @@ def test_inputs_of_every_structure() -> None:
         close(converted(*batch)["out"], model(*batch)["out"], 1e-12)
     with pytest.raises(normprop.TracingError, match="example="):
         normprop.convert(model)
+
+
+def replicated(module: nn.Module) -> nn.Module:
+    """What `nn.DataParallel` runs on another device: modules without parameters, and tensors in their place."""
+    replica: nn.Module = module._replicate_for_data_parallel()  # type: ignore[operator]  # torch has no types for it
+    for name, parameter in module._parameters.items():
+        if parameter is None:
+            replica._parameters[name] = None
+        else:
+            setattr(replica, name, parameter * 1.0 if parameter.requires_grad else parameter.detach())
+    for name, child in module._modules.items():
+        assert child is not None
+        replica._modules[name] = replicated(child)
+    return replica
+
+
+@pytest.mark.parametrize("name", ["residual", "pre-activation", "gated", "mlp"])
+def test_replicas_of_data_parallel(name: str) -> None:
+    _, converted, x = pair(name)
+    expected = gradients(converted, x)
+    out = outputs(converted(x))
+    converted.zero_grad()
+    found = outputs(replicated(converted)(x))
+    close(found, out, 0.0)
+    sum(t.square().sum() for t in found).backward()  # type: ignore[union-attr]
+    for key, value in expected.items():
+        torch.testing.assert_close(converted.get_parameter(key).grad, value)

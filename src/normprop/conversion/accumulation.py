@@ -80,8 +80,13 @@ class _Shared:
         missing = [entry for entry in entries if entry.key not in self.values]
         if missing:
             found = self.lane.evaluate(root, missing)
-            self.values |= {key: Scale(*map(self._leaf, scale)) for key, scale in found.items()}
+            self.values |= {key: self._cut(scale) for key, scale in found.items()}
         return {entry.key: self.values[entry.key] for entry in entries}
+
+    def _cut(self, scale: Scale) -> Scale:
+        weight, factor, offset = map(self._leaf, scale)
+        assert offset is not None
+        return Scale(weight, factor, offset)
 
     def _leaf(self, value: Tensor | None) -> Tensor | None:
         """A value of the lane, cut off from it if gradients flow through it."""

@@ -75,7 +75,7 @@ class Agreement:
     @staticmethod
     def _error(what: str, difference: float) -> NormPropError:
         return NormPropError(
-            f"the {what} network differs from the original by {difference:.1e} relative: something in it can't be followed.\n"
+            f"the {what} network differs from the original by {difference:.1e} relative: part of it can't be followed.\n"
             "Convert a part that can be, normprop.convert(model.part, in_place=True), or start fresh with preserve=False."
             if what == "converted"
             else f"the {what} network differs from the original by {difference:.1e} relative.\n"

@@ -24,6 +24,8 @@ class Begin:
         self.lane = lane
 
     def __call__(self, root: nn.Module, args: Any, kwargs: Any) -> None:
+        """Before the forward."""
+        del kwargs
         check_inputs(self.lane, args)
         self.lane.begin(root)
 
@@ -36,7 +38,8 @@ class End:
     def __init__(self, lane: Lane) -> None:
         self.lane = lane
 
-    def __call__(self, root: nn.Module, args: Any, output: Any) -> None:
+    def __call__(self, *_: Any) -> None:
+        """After the forward."""
         self.lane.end()
 
 
@@ -66,10 +69,15 @@ class Cover:
         self.__init__(**state)  # type: ignore[misc]  # a copy starts anew
 
     def __call__(self, layer: nn.Module, args: Any) -> None:
+        """Before the layer's forward.
+
+        Raises:
+            NormPropError: something else has taken the weight; or what `Lane.called` raises.
+        """
         if layer._parameters.get("weight") is None and not is_covered(layer) and not _computed(layer):
             raise NormPropError(
-                f"the weight of {self.path} is not a parameter any more: pruning, weight_norm or spectral_norm put a hook in "
-                "its place.\nUse torch.nn.utils.parametrizations or parametrize, or apply it before convert."
+                f"the weight of {self.path} is not a parameter any more: pruning, weight_norm or spectral_norm put a hook "
+                "in its place.\nUse torch.nn.utils.parametrizations or parametrize, or apply it before convert."
             )
         entry = self.lane.called(layer, self.path, args)
         compiling = torch.compiler.is_compiling()
@@ -119,7 +127,8 @@ class Uncover:
     def __init__(self, cover: Cover) -> None:
         self.cover = cover
 
-    def __call__(self, layer: nn.Module, args: Any, output: Any) -> None:
+    def __call__(self, layer: nn.Module, _: Any, output: Any) -> None:
+        """After the layer's forward, or an exception in it."""
         self.cover.uncover(layer, output)
 
 
@@ -131,7 +140,8 @@ class Standardise:
     def __init__(self, lane: Lane, path: str) -> None:
         self.lane, self.path = lane, path
 
-    def __call__(self, layer: nn.Module, args: Any) -> Any:
+    def __call__(self, _: nn.Module, args: Any) -> Any:
+        """Before the layer's forward."""
         return (self.lane.standardise(self.path, args[0]), *args[1:])
 
 
@@ -155,7 +165,12 @@ class Unrecorded:
     def __init__(self, path: str) -> None:
         self.path = path
 
-    def __call__(self, module: nn.Module, args: Any) -> None:
+    def __call__(self, *_: Any) -> None:
+        """Before its forward.
+
+        Raises:
+            NormPropError: always.
+        """
         raise NormPropError(
             f"{self.path} did not run when the network was converted, and is a BatchNorm still.\n"
             "Convert with example= inputs (or in a mode) that take this path."

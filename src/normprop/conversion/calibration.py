@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -155,11 +156,11 @@ class _Calibration:
         self.lane.observer = self
         try:
             self.model.eval()
-            self.steps.run([lambda batch=batch: self.model(*batch.args, **batch.kwargs) for batch in self.batches])
+            self.steps.run([functools.partial(self.model, *batch.args, **batch.kwargs) for batch in self.batches])
             if any(entry.key not in self.done for entry in self.lane.entries[True]):
                 for module in self.model.modules():  # the paths of training, without its noise
                     module.training = next(module.children(), None) is not None
-                self.steps.run([lambda batch=batch: self.model(*batch.args, **batch.kwargs) for batch in self.batches])
+                self.steps.run([functools.partial(self.model, *batch.args, **batch.kwargs) for batch in self.batches])
         finally:
             self.lane.observer = None
             for module, mode in modes.items():
@@ -182,7 +183,7 @@ class _Calibration:
         if entry.key in self.done:
             return
         site: Any = self.model.get_submodule(entry.site)
-        run = lambda filters, batch: _output(layer, filters, inputs[batch])
+        run: Callable[[Tensor, int], Tensor] = lambda filters, batch: _output(layer, filters, inputs[batch])
         self._set_directions(entry, site, run)
         filters, mean, var = site_statistics(self.lane.arguments(self.model, entry))
         assert filters is not None
@@ -223,14 +224,15 @@ class _Calibration:
 
 def _output(layer: nn.Module, filters: Tensor, args: tuple[Any, ...]) -> Tensor:
     """What a layer gives with other filters and no bias."""
-    before = {name: layer.__dict__[name] for name in ("weight", "bias") if name in layer.__dict__}
-    layer.__dict__.update(weight=filters, bias=None)
+    before: dict[str, Any] = {name: layer.__dict__[name] for name in ("weight", "bias") if name in layer.__dict__}
+    own: dict[str, Any] = layer.__dict__
+    own["weight"], own["bias"] = filters, None
     try:
         output: Tensor = type(layer).forward(layer, *args)
     finally:
         for name in ("weight", "bias"):
-            layer.__dict__.pop(name)
-        layer.__dict__.update(before)
+            own.pop(name)
+        own.update(before)
     return output
 
 

@@ -33,6 +33,8 @@ _HOOKS = (
     "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks",
     "_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks", "_is_full_backward_hook",
 )  # fmt: skip
+# Modules with hooks that compute a weight and own it.
+_OWNERS = ("torch.nn.utils.weight_norm", "torch.nn.utils.spectral_norm", "torch.nn.utils.prune")
 _WRAPPERS = (
     nn.DataParallel,
     nn.parallel.DistributedDataParallel,
@@ -140,9 +142,11 @@ class _Settings:
         self.walks, self.plans, self.input, self.method, self.keep = walks, plans, input, method, keep
 
     def install(self, root: nn.Module) -> nn.Module:
-        """Give a network its sites and its lane; the network itself is changed, or a `Site` returned if it is a BatchNorm."""
+        """Give a network its sites and its lane; it is changed itself, or a `Site` returned if it is a BatchNorm."""
         every = [*self.plans[False], *(p for p in self.plans[True] if p.key not in {q.key for q in self.plans[False]})]
-        biases = {p.path: root.get_submodule(p.layer.path).bias for p in every if p.layer is not None and p.bare}
+        biases: dict[str, Any] = {
+            p.path: root.get_submodule(p.layer.path).bias for p in every if p.layer is not None and p.bare
+        }
         root, statistics = _install_sites(root, every)
         _freeze_biases(root, self.walks, self.plans)
         inputs = _install_inputs(root, self.walks[False], self.input)
@@ -242,9 +246,10 @@ def _is_trained(root: nn.Module) -> bool:
     for module in root.modules():
         if isinstance(module, _NormBase) or _is_frozen(module):
             mean, var = module.running_mean, module.running_var
-            if isinstance(mean, Tensor) and isinstance(var, Tensor) and mean.device.type != "meta":
-                if bool((mean != 0).any()) or bool((var != 1).any()):
-                    return True
+            if not isinstance(mean, Tensor) or not isinstance(var, Tensor) or mean.is_meta:
+                continue
+            if bool((mean != 0).any()) or bool((var != 1).any()):
+                return True
     return False
 
 
@@ -255,7 +260,7 @@ def _is_frozen(module: nn.Module) -> bool:
 
 
 def _walks(root: nn.Module, rules: Any, leaf_modules: Sequence[Leaf], shape: Any, example: Any) -> dict[bool, Walk]:
-    """The walk of each mode. A network that doesn't train on inputs alone (a detector wants targets) has one of evaluation."""
+    """The walk of each mode; that of evaluation twice where training wants more than inputs, as detectors do."""
     options = {"rules": rules, "leaf_modules": leaf_modules}
     evaluation = prepare(root, shape=shape, example=example, training=False, **options)
     try:
@@ -286,24 +291,14 @@ def _refuse_owned_weights(walk: Walk, plans: Sequence[SitePlan]) -> None:
     Raises:
         NormPropError: naming each, and the parametrisation to use.
     """
-    needed = nodes_behind(walk, plans, plans)
     found: dict[str, str] = {}
-    for node in {n for n in needed if n.op == "module"} | {p.source for p in plans if p.source.op == "module"}:
-        for path, module in walk.module(node).named_modules(prefix=node.target):
-            for hook in module._forward_pre_hooks.values():
-                kind = type(hook)
-                if kind.__module__ in ("torch.nn.utils.weight_norm", "torch.nn.utils.spectral_norm", "torch.nn.utils.prune"):
-                    found[path] = kind.__name__
-    owned = {p.layer.path for p in plans if p.layer is not None}
-    for path, module in walk.model.named_modules():
-        if path in owned or path in found:
+    for node in nodes_behind(walk, plans, plans):
+        if node.op != "module":
             continue
-        if (
-            isinstance(module.__dict__.get("weight"), Tensor)
-            and path in walk.record.called
-            and any(n.target == path and n.users and any(u in {q.node for q in plans} for u in n.users) for n in walk.nodes)
-        ):
-            found.setdefault(path, "a hook")
+        for path, module in walk.module(node).named_modules(prefix=node.target):
+            kinds = [type(hook) for hook in module._forward_pre_hooks.values() if type(hook).__module__ in _OWNERS]
+            if kinds or (isinstance(module.__dict__.get("weight"), Tensor) and module._forward_pre_hooks):
+                found[path] = kinds[0].__name__ if kinds else "a hook"
     if found:
         listed = ", ".join(f"{path} ({kind})" for path, kind in found.items())
         raise NormPropError(
@@ -324,17 +319,17 @@ def _install_sites(root: nn.Module, plans: Sequence[SitePlan]) -> tuple[nn.Modul
         own = [p for p in plans if p.path == path]
         calls, first = 1 + max(p.call for p in own), own[0]
         center = any(p.center for p in own)
-        old = None if first.bare else root.get_submodule(path)
+        old: Any = None if first.bare else root.get_submodule(path)
         if old is None:
             assert first.layer is not None
-            module = root.get_submodule(first.layer.path)
+            module: Any = root.get_submodule(first.layer.path)
             gamma, beta = (module.weight.new_full((first.layer.channels,), float(v)) for v in (1, 0))
             site = _site(first.layer.channels, calls, like, nn.Parameter(gamma), nn.Parameter(beta), center)
             site.train(root.training)
         else:
             for plan in own:
                 if old.running_mean is not None and old.running_var is not None:
-                    bias = None if plan.layer is None else root.get_submodule(plan.layer.path).bias
+                    bias: Any = None if plan.layer is None else root.get_submodule(plan.layer.path).bias
                     mean = old.running_mean if bias is None else old.running_mean - bias.detach()
                     statistics[plan.key] = (mean, old.running_var + old.eps)
             channels = old.running_mean.numel() if _is_frozen(old) else old.num_features
@@ -369,18 +364,18 @@ def _allocate_directions(root: nn.Module, site: Site, plans: Sequence[SitePlan])
     if len(layers) != 1:
         return
     (layer,) = layers.values()
-    weight = root.get_submodule(layer.path).weight
+    weight: Any = root.get_submodule(layer.path).weight
     room = weight[0].numel() - site.center
     count = min(DIRECTIONS, room - 1)
     if layer.transposed or count < 1:
         return
-    shape = (layer.groups * count, *weight.shape[1:])
+    shape: tuple[int, ...] = (layer.groups * count, *weight.shape[1:])
     shape = (len(site.shift), *shape) if site.shift.dim() == 2 else shape
     site.directions = nn.Parameter(site.scale.new_zeros(shape), requires_grad=False)
 
 
 def _freeze_biases(root: nn.Module, walks: dict[bool, Walk], plans: dict[bool, list[SitePlan]]) -> None:
-    """Freeze the biases that would never see a gradient: every call of their layers is normalised, and nothing reads them."""
+    """Freeze biases that would never see a gradient: every call of their layers is normalised, and nothing reads them."""
     read: set[str] = set()
     for mode, walk in walks.items():
         covered = {(p.layer.path, p.layer_call) for p in plans[mode] if p.layer is not None}

@@ -65,7 +65,9 @@ def _fold_network(root: nn.Module, lane: Lane) -> nn.Module:
     values = lane.evaluate(root, entries)
     by_layer: dict[str, list[Scale]] = {}
     by_site: dict[str, list[Scale]] = {}
-    covered = {hook.path: m for m in root.modules() for hook in m._forward_pre_hooks.values() if isinstance(hook, Cover)}
+    covered: dict[str, Any] = {
+        hook.path: m for m in root.modules() for hook in m._forward_pre_hooks.values() if isinstance(hook, Cover)
+    }
     for entry in lane.all_entries():
         if entry.layer is None:
             by_site.setdefault(entry.site, []).append(values[entry.key])
@@ -76,7 +78,7 @@ def _fold_network(root: nn.Module, lane: Lane) -> nn.Module:
         else:  # something wraps it: the factor is applied where the site was
             filters, factor, offset = lane.parts(root, entry, layer)
             bias = layer.bias
-            by_layer.setdefault(entry.layer, []).append(Scale(filters, None, bias))  # type: ignore[arg-type]  # none, or its own
+            by_layer.setdefault(entry.layer, []).append(Scale(filters, None, bias))
             offset = offset if bias is None else offset - factor * bias
             by_site.setdefault(entry.site, []).append(Scale(None, factor, offset))
     for path, scales in by_layer.items():
@@ -89,16 +91,16 @@ def _fold_network(root: nn.Module, lane: Lane) -> nn.Module:
         layer.bias = None if scale.offset is None else nn.Parameter(scale.offset.to(kind).clone())
         layer._modules.pop("site", None)
     for path, calls in {**lane.standards[True], **lane.standards[False]}.items():
-        layer = root.get_submodule(path)
+        reader: Any = root.get_submodule(path)
         found = [lane.standard(root, path, call, node) for call, node in enumerate(calls) if node is not None]
         if len(found) != len(calls) or any(
             not torch.equal(a, b) for other in found for a, b in zip(found[0], other, strict=True)
         ):
             raise NormPropError(f"{path} is called {len(calls)} times with inputs that are standardised differently.")
         mean, inverse = (t.expand(torch.broadcast_shapes(*(u.shape for u in found[0]))) for t in found[0])
-        kind = layer.weight.dtype
-        place = _elementwise(inverse.to(kind), (-mean * inverse).to(kind))
-        root = _replaced(root, path, nn.Sequential(place, layer).train(layer.training))
+        kind = reader.weight.dtype
+        first = _elementwise(inverse.to(kind), (-mean * inverse).to(kind))
+        root = _replaced(root, path, nn.Sequential(first, reader).train(reader.training))
     for path in dict.fromkeys(entry.site for entry in lane.all_entries() if not entry.bare):
         site = root.get_submodule(path)
         place: nn.Module = nn.Identity()
@@ -128,7 +130,7 @@ def _same(path: str, scales: list[Scale]) -> Scale:
         for a, b in zip(first, other, strict=True):
             if a is not None and b is not None and not torch.allclose(a, b, rtol=1e-6, atol=1e-12):
                 raise NormPropError(
-                    f"{path} is called {len(scales)} times with different effective weights, which no plain layer can hold.\n"
+                    f"{path} is called {len(scales)} times with different effective weights: no plain layer can hold them.\n"
                     "Keep the converted network for inference, or give each call a layer of its own before converting."
                 )
     return first

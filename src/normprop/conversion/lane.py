@@ -275,6 +275,7 @@ class Lane:
         call = self.arguments(root, entry, layer)
         filters, factor, offset = site_parts(call)
         assert call[0] is not None
+        assert filters is not None
         return filters.to(call[0].dtype), factor, offset
 
     def function(self, root: nn.Module, entry: Entry) -> tuple[Tensor, Tensor]:
@@ -314,7 +315,7 @@ class Lane:
 
     @staticmethod
     def is_plain(root: nn.Module, entry: Entry, layer: nn.Module) -> bool:
-        """Whether nothing stands between a layer and its site: no wrapper, hook or forward of its own, nor a computed weight."""
+        """Whether nothing stands between a layer and its site: no wrapper, hook, own forward or computed weight."""
         assert entry.layer is not None
         if _found(root, entry.layer) is not layer or not is_covered(layer):
             return False
@@ -350,8 +351,8 @@ class Lane:
             raise _unrecorded(site.path, call)
         if entry.layer is not None:
             raise NormPropError(
-                f"{site.path} was reached, and {entry.layer}, which it normalises, has not run before it: it was replaced or "
-                "left out since the conversion.\nConvert again, from the network with that change in it."
+                f"{site.path} was reached, and {entry.layer}, which it normalises, has not run before it: it was replaced "
+                "or left out since the conversion.\nConvert again, from the network with that change in it."
             )
         return entry
 
@@ -385,7 +386,7 @@ def converted_lane(model: nn.Module, verb: str) -> Lane:
 
 def lane_of(model: nn.Module) -> Lane | None:
     """The lane that a module's own forward evaluates; None if it has none."""
-    hooks = model._forward_pre_hooks.values() if isinstance(model, nn.Module) else ()
+    hooks: Any = model._forward_pre_hooks.values() if isinstance(model, nn.Module) else ()
     return next((hook.lane for hook in hooks if getattr(hook, "begins", False)), None)
 
 
@@ -395,9 +396,10 @@ def lanes_in(model: nn.Module) -> list[Lane]:
 
 
 def is_covered(layer: nn.Module) -> bool:
-    """Whether an attribute can give a layer its effective weight: it has a hook of ours, and a weight that is a parameter."""
-    hooked = any(getattr(hook, "covers", False) for hook in layer._forward_pre_hooks.values())
-    return hooked and (layer._parameters.get("weight") is not None or ("weight" in layer.__dict__ and not layer._parameters))
+    """Whether an attribute can give a layer its weight: it has a hook of ours, and a weight that is a parameter."""
+    if not any(getattr(hook, "covers", False) for hook in layer._forward_pre_hooks.values()):
+        return False
+    return layer._parameters.get("weight") is not None or "_is_replica" in layer.__dict__
 
 
 def _found(root: nn.Module, path: str) -> nn.Module | None:
@@ -417,8 +419,8 @@ def _unrecorded(path: str, call: int) -> NormPropError:
 
 def _ambiguous(path: str, count: int) -> NormPropError:
     return NormPropError(
-        f"{path} is called {count} times in a forward of the network, under different moments: by itself it isn't known which "
-        "is meant.\nCall the whole network, or convert the part: normprop.convert(model.part, in_place=True)."
+        f"{path} is called {count} times in a forward of the network, under different moments: by itself it isn't known "
+        "which is meant.\nCall the whole network, or convert the part: normprop.convert(model.part, in_place=True)."
     )
 
 
@@ -438,16 +440,9 @@ _NOTHING = _Nothing()
 
 
 def _hooked() -> bool:
-    """Whether saved tensors are watched, as a checkpoint does: it must not count those of the lane, which it may not find."""
-    return (
-        not torch.compiler.is_compiling()
-        and torch.is_grad_enabled()
-        and torch._C._autograd._saved_tensors_hooks_is_enabled()
-        and _top_hooks()
-    )
-
-
-def _top_hooks() -> bool:
+    """Whether saved tensors are watched, as by a checkpoint, which must not count those of the lane."""
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return False
     return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 

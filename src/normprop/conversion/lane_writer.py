@@ -9,8 +9,8 @@ import torch
 
 from normprop.channel_moments import Moments
 from normprop.conversion.lane import Entry
-from normprop.conversion.program import constant
 from normprop.conversion.paper_form import POOLINGS, standardised
+from normprop.conversion.program import constant
 from normprop.conversion.site_plan import SitePlan, argument, is_site, linear_layer, nodes_behind
 from normprop.graph.node import Node, map_nodes
 from normprop.graph.walk import Walk
@@ -97,7 +97,7 @@ class LaneWriter:
         return Entry(*plan.key, path, scale, moments, options, plan.bare, plan.node.value.dim(), self._channel(plan))
 
     def standards(self) -> dict[str, list[Node | None]]:
-        """For every linear layer and each of its calls the moments by which its input is standardised, None for not at all."""
+        """For every call of every linear layer the moments by which its input is standardised, None for not at all."""
         found: dict[str, list[Node | None]] = {}
         for node in self.walk.nodes:
             if linear_layer(self.walk, node) is None:

@@ -1,9 +1,9 @@
 """The paper's own form of a network: unit filters, and every layer's input standardised by constants.
 
-Arpit et al. (2016), eqs 9, 11 and 12, divide by ‖W‖ and standardise an activation by its moments at N(0, 1), whatever γ and β
-are. An activation that a network runs by itself can't be changed, so what reads it, the next linear layer, standardises it: the
-same function, borders that are padded with zeros included. The paper treats chains. A residual sum is standardised by its
-variance; a product (a gate) is left as it is, and so is what comes after it until the next site.
+Arpit et al. (2016), eqs 9, 11 and 12, divide by ‖W‖ and standardise an activation by its moments at N(0, 1), whatever γ and
+β are. An activation that a network runs by itself can't be changed, so what reads it, the next linear layer, standardises
+it: the same function, borders that are padded with zeros included. The paper treats chains. A residual sum is standardised
+by its variance; a product (a gate) is left as it is, and so is what comes after it until the next site.
 """
 
 from __future__ import annotations

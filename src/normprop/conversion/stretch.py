@@ -67,7 +67,7 @@ def _ratio(model: nn.Module, batches: Sequence[Inputs]) -> float | None:
     modes = {module: module.training for module in model.modules()}
     model.eval()
     near = far = 0.0
-    run = lambda inputs: list(_values(model(*inputs.args, **inputs.kwargs)))
+    run: Any = lambda inputs: list(_values(model(*inputs.args, **inputs.kwargs)))
     try:
         for batch in batches:
             floats = [t for t in batch.tensors() if t.is_floating_point()]

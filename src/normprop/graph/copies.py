@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-
 _CONTAINERS = (list, dict, set, bytearray, collections.deque)
 
 

@@ -146,7 +146,7 @@ def _first_layer(model: nn.Module, start: Node, pending: tuple[Any, tuple[Node, 
     seen, queue = {start}, [start]
     while queue:
         node = queue.pop(0)
-        readers = [(user.op, user.target, user.args, user) for user in node.users]
+        readers: list[tuple[str, Any, tuple[Any, ...], Node | None]] = [(u.op, u.target, u.args, u) for u in node.users]
         if pending is not None and node in pending[1]:
             readers.append(("module" if isinstance(pending[0], str) else "call", pending[0], pending[1], None))
         for op, target, args, user in readers:

@@ -11,7 +11,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -200,11 +200,12 @@ class Recorder(TorchFunctionMode):
     def _functions(self) -> Iterator[types.FunctionType]:
         """Python functions of other libraries, or the user's, that have a rule: torch doesn't dispatch them."""
         for key in self.table:
+            found: Any = key
             if isinstance(key, str) and "." in key:
                 module, _, name = key.rpartition(".")
-                key = getattr(sys.modules.get(module), name, None)
-            if isinstance(key, types.FunctionType) and not key.__module__.startswith("torch."):
-                yield key
+                found = getattr(sys.modules.get(module), name, None)
+            if isinstance(found, types.FunctionType) and not found.__module__.startswith("torch."):
+                yield found
 
     def _wrap(self, stack: contextlib.ExitStack, function: types.FunctionType) -> None:
         """Have calls of the function noted, under every name that the network's modules know it by."""
@@ -220,7 +221,11 @@ class Recorder(TorchFunctionMode):
             self.note("call", function, args, kwargs, result)
             return result
 
-        spaces = [m.forward.__globals__ for m in map(type, self.record.model.modules()) if hasattr(m.forward, "__globals__")]
+        spaces = [
+            forward.__globals__
+            for module in self.record.model.modules()
+            if hasattr(forward := cast(Any, type(module)).forward, "__globals__")
+        ]
         for space in {id(s): s for s in (*spaces, function.__globals__)}.values():
             for name in [name for name, value in space.items() if value is function]:
                 space[name] = noted
@@ -440,7 +445,7 @@ def _on_meta(tensor: Tensor) -> Tensor:
 def _storage(tensor: Tensor) -> int:
     try:
         with torch._C.DisableTorchFunction():
-            return tensor.untyped_storage()._cdata
+            return int(tensor.untyped_storage()._cdata)
     except (NotImplementedError, RuntimeError):  # sparse tensors have none
         return id(tensor)
 
@@ -448,15 +453,14 @@ def _storage(tensor: Tensor) -> int:
 def _whole(other: Tensor, changed: Tensor) -> bool:
     """Whether two tensors hold the same numbers in the same order."""
     with torch._C.DisableTorchFunction():
-        return (
-            other.numel() == changed.numel()
-            and other.dtype == changed.dtype
-            and other.storage_offset() == changed.storage_offset()
-            and (
-                (other.shape == changed.shape and other.stride() == changed.stride())
-                or (other.is_contiguous() and changed.is_contiguous())
-            )
-        )
+        if (other.numel(), other.dtype, other.storage_offset()) != (
+            changed.numel(),
+            changed.dtype,
+            changed.storage_offset(),
+        ):
+            return False
+        alike = other.shape == changed.shape and other.stride() == changed.stride()
+        return alike or (other.is_contiguous() and changed.is_contiguous())
 
 
 def _unused_entries(record: Record) -> Iterator[Node]:

@@ -181,7 +181,7 @@ def recorder_for(
     """A recorder that keeps whole what rules, the libraries that the model comes from, or the user want kept."""
     integration = integrations.load_for(model)
     leaves = (*leaf_modules, *integration.leaf_modules)
-    expansions = {Site: expand_site, **integration.expansions}
+    expansions: dict[type[nn.Module], Callable[..., Any]] = {Site: expand_site, **integration.expansions}
     return Recorder(model, _table(rules), leaves, expansions, observer)
 
 
@@ -200,7 +200,9 @@ def expand_site(site: Site, call: Callable[..., Any], x: Tensor) -> Tensor:
 
 
 def _table(rules: Mapping[Key, Rule | Callable[..., Any]] | None) -> RuleTable:
-    return TABLE.with_overrides({Site: Rule(site_rule), **(rules or {})})
+    own: dict[Key, Rule | Callable[..., Any]] = {Site: Rule(site_rule)}
+    own.update(rules or {})
+    return TABLE.with_overrides(own)
 
 
 def argument_names(model: nn.Module) -> list[str]:

@@ -42,9 +42,7 @@ def walk_of(
     lanes = lanes_in(model)
     if len(lanes) == 1 and lanes[0].root is model and example is None and shape is None:
         example = lanes[0].example
-    walk = prepare(
-        model, rules=rules, leaf_modules=leaf_modules, shape=shape, example=example
-    )
+    walk = prepare(model, rules=rules, leaf_modules=leaf_modules, shape=shape, example=example)
     claimed = dict(_claims(walk, lanes))
     if claimed:
         walk = Walk(walk.model, walk.record, walk.example, {**walk.rules, **claimed}, walk.fused, walk.missing)

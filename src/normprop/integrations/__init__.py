@@ -18,8 +18,8 @@ class Integration:
 
     Attributes:
         leaf_modules: classes to keep whole.
-        expansions: class → function ``(module, call, *inputs)`` that runs a module as several: ``call(compute, *inputs)`` computes
-            the part that goes by the module's own path, the rest is modules inside it.
+        expansions: class → function ``(module, call, *inputs)`` that runs a module as several: ``call(compute, *inputs)``
+            computes the part that goes by the module's own path, the rest is modules inside it.
         shape_of: model → shape of one input sample, where the library records it.
     """
 

@@ -211,8 +211,8 @@ def _vectors(
 
 def _directions(site: Site, call: int) -> Tensor | None:
     """U of one call of a site."""
-    known: Any = site._parameters
-    directions = known["directions"]
+    known = _tensors(site)
+    directions = known.get("directions")
     if directions is None:
         return None
     return wide(directions[call] if known["shift"].dim() == 2 else directions)
@@ -220,9 +220,19 @@ def _directions(site: Site, call: int) -> Tensor | None:
 
 def _constants(site: Site, call: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """γ, β, d and k of one call of a site, ``(C,)`` each."""
-    known: Any = site._parameters  # a module's own lookup takes a while, and small networks do little else
+    known = _tensors(site)
     shift, scale = known["shift"], known["scale"]
     shift, scale = (wide(t[call] if t.dim() == 2 else t) for t in (shift, scale))
-    gamma = torch.ones_like(shift) if known["weight"] is None else wide(known["weight"])
-    beta = torch.zeros_like(shift) if known["bias"] is None else wide(known["bias"])
+    gamma = torch.ones_like(shift) if known.get("weight") is None else wide(known["weight"])
+    beta = torch.zeros_like(shift) if known.get("bias") is None else wide(known["bias"])
     return gamma, beta, shift, scale
+
+
+def _tensors(site: Site) -> dict[str, Any]:
+    """What a site holds by name; a module's own lookup takes a while, and small networks do little else.
+
+    The replicas of `torch.nn.DataParallel` hold tensors as plain attributes.
+    """
+    own = site.__dict__
+    found: dict[str, Any] = own if "_is_replica" in own else own["_parameters"]
+    return found
