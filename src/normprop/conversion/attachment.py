@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from normprop.conversion.lane import Entry, Lane, is_covered
+from normprop.conversion.lane import Entry, Lane, Run, is_covered
+from normprop.conversion.program import raw
 from normprop.errors import NormPropError
 
 _MISSING = object()
@@ -58,7 +59,7 @@ class Cover:
 
     def __init__(self, lane: Lane, path: str) -> None:
         self.lane, self.path = lane, path
-        self.open: list[tuple[Entry, Any, dict[str, Any]] | None] = []
+        self.open: list[tuple[Run, Entry, Any, Any, Any] | None] = []
         self.lock = threading.RLock()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -74,49 +75,63 @@ class Cover:
         Raises:
             NormPropError: something else has taken the weight; or what `Lane.called` raises.
         """
+        run = self.lane.run()
+        ready = run.ready.pop(self.path, None)
+        if ready is not None:
+            entry, weight, bias = ready
+            if weight.dtype is not (kind := raw(layer, "weight").dtype):
+                weight, bias = weight.to(kind), bias.to(kind)
+            self._acquire()
+            self._put(layer, (run, entry, None), weight, bias)
+            return
         if layer._parameters.get("weight") is None and not is_covered(layer) and not _computed(layer):
             raise NormPropError(
                 f"the weight of {self.path} is not a parameter any more: pruning, weight_norm or spectral_norm put a hook "
                 "in its place.\nUse torch.nn.utils.parametrizations or parametrize, or apply it before convert."
             )
-        entry = self.lane.called(layer, self.path, args)
-        compiling = torch.compiler.is_compiling()
-        if not compiling:
-            self.lock.acquire()
-        if entry is None:
+        found = self.lane.called(layer, self.path, args)
+        self._acquire()
+        if found is None:
             self.open.append(None)
             return
         try:
-            weight, bias, rest = self.lane.cover(layer, entry)
+            weight, own_bias, rest = self.lane.cover(layer, found)
         except BaseException:
-            if not compiling:
-                self.lock.release()
+            self._release()
             raise
-        before = {name: layer.__dict__.get(name, _MISSING) for name in ("weight", "bias")}
-        if not _computed(layer):
-            layer.__dict__["weight"] = weight
-        layer.__dict__["bias"] = bias
-        self.open.append((entry, rest, before))
+        self._put(layer, (run, found, rest), None if _computed(layer) else weight, own_bias)
+
+    def _put(self, layer: nn.Module, what: tuple[Run, Entry, Any], weight: Tensor | None, bias: Tensor | None) -> None:
+        own = layer.__dict__
+        self.open.append((*what, own.get("weight", _MISSING), own.get("bias", _MISSING)))
+        if weight is not None:
+            own["weight"] = weight
+        own["bias"] = bias
 
     def uncover(self, layer: nn.Module, output: Any) -> None:
         """Take the effective weight away, also after an exception, and hand the output to the site."""
         if not self.open:
             return
         found = self.open.pop()
-        try:
-            if found is None:
-                return
-            entry, rest, before = found
-            for name, value in before.items():
+        if found is not None:
+            run, entry, rest, *before = found
+            own = layer.__dict__
+            for name, value in zip(("weight", "bias"), before, strict=True):
                 if value is _MISSING:
-                    layer.__dict__.pop(name, None)
+                    own.pop(name, None)
                 else:
-                    layer.__dict__[name] = value
+                    own[name] = value
             if isinstance(output, Tensor) and not entry.bare:
-                self.lane.leave(entry, output, rest)
-        finally:
-            if not torch.compiler.is_compiling():
-                self.lock.release()
+                self.lane.leave(run, entry, output, rest)
+        self._release()
+
+    def _acquire(self) -> None:
+        if not torch.compiler.is_compiling():
+            self.lock.acquire()
+
+    def _release(self) -> None:
+        if not torch.compiler.is_compiling():
+            self.lock.release()
 
 
 class Uncover:

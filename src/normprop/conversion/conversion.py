@@ -264,13 +264,15 @@ def _walks(root: nn.Module, rules: Any, leaf_modules: Sequence[Leaf], shape: Any
     options = {"rules": rules, "leaf_modules": leaf_modules}
     evaluation = prepare(root, shape=shape, example=example, training=False, **options)
     try:
-        return {False: evaluation, True: prepare(root, example=evaluation.example, training=True, **options)}
+        training = prepare(root, example=evaluation.example, training=True, known=evaluation, **options)
+        return {False: evaluation, True: training}
     except TracingError:
         if example is not None or shape is not None:
             return {False: evaluation, True: evaluation}
     try:  # what an auxiliary head takes, the rest takes too
         training = prepare(root, training=True, few=True, **options)
-        return {False: prepare(root, example=training.example, training=False, **options), True: training}
+        evaluation = prepare(root, example=training.example, training=False, known=training, **options)
+        return {False: evaluation, True: training}
     except TracingError:
         return {False: evaluation, True: evaluation}
 

@@ -61,12 +61,14 @@ class Run:
         root: the network whose forward runs; None outside of it.
         values: scales by entry, as far as they are known.
         calls: how often every layer and site has run.
+        ready: entry, weight and bias of layers that run once in a forward, with nothing in between, until they run.
         handed: for each site, what layers before it gave: entry, output, and factor and offset if these are still to come.
     """
 
     root: nn.Module | None = None
     values: dict[Key, Scale] = field(default_factory=dict)
     calls: dict[str, int] = field(default_factory=dict)
+    ready: dict[str, tuple[Entry, Tensor, Tensor]] = field(default_factory=dict)
     handed: dict[str, list[tuple[Entry, Tensor, tuple[Tensor, Tensor] | None]]] = field(default_factory=dict)
 
 
@@ -165,12 +167,18 @@ class Lane:
         if self.observer is None:
             entries = [entry for entry in self.entries[root.training] if self.is_attached(root, entry)]
             run.values = self.evaluate(root, entries) if self.shared is None else self.shared(root, entries)
+            run.ready = {}
+            layers = self.layers[root.training]
+            for entry in entries:
+                scale = run.values[entry.key]
+                if entry.layer is not None and scale.weight is not None and len(layers.get(entry.layer, ())) == 1:
+                    run.ready[entry.layer] = entry, scale.weight, scale.offset
         run.root = root
 
     def end(self) -> None:
         """The network's forward is over."""
         run = self.run()
-        run.root, run.values = None, {}
+        run.root, run.values, run.ready = None, {}, {}
         run.calls.clear()
         run.handed.clear()
 
@@ -180,7 +188,8 @@ class Lane:
         Raises:
             NormPropError: the call was not recorded, or can't be told from others.
         """
-        entry = self._called(self.run(), path)
+        run = self.run()
+        entry = self._called(run, path)
         if entry is not None and self.observer is not None:
             self.observer.at_layer(entry, layer, args)
         return entry
@@ -229,9 +238,14 @@ class Lane:
         (moments,) = self.programs[key].function(root)
         return moments.mean, 1.0 / moments.std
 
-    def leave(self, entry: Entry, output: Tensor, rest: tuple[Tensor, Tensor] | None) -> None:
+    @staticmethod
+    def leave(run: Run, entry: Entry, output: Tensor, rest: tuple[Tensor, Tensor] | None) -> None:
         """A layer has given its output to its site."""
-        self.run().handed.setdefault(entry.site, []).append((entry, output, rest))
+        given = entry, output, rest
+        if run.root is None or entry.site not in run.handed:
+            run.handed[entry.site] = [given]
+        else:
+            run.handed[entry.site].append(given)
 
     def arrive(self, site: Site, x: Tensor) -> Tensor:
         """What a site makes of its input.
@@ -242,6 +256,10 @@ class Lane:
         """
         run = self.run()
         waiting = run.handed.get(site.path)
+        if waiting and waiting[0][1] is x and waiting[0][2] is None:
+            del waiting[0]
+            run.calls[site.path] = run.calls.get(site.path, 0) + 1
+            return x
         if waiting:
             at = next((i for i, (_, y, _) in enumerate(waiting) if y is x), 0)
             entry, output, rest = waiting.pop(at)

@@ -66,8 +66,8 @@ class Site(nn.Module):
             NormPropError: the site belongs to no network, or is reached on a path that was not recorded.
         """
         x = self.normalize(x)
-        for module in self.children():
-            x = module(x)
+        for module in self._modules.values():
+            x = module(x)  # type: ignore[misc]  # no entry is None
         return x
 
     def normalize(self, x: Tensor) -> Tensor:
