@@ -21,7 +21,10 @@ def independent_copy(model: nn.Module) -> nn.Module:
     Attention layers that cache a bias in eval mode hold such tensors, and `copy.deepcopy` refuses them.
     """
     memo: dict[int, Any] = {id(t): t.detach().clone() for t in _left_behind(model)}
-    return copy.deepcopy(model, memo)
+    copied = copy.deepcopy(model, memo)
+    for module in copied.modules():
+        _rebind_forward(module, memo)
+    return copied
 
 
 def meta_copy(model: nn.Module) -> nn.Module:
@@ -55,6 +58,7 @@ def running_copy(model: nn.Module) -> nn.Module:
 def _throwaway(model: nn.Module, memo: dict[int, Any], *, lanes: bool = False) -> nn.Module:
     copied = copy.deepcopy(model, memo)
     for module in copied.modules():
+        _rebind_forward(module, memo)
         for hooks in (module._forward_pre_hooks, module._forward_hooks):
             for key, hook in list(hooks.items()):
                 if getattr(hook, "unrecorded", False):
@@ -63,6 +67,17 @@ def _throwaway(model: nn.Module, memo: dict[int, Any], *, lanes: bool = False) -
                 elif isinstance(hook, types.FunctionType):
                     hooks[key] = _isolated(hook, memo)
     return copied
+
+
+def _rebind_forward(module: nn.Module, memo: dict[int, Any]) -> None:
+    """Let a forward that was assigned to a module, and closes over modules, close over their copies."""
+    own = module.__dict__.get("forward")
+    if isinstance(own, types.FunctionType) and own.__closure__:
+        known = {id(c): memo.get(id(c.cell_contents)) for c in own.__closure__ if c.cell_contents is not None}
+        cells = tuple(c if known.get(id(c)) is None else types.CellType(known[id(c)]) for c in own.__closure__)
+        made = types.FunctionType(own.__code__, own.__globals__, own.__name__, own.__defaults__, cells)
+        made.__kwdefaults__ = own.__kwdefaults__
+        module.__dict__["forward"] = made
 
 
 def _isolated(function: types.FunctionType, memo: dict[int, Any]) -> types.FunctionType:

@@ -350,7 +350,9 @@ def _recorded(
             seen = kinds_seen(copied, attempt.record.inputs, attempt.pending)
             if not refined and len(seen) == len(kinds):
                 refined = True
-                guesses = candidates(copied, [s or k for s, k in zip(seen, kinds, strict=True)], shape, hint, few=few)
+                guesses = candidates(
+                    copied, [k if s is None else s for s, k in zip(seen, kinds, strict=True)], shape, hint, few=few
+                )
     raise no_inputs(model, shape, first) from first
 
 

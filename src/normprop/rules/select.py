@@ -20,6 +20,8 @@ Shapes = Sequence[Shape]
 
 
 def _plain(x: Any) -> bool:
+    if isinstance(x, list):
+        return all(type(i) is int for i in x)
     return x is None or x is Ellipsis or isinstance(x, int | slice)
 
 
@@ -42,7 +44,7 @@ def getitem(x: Any, index: Any) -> Any:
             adapted.append(None)
             continue
         constant = x.mean.shape[dim] == 1
-        adapted.append(entry if not constant else slice(None) if isinstance(entry, slice) else 0)
+        adapted.append(entry if not constant else slice(None) if isinstance(entry, slice | list) else 0)
         dim += 1
     key = tuple(adapted)
     return Moments(x.mean[key], x.var[key])
