@@ -52,7 +52,8 @@ def test_table_file_and_figure(tmp_path, capsys, monkeypatch):
 
 @pytest.mark.parametrize("form", ["--json", "--markdown"])
 def test_other_forms(form, capsys):
-    assert main([*TINY, "--batch-size", "1", "--against", "plain", "--accumulate", "2", "--channels-last", form]) == 0
+    options = ("--width", "1", "--batch-size", "1", "--against", "plain", "--accumulate", "2", "--channels-last")
+    assert main([*TINY, *options, form]) == 0
     out = capsys.readouterr().out
     if form == "--json":
         found = CostReport.from_dict(json.loads(out))

@@ -19,6 +19,7 @@ from normprop.lab.cost.contenders import CONTENDERS, SUBJECT, Shape
 from normprop.lab.cost.lane import Lane
 from normprop.lab.cost.replacement import check_has_batchnorm
 from normprop.lab.cost.rounds import Step
+from normprop.lab.networks.memory_format import overrunning
 from normprop.lab.networks.models import build
 from normprop.lab.networks.normalizers import normalizer
 
@@ -56,13 +57,15 @@ class Workload:
         """The BatchNorm network, freshly initialised, on the CPU.
 
         Raises:
-            NormPropError: for an unknown name, a network without BatchNorm, or samples that don't suit it.
+            NormPropError: for an unknown name, a network without BatchNorm, samples that don't suit it, or a memory
+                format in which its gradients would be wrong.
         """
         torch.manual_seed(0)
         norm = normalizer("batch")
         network = build(self.model, shape=self.shape, classes=self.classes, norm=norm, width=self.width)
         check_has_batchnorm(network, self.model)
         self._check_runs(network)
+        self._check_memory_format(network)
         return network
 
     def contender(self, name: str) -> nn.Module:
@@ -89,7 +92,11 @@ class Workload:
 
     def run(self, network: nn.Module) -> nn.Module:
         """The network as it is called: itself, or compiled."""
-        return torch.compile(network, fullgraph=True, dynamic=False) if self.compiled else network  # type: ignore[return-value]  # torch types it as any callable
+        if not self.compiled:
+            return network
+        # For a CPU the compiler would lay images channels last, whatever format they have.
+        options: dict[str, Any] | None = {"layout_optimization": False} if overrunning(network) else None
+        return torch.compile(network, fullgraph=True, dynamic=False, options=options)  # type: ignore[return-value]  # torch types it as any callable
 
     def training_step(self, network: nn.Module, batch_size: int) -> Step:
         """A whole step: gradients to zero, forward, cross-entropy, backward, SGD with momentum and weight decay."""
@@ -133,6 +140,15 @@ class Workload:
                 f"{self.model} doesn't run on samples of {shape}: {reason}\nGive it another --shape."
             ) from error
         network.train()
+
+    def _check_memory_format(self, network: nn.Module) -> None:
+        layers = overrunning(network) if self.channels_last and torch.device(self.device).type == "cpu" else []
+        if layers:
+            raise NormPropError(
+                f"On a CPU, gradients of {self.model} would be wrong channels last: torch's arithmetic (oneDNN) writes past "
+                f"its memory for 1×1 convolutions with a stride and fewer than 16 channels, here {', '.join(layers)}.\n"
+                "Leave out --channels-last."
+            )
 
     def _placed(self, network: nn.Module) -> nn.Module:
         network = network.to(self.device)

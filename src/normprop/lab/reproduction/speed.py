@@ -15,7 +15,7 @@ from normprop.lab.reproduction.scale import Scale
 from normprop.lab.samples.batches import Batches
 from normprop.lab.samples.images import Images
 from normprop.lab.training.optimizer import build_optimizer
-from normprop.lab.training.preparation import build_model, prepared
+from normprop.lab.training.preparation import build_model, placed, prepared
 from normprop.lab.training.recipe import Recipe
 
 RIVAL = "batch"
@@ -45,9 +45,10 @@ def measure_speed(scale: Scale, images: Images, device: str) -> dict[str, Any]:
 
 
 def _step(run: Recipe, images: Images, device: torch.device) -> Step:
-    model = build_model(run, images, Processes(device)).train()
+    group = Processes(device)
+    model = build_model(run, images, group).train()
     optimizer = build_optimizer(run, model)
-    x, y = _first_batch(run, images, device)
+    x, y = _first_batch(run, images, group)
 
     def step() -> None:
         optimizer.zero_grad()
@@ -57,6 +58,6 @@ def _step(run: Recipe, images: Images, device: torch.device) -> Step:
     return step
 
 
-def _first_batch(run: Recipe, images: Images, device: torch.device) -> tuple[Tensor, Tensor]:
+def _first_batch(run: Recipe, images: Images, group: Processes) -> tuple[Tensor, Tensor]:
     x, y = Batches(images.x_train, images.y_train, batch_size=run.batch_size, seed=run.seed, epoch=0).batch(0)
-    return x.to(device).contiguous(memory_format=torch.channels_last), y.to(device)
+    return placed(x, group), y.to(group.device)

@@ -13,6 +13,7 @@ from normprop.data import InputStats, Standardize
 from normprop.errors import NormPropError
 from normprop.lab.comparison.processes import Processes
 from normprop.lab.networks.baselines import measure_once
+from normprop.lab.networks.memory_format import to_channels_last
 from normprop.lab.networks.models import build
 from normprop.lab.networks.normalizers import normalizer, realize
 from normprop.lab.samples.images import Images
@@ -44,8 +45,7 @@ def build_model(recipe: Recipe, images: Images, group: Processes) -> nn.Module:
     if recipe.beta:
         start_beta(network, recipe.beta)
     parts = OrderedDict(standardize=standardize, network=network)
-    # Images lie channels last, see `placed`; weights that lie so too needn't be reordered in every step.
-    model = nn.Sequential(parts).to(group.device).to(memory_format=torch.channels_last)
+    model = to_channels_last(nn.Sequential(parts).to(group.device))
     if recipe.calibrate:
         samples = some(images, derived(recipe.seed, -1), recipe.calibrate)
         prepare = init_beta_ if recipe.beta is None else calibrate
@@ -79,9 +79,8 @@ def start_beta(network: nn.Module, beta: float) -> None:
 
 
 def placed(x: Tensor, group: Processes) -> Tensor:
-    """Samples on the device; images with their channels innermost, which CPUs and tensor cores convolve fastest."""
-    x = x.to(group.device)
-    return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
+    """Samples on the device, contiguous: the memory format of activations is for the network to choose."""
+    return x.to(group.device).contiguous()
 
 
 def some(images: Images, seed: int, count: int) -> Tensor:
