@@ -120,7 +120,7 @@ def learned_proxies(network: nn.Module, optimizer: Optimizer) -> None:
         node.target, node.args = proxied_moments, (site, Node("module", name), rank, channel)
     lane.programs.clear()
     parameters = [parameter for proxy in proxies.values() for parameter in proxy.parameters()]
-    optimizer.add_param_group({"params": parameters, "weight_decay": 0.0})
+    optimizer.param_groups[-1]["params"] += parameters  # the group without weight decay; the schedule knows it already
 
 
 def proxied_moments(site: Site, proxy: nn.ParameterDict, rank: int, channel: int) -> Moments:

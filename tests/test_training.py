@@ -20,7 +20,7 @@ from normprop.lab.training.loop import CHECKPOINT, METRICS, RECIPE, train
 from normprop.lab.training.optimizer import build_optimizer
 from normprop.lab.training.preparation import build_model, prepared, some
 from normprop.lab.training.recipe import Recipe
-from normprop.lab.training.schedules import rate_factor
+from normprop.lab.training.schedules import build_schedule
 from normprop.lab.training.seeds import derived
 from normprop.sites.site import Site
 
@@ -251,13 +251,65 @@ def test_augmentation_moves_pixels_and_nothing_else():
     assert (found.sum(0) > 0).all(), "every shift occurs"
 
 
-@pytest.mark.parametrize("schedule", ["onecycle", "cosine", "halving", "constant"])
-def test_schedules_stay_in_range_and_every_step_moves(schedule):
-    factors = [rate_factor(schedule, s, total_steps=40, steps_per_epoch=10, halve_every=2) for s in range(40)]
-    assert all(0 < f <= 1 for f in factors)
-    assert max(factors) > 0.98
-    peak = factors.index(max(factors))
-    assert factors[peak:] == sorted(factors[peak:], reverse=True)
+SCHEDULES = ("onecycle", "cosine", "halving", "constant")
+
+
+def reference_factor(schedule, step, *, total_steps, halve_every):
+    """What the highest rate is multiplied by at a step, written out: both ends of the curves lie half a step outside."""
+    done = (step + 0.5) / total_steps
+    if schedule == "onecycle":
+        return 4 * done if done < 0.25 else 0.5 * (1 + math.cos(math.pi * (done - 0.25) / 0.75))
+    if schedule == "cosine":
+        return 0.5 * (1 + math.cos(math.pi * done))
+    return 0.5 ** (step // halve_every) if schedule == "halving" else 1.0
+
+
+def tiny_optimizer():
+    groups = [{"params": [torch.zeros(1, requires_grad=True)]} for _ in range(2)]
+    return torch.optim.SGD(groups, lr=0.3)
+
+
+def rates(optimizer, schedule, steps):
+    """Of so many steps; both groups have the same."""
+    found = []
+    for _ in range(steps):
+        (rate,) = {group["lr"] for group in optimizer.param_groups}
+        found.append(rate)
+        optimizer.step()
+        schedule.step()
+    return found
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 7, 40, 1001])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_schedules_follow_their_formulas_and_every_step_moves(schedule, steps):
+    optimizer = tiny_optimizer()
+    found = rates(optimizer, build_schedule(optimizer, schedule, total_steps=steps, halve_every=3), steps)
+    expected = [0.3 * reference_factor(schedule, s, total_steps=steps, halve_every=3) for s in range(steps)]
+    assert found == pytest.approx(expected, rel=1e-12, abs=0)
+    assert all(0 < rate <= 0.3 for rate in found)
+    peak = found.index(max(found))
+    assert found[peak:] == sorted(found[peak:], reverse=True)
+
+
+@pytest.mark.parametrize("stop", [0, 1, 2, 9, 25, 39])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_schedules_resume_exactly(schedule, stop):
+    settings = {"schedule": schedule, "total_steps": 40, "halve_every": 3}
+    whole, part, resumed = (tiny_optimizer() for _ in range(3))
+    moved = build_schedule(part, **settings)
+    before = rates(part, moved, stop)
+    after = build_schedule(resumed, **settings)
+    resumed.load_state_dict(part.state_dict())
+    after.load_state_dict(moved.state_dict())
+    assert before + rates(resumed, after, 40 - stop) == rates(whole, build_schedule(whole, **settings), 40)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_rates_of_a_run_are_those_of_its_schedule(schedule, digits):
+    recipe = dataclasses.replace(TINY, schedule=schedule, epochs=3, lr=0.05)
+    expected = [0.05 * reference_factor(schedule, s, total_steps=15, halve_every=5) for s in (4, 9, 14)]
+    assert [row.lr for row in train(recipe, images=digits).rows] == pytest.approx(expected, rel=1e-12)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import torch
 
 from normprop.errors import NormPropError
 
-_FORMAT = "normprop training checkpoint 1"
+_FORMAT = "normprop training checkpoint 2"
 
 
 def write_whole(path: Path, content: bytes) -> None:
@@ -73,6 +73,7 @@ def load(path: Path) -> dict[str, Any]:
         ) from error
     if not isinstance(state, dict) or state.get("format") != _FORMAT:
         raise NormPropError(
-            f"{path} wasn't written by normprop train.\nChoose the --out folder of such a run, or another one to start."
+            f"{path} wasn't written by normprop train of this version.\n"
+            "Choose the --out folder of such a run, or another one to start."
         )
     return state

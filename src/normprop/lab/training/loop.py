@@ -24,7 +24,7 @@ from normprop.lab.training.history import Observer, Row, Run, to_json_lines
 from normprop.lab.training.optimizer import build_optimizer
 from normprop.lab.training.preparation import build_model, placed, prepared, some
 from normprop.lab.training.recipe import Recipe
-from normprop.lab.training.schedules import rate_factor
+from normprop.lab.training.schedules import build_schedule
 from normprop.lab.training.seeds import derived
 
 CHECKPOINT, METRICS, RECIPE = "checkpoint.pt", "metrics.jsonl", "recipe.json"
@@ -106,6 +106,12 @@ class _Trainer:
         self.recipe, self.images, self.group, self.observer = recipe, images, group, observer
         self.model = build_model(recipe, images, group)
         self.optimizer = build_optimizer(recipe, self.model)
+        assert recipe.halve_every is not None
+        steps = len(images.x_train) // recipe.batch_size
+        self.schedule = build_schedule(
+            self.optimizer, recipe.schedule, total_steps=recipe.epochs * steps, halve_every=recipe.halve_every * steps
+        )
+        self.rate = float(self.schedule.get_last_lr()[0])  # of the last step; of the first one before it is done
         self.epoch = 0
         self.step = 0  # within the epoch
         self.sums = [0.0, 0.0, 0.0]  # loss, right answers, samples of the epoch so far, over all processes
@@ -117,6 +123,8 @@ class _Trainer:
             "recipe": dataclasses.asdict(self.recipe),
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "rate": self.rate,
             "epoch": self.epoch,
             "step": self.step,
             "sums": self.sums,
@@ -134,11 +142,12 @@ class _Trainer:
         try:
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
+            self.schedule.load_state_dict(state["schedule"])
         except (RuntimeError, ValueError) as error:
             raise NormPropError(
                 f"{path} doesn't fit the network: {str(error).splitlines()[0]}\nUse the version that wrote it."
             ) from error
-        self.epoch, self.step = state["epoch"], state["step"]
+        self.epoch, self.step, self.rate = state["epoch"], state["step"], state["rate"]
         self.sums, self.seconds = state["sums"], state["seconds"]
         self.rows = [Row(**row) for row in state["rows"]]
 
@@ -197,8 +206,6 @@ class _Trainer:
         x, y = batches.batch(step, rank=group.rank, world=group.world)
         x, y = placed(x, group), y.to(group.device)
         _seed_dropout(derived(recipe.seed, self.epoch, step, group.rank), group)
-        for parameters in self.optimizer.param_groups:
-            parameters["lr"] = self._rate(step, len(batches))
         with torch.autocast(group.device.type, torch.bfloat16, enabled=recipe.dtype == "bf16"):
             scores = parallel(x)
             loss = F.cross_entropy(scores, y)
@@ -208,22 +215,12 @@ class _Trainer:
             return math.nan
         self.optimizer.zero_grad()
         loss.backward()
+        self.rate = float(self.schedule.get_last_lr()[0])
         self.optimizer.step()
+        self.schedule.step()
         self.sums = [a + b for a, b in zip(self.sums, sums, strict=True)]
         self.seconds += time.perf_counter() - began
         return sums[0] / sums[2]
-
-    def _rate(self, step: int, steps: int) -> float:
-        recipe = self.recipe
-        assert recipe.lr is not None
-        assert recipe.halve_every is not None
-        return recipe.lr * rate_factor(
-            recipe.schedule,
-            self.epoch * steps + step,
-            total_steps=recipe.epochs * steps,
-            steps_per_epoch=steps,
-            halve_every=recipe.halve_every,
-        )
 
     def _end_epoch(self, steps: int, *, diverged: bool = False) -> None:
         """Record the epoch and begin the next one."""
@@ -231,7 +228,7 @@ class _Trainer:
         row = Row(
             epoch=self.epoch + 1,
             step=self.epoch * steps + self.step,
-            lr=self._rate(max(0, self.step - 1), steps),
+            lr=self.rate,
             train_loss=loss / seen if seen else None,
             train_accuracy=right / seen if seen else None,
             test_accuracy=None if diverged else self._test_accuracy(),

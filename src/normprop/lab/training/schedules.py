@@ -1,9 +1,12 @@
-"""Learning-rate schedules as pure functions of the step, so that there is no state to save."""
+"""Learning-rate schedules: torch's schedulers, moved on after every training step."""
 
 from __future__ import annotations
 
 import math
 from typing import Literal
+
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import ConstantLR, LambdaLR, LRScheduler, StepLR
 
 Schedule = Literal["onecycle", "cosine", "halving", "constant"]
 
@@ -11,24 +14,35 @@ Schedule = Literal["onecycle", "cosine", "halving", "constant"]
 _WARM_UP = 0.25
 
 
-def rate_factor(schedule: Schedule, step: int, *, total_steps: int, steps_per_epoch: int, halve_every: int) -> float:
-    """What the highest learning rate is multiplied with at `step`, in (0, 1].
+def build_schedule(optimizer: Optimizer, schedule: Schedule, *, total_steps: int, halve_every: int) -> LRScheduler:
+    """A scheduler that starts from the optimizer's rate as the highest one.
 
-    `onecycle` rises linearly for a quarter of the run and falls as a cosine; `cosine` only falls; `halving` halves
-    every `halve_every` epochs, the schedule of Arpit et al. 2016; `constant` is 1.
+    Args:
+        optimizer: Whose rate it sets, now and after every `step()`.
+        schedule: `onecycle` rises linearly for a quarter of the run and falls as a cosine; `cosine` only falls; `halving`
+            is that of Arpit et al. (2016); `constant` leaves the rate as it is.
+        total_steps: Steps in the run.
+        halve_every: Steps between two halvings.
 
     Example:
-        >>> [rate_factor("halving", s, total_steps=8, steps_per_epoch=2, halve_every=2) for s in (0, 3, 4, 7)]
-        [1.0, 1.0, 0.5, 0.5]
+        >>> import torch
+        >>> optimizer = torch.optim.SGD([torch.zeros(1)], lr=8.0)
+        >>> schedule = build_schedule(optimizer, "halving", total_steps=8, halve_every=2)
+        >>> [(optimizer.step(), schedule.get_last_lr()[0], schedule.step())[1] for _ in range(5)]
+        [8.0, 8.0, 4.0, 4.0, 2.0]
     """
     if schedule == "constant":
-        return 1.0
+        return ConstantLR(optimizer, factor=1.0)
     if schedule == "halving":
-        return 0.5 ** (step // (halve_every * steps_per_epoch))
-    # The first step must move and the last one too: both ends are half a step outside.
-    done = (step + 0.5) / total_steps
-    if schedule == "cosine":
-        return 0.5 * (1 + math.cos(math.pi * done))
-    if done < _WARM_UP:
-        return done / _WARM_UP
-    return 0.5 * (1 + math.cos(math.pi * (done - _WARM_UP) / (1 - _WARM_UP)))
+        return StepLR(optimizer, step_size=halve_every, gamma=0.5)
+    warm_up = _WARM_UP if schedule == "onecycle" else 0.0
+
+    # Not OneCycleLR or CosineAnnealingLR, which end at a rate of 0: the first step must move and the last one too, so both
+    # ends are half a step outside.
+    def factor(step: int) -> float:
+        done = (step + 0.5) / max(1, total_steps)
+        if done < warm_up:
+            return done / warm_up
+        return 0.5 * (1 + math.cos(math.pi * (done - warm_up) / (1 - warm_up)))
+
+    return LambdaLR(optimizer, factor)
