@@ -217,6 +217,32 @@ def test_a_checkpoint_of_another_network_is_named(digits, tmp_path):
         train(TINY, images=digits, out=tmp_path, resume=True)
 
 
+def reference_batch(x, order, mirror, shift, places, by):
+    """Each image of a batch mirrored and shifted pixel by pixel; zeros move in."""
+    images = x[order[places]].tolist()
+    for image, flip, (down, right) in zip(images, mirror[places].tolist(), (shift[places] - by).tolist(), strict=True):
+        for channel in image:
+            rows = [row[::-1] if flip else row for row in channel]
+            pixel = lambda r, c, rows=rows: rows[r][c] if 0 <= r < len(rows) and 0 <= c < len(rows[0]) else 0
+            channel[:] = [[pixel(r + down, c + right) for c in range(len(rows[0]))] for r in range(len(rows))]
+    return torch.tensor(images, dtype=x.dtype)
+
+
+@pytest.mark.parametrize(("flips", "crops"), [(True, 0), (False, 2), (True, 2)])
+def test_augmentation_is_drawn_by_seed_and_epoch_for_each_sample(flips, crops):
+    """Numbers of earlier runs stay theirs: this is how the random numbers of an epoch are spent."""
+    x = torch.randint(0, 256, (40, 3, 6, 5), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    g = torch.Generator().manual_seed(derived(7, 2))
+    order = torch.randperm(40, generator=g)
+    mirror = torch.rand(40, generator=g) < (0.5 if flips else 0.0)
+    shift = torch.randint(0, 2 * crops + 1, (40, 2), generator=g)
+    batches = Batches(x, torch.arange(40), batch_size=8, seed=7, epoch=2, flips=flips, crops=crops)
+    torch.rand(3)  # the global generator has no say
+    for step in (3, 0, 4):
+        expected = reference_batch(x, order, mirror, shift, slice(8 * step, 8 * step + 8), crops)
+        assert torch.equal(batches.batch(step)[0], expected)
+
+
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_shares_of_a_batch_make_up_the_batch(world, digits):
     batches = Batches(digits.x_train, digits.y_train, batch_size=8, seed=0, epoch=1, flips=True, crops=2)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from normprop.lab.training.seeds import derived
 
@@ -48,16 +47,20 @@ class Batches:
         places = slice(step * self.batch_size + rank, (step + 1) * self.batch_size, world)
         chosen = self._order[places]
         x = self.x[chosen]
-        if self.flips:
-            x = torch.where(self._mirror[places, None, None, None], x.flip(-1), x)
-        if self.crops:
-            x = _shifted(x, self._shift[places], self.crops)
+        if self.flips or self.crops:
+            x = self._augmented(x, places)
         return x, self.y[chosen]
 
+    def _augmented(self, x: Tensor, places: slice) -> Tensor:
+        """The images as the draws for these places of the epoch mirror and shift them."""
+        # Not v2.RandomCrop and RandomHorizontalFlip: they draw from the global generator, once for a whole batch, and image
+        # by image they take six times as long.
+        from torchvision.transforms.v2 import functional as F  # slow to import, and needed here only
 
-def _shifted(x: Tensor, offset: Tensor, by: int) -> Tensor:
-    """Windows of the zero-padded images, `offset` `(n, 2)` rows and columns from its corner."""
-    height, width = x.shape[-2:]
-    corners = offset.tolist()
-    windows = [image[:, r : r + height, c : c + width] for image, (r, c) in zip(F.pad(x, (by,) * 4), corners, strict=True)]
-    return torch.stack(windows)
+        if self.flips:
+            x = torch.where(self._mirror[places, None, None, None], F.horizontal_flip(x), x)
+        if self.crops:
+            size, corners = list(x.shape[-2:]), self._shift[places].tolist()
+            padded = F.pad(x, [self.crops])
+            x = torch.stack([F.crop(image, *corner, *size) for image, corner in zip(padded, corners, strict=True)])
+        return x

@@ -177,20 +177,18 @@ def read_folder(folder: Path, image_size: int | None = None) -> Images:
     )
 
 
-def _decode(files: list[tuple[str, int]], folder: Path, size: int | None) -> tuple[NDArray[Any], NDArray[Any]]:
-    from PIL import Image
+def _decode(files: list[tuple[str, int]], folder: Path, size: int | None) -> tuple[Tensor, list[int]]:
+    from torchvision.datasets.folder import default_loader
+    from torchvision.transforms import v2
 
-    pixels: list[NDArray[np.uint8]] = []
-    for path, _ in files:
-        with Image.open(path) as image:
-            rgb = image.convert("RGB")
-            pixels.append(np.asarray(rgb.resize((size, size), Image.Resampling.BILINEAR) if size else rgb))
-    shapes = {p.shape[:2] for p in pixels}
-    if len(shapes) > 1:
-        raise NormPropError(f"{folder} holds images of {len(shapes)} sizes.\nPass --image-size N to bring them to N×N.")
-    if not pixels:
+    decode = v2.Compose([default_loader, *([v2.Resize((size, size))] if size else []), v2.PILToTensor()])
+    images = [decode(path) for path, _ in files]
+    if not images:
         raise NormPropError(f"{folder} leaves one of the two sets empty.\nA class needs at least five images.")
-    return np.stack(pixels).transpose(0, 3, 1, 2), np.array([label for _, label in files])
+    sizes = {image.shape for image in images}
+    if len(sizes) > 1:
+        raise NormPropError(f"{folder} holds images of {len(sizes)} sizes.\nPass --image-size N to bring them to N×N.")
+    return torch.stack(images), [label for _, label in files]
 
 
 def _labels(name: str, y: NDArray[Any]) -> Tensor:
