@@ -29,9 +29,15 @@ def test_layers_come_back_under_their_own_paths_and_train() -> None:
     assert all(p.grad is not None for p in folded.parameters())
 
 
-def test_a_layer_called_twice_folds_into_two() -> None:
-    folded = normprop.fold(normprop.convert(SMALL["shared"][0]()).eval())
-    assert {"conv", "conv_1"} <= {n for n, _ in folded.named_modules()}
+def test_a_layer_called_twice_folds_if_both_calls_are_the_same() -> None:
+    torch.manual_seed(0)
+    model = randomise(SMALL["shared"][0]()).double().eval()
+    converted, x = normprop.convert(model), torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    torch.testing.assert_close(normprop.fold(converted)(x)["out"], model(x)["out"])
+    with torch.no_grad():
+        converted.conv.weight.add_(torch.randn_like(converted.conv.weight))
+    with pytest.raises(NormPropError, match="called several times"):
+        normprop.fold(converted)
 
 
 class HalfShared(nn.Module):

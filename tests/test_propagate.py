@@ -93,7 +93,7 @@ def test_a_converted_network_reports_what_its_sites_claim() -> None:
     with torch.no_grad():
         model.bn1.weight.fill_(2.0)
         model.bn1.bias.fill_(-1.0)
-    rows = [row for row in normprop.propagate(model) if row.operation.endswith("layers.convolution")]
+    rows = [row for row in normprop.propagate(model) if row.operation == "Conv2d"]
     assert any(
         torch.allclose(r.predicted.var, torch.tensor(4.0)) and torch.allclose(r.predicted.mean, -torch.ones(1)) for r in rows
     )
@@ -152,4 +152,5 @@ class ByConstants(nn.Module):
 def test_standing_depends_on_the_arguments() -> None:
     rows = normprop.propagate(nn.Sequential(nn.Linear(4, 4), ByConstants()))
     standing = {row.name: row.standing for row in rows}
-    assert (standing["truediv"], standing["pow_1"], standing["truediv_1"]) == ("exact", "exact", "approximate")
+    names = [name for name in standing if "div" in name or "pow" in name]
+    assert tuple(standing[name] for name in names) == ("exact", "exact", "approximate")

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from normprop.activations.breakpoints import Breakpoints, check_elementwise, find_breakpoints
 from normprop.activations.catalogue import canonical, expectations, torch_function
+from normprop.activations.error_bounds import unresolved_error, unseen_error
 from normprop.activations.normal import Expectations, density, has_values
 from normprop.activations.quadrature import integrate, mean_and_variance
 from normprop.errors import NormPropError
@@ -25,6 +26,8 @@ __all__ = [
 _ORDERS = (12, 16, 20, 24)
 _TARGET = 1e-12
 _REACH = 37.0
+# Panels at a time of an unknown function, for few and for many Gaussians.
+_PANELS, _FEW_PANELS, _FEW = 2048, 256, 8
 
 
 @dataclass(frozen=True)
@@ -178,6 +181,11 @@ def _check_values(mean: float | Tensor, std: float | Tensor) -> None:
 
 
 def _pack(e: Expectations, dtype: torch.dtype) -> ActivationMoments:
+    """In the result's dtype, whose rounding is part of the error."""
+    if dtype == torch.float64:
+        return ActivationMoments(*e)
+    size = torch.stack([torch.where(x.isinf(), 0.0, x).abs().detach() for x in e[:4]]).amax(0)
+    e = e._replace(error=e.error + torch.finfo(dtype).eps * size)
     return ActivationMoments(*(x.to(dtype) for x in e))
 
 
@@ -193,14 +201,19 @@ def _adaptive(fn: Callable[[Tensor], Tensor], mean: Tensor, std: Tensor) -> Expe
     low, high = float((mean.detach() - reach).min()), float((mean.detach() + reach).max())
     check_elementwise(fn, low, high)
     margin = 1e-3 * max(1.0, abs(low), abs(high))
-    points = find_breakpoints(fn, low - margin, high + margin)
+    points = find_breakpoints(fn, low - margin, high + margin, limit=_FEW_PANELS if mean.numel() > _FEW else _PANELS)
     for order in _ORDERS:
         result = integrate(fn, mean, std, points, order=order)
         size = result.second.detach() + torch.where(result.slope.isinf(), 0.0, result.slope).detach()
         if bool((result.error <= _TARGET * size).all()):
             break
     _check_finite(fn, result, mean.detach(), reach)
-    return result if points.resolved else result._replace(error=10 * result.error)
+    error = result.error
+    if points.rough:
+        error = error + unresolved_error(fn, result, mean.detach(), std.detach(), points.rough)
+    if not points.seen:
+        error = error + unseen_error(fn, result, mean.detach(), std.detach())
+    return result._replace(error=error)
 
 
 def _check_finite(fn: Callable[[Tensor], Tensor], result: Expectations, mean: Tensor, reach: Tensor) -> None:

@@ -27,13 +27,15 @@ class Breakpoints(NamedTuple):
 
     edges: ascending, kinks and jumps among them. jumps: those where the value jumps. resolved: whether the search
     came to an end; otherwise the function varies faster, or jumps more often, than `limit` panels can follow. seen:
-    whether all of it was made of torch's operations; otherwise something narrow may have stayed hidden.
+    whether all of it was made of torch's operations; otherwise something narrow may have stayed hidden. rough: the
+    panels that are not resolved.
     """
 
     edges: tuple[float, ...]
     jumps: tuple[float, ...] = ()
     resolved: bool = True
     seen: bool = True
+    rough: tuple[tuple[float, float], ...] = ()
 
 
 def find_breakpoints(
@@ -65,7 +67,11 @@ def find_breakpoints(
     jumps = _jumps(fn, edges, scale)
     kept = {x for x in ladder if abs(x) <= straight}
     edges = _joined(fn, edges, {low, high, *kept, *singular, *jumps}, scale)
-    return Breakpoints(tuple(edges), jumps, complete and resolved, crossings.seen)
+    rough: list[list[float]] = []
+    if not (complete and resolved):
+        panels = torch.tensor(list(pairwise(edges)), dtype=torch.float64)
+        rough = panels[~_resolved(fn, panels, scale)].tolist()
+    return Breakpoints(tuple(edges), jumps, complete and resolved, crossings.seen, tuple((a, b) for a, b in rough))
 
 
 def check_elementwise(fn: Function, low: float = -3.0, high: float = 3.0) -> None:
@@ -79,6 +85,9 @@ def check_elementwise(fn: Function, low: float = -3.0, high: float = 3.0) -> Non
             grid = fn(probe.reshape(3, 4).clone())
             part = fn(probe[7:9].clone())
             again = fn(probe.clone())
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.func.grad(lambda x: fn(x).sum())(probe)
     except NormPropError:
         raise
     except Exception as reason:
@@ -100,7 +109,10 @@ def _joined(fn: Function, edges: list[float], kept: set[float], scale: float) ->
         needless: set[float] = set()
         if candidates:
             panels = torch.tensor([[left[i - 1], left[i + 1]] for i in candidates], dtype=torch.float64)
-            smooth = _resolved(fn, panels, scale).tolist()
+            parts = torch.tensor([left[i - 1 : i + 2] for i in candidates], dtype=torch.float64)
+            checks = [parts[:, :1] + share * (parts[:, 1:2] - parts[:, :1]) for share in (0.1, 0.5, 0.9, 1.0)]
+            checks += [parts[:, 1:2] + share * (parts[:, 2:] - parts[:, 1:2]) for share in (0.1, 0.5, 0.9)]
+            smooth = _resolved(fn, panels, scale, torch.cat(checks, dim=1)).tolist()
             needless = {left[i] for i, one in zip(candidates, smooth, strict=True) if one}
         left = [x for x in left if x not in needless]
         start, idle = 3 - start, 0 if needless else idle + 1
@@ -166,16 +178,25 @@ def _jumps(fn: Function, edges: list[float], scale: float) -> tuple[float, ...]:
     return tuple(k[found].tolist())
 
 
-def _resolved(fn: Function, panels: Tensor, scale: float) -> Tensor:
-    """Whether the last Chebyshev coefficients of value and slope on each panel are rounding error."""
+def _resolved(fn: Function, panels: Tensor, scale: float, checks: Tensor | None = None) -> Tensor:
+    """Whether the last Chebyshev coefficients of value and slope on each panel are rounding error.
+
+    Args:
+        fn: the function.
+        panels: their ends, ``(n, 2)``.
+        scale: of the function.
+        checks: further places within each panel where the polynomial has to be the function, ``(n, k)``.
+    """
     k = torch.arange(_ORDER, dtype=torch.float64)
     angles = math.pi * (k + 0.5) / _ORDER
     low, high = panels.unbind(1)
     # Next to both ends, where a kink would hide from the Chebyshev points.
     inset = torch.maximum((high - low) * 1e-7, 4 * _EPSILON * panels.abs().amax(1)).minimum((high - low) / 4)
     x = low[:, None] + (high - low)[:, None] * (1 + torch.cos(angles)) / 2
-    x = torch.cat([x, (high - inset)[:, None], (low + inset)[:, None]], dim=1)
-    edge = torch.cos(k * torch.arccos((1 - 2 * inset / (high - low)).clamp(-1, 1))[:, None])
+    checks = torch.stack([high - inset, low + inset, *(() if checks is None else checks.unbind(1))], dim=1)
+    place = torch.arccos((2 * (checks - low[:, None]) / (high - low)[:, None] - 1).clamp(-1, 1))
+    at_checks = torch.cos(place[:, :, None] * k)
+    x = torch.cat([x, checks], dim=1)
     # The slope brings out a kink, which the value shows ever less of as panels shrink.
     with torch.enable_grad():
         points = x.detach().requires_grad_()
@@ -194,8 +215,8 @@ def _resolved(fn: Function, panels: Tensor, scale: float) -> Tensor:
         y = y / y.abs().amax(1, keepdim=True).clamp(min=max(scale, 1e-300))
         series = y[:, :_ORDER] @ torch.cos(k[:, None] * angles).T * (2 / _ORDER)
         series[:, 0] /= 2
-        ends = torch.stack([(series * edge).sum(1), (series * edge * (-1) ** k).sum(1)], dim=1)
-        misfit = torch.maximum(series[:, -3:].abs().amax(1), 1e-4 * (ends - y[:, _ORDER:]).abs().amax(1))
+        off = ((at_checks @ series[:, :, None])[:, :, 0] - y[:, _ORDER:]).abs().amax(1)
+        misfit = torch.maximum(series[:, -3:].abs().amax(1), 1e-4 * off)
         noise = rounding * (y.amax(1) - y.amin(1))
         smooth &= misfit <= noise.clamp(tolerance, _NOISE)
     return torch.where(undefined.any(1), undefined.all(1), smooth)

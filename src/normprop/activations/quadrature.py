@@ -18,6 +18,7 @@ __all__ = ["Breakpoints", "find_breakpoints", "integrate", "integrate_slope", "m
 
 # φ(z) is 1e-314 here; no integrand that is worth a float64 lies beyond.
 _REACH = 38.0
+_ROUNDING = 2.0**-52  # by which the place of a jump may be off
 # Within this distance a NaN is part of the answer, beyond it the Gaussian has no mass.
 _MASS = 9.0
 
@@ -35,7 +36,7 @@ def integrate(fn: Function, mean: Tensor, std: Tensor, breakpoints: Breakpoints,
         mean: float tensor, any shape.
         std: float tensor of the same shape, not negative.
         breakpoints: where fn bends, from `find_breakpoints(fn)`, found once and outside of traced code.
-        order: nodes per panel; the error is the difference to the rule of two nodes less.
+        order: nodes per panel; the error is the difference to the rule of two nodes less, and rounding.
 
     >>> points = find_breakpoints(torch.relu)
     >>> integrate(torch.relu, torch.tensor(0.0).double(), torch.tensor(1.0).double(), points).second
@@ -47,16 +48,16 @@ def integrate(fn: Function, mean: Tensor, std: Tensor, breakpoints: Breakpoints,
     coarse = _integrate_values(fn, mean.detach(), std.detach(), breakpoints, order - 2)
     gaps = [(a - b).abs().detach() for a, b in zip(fine[:4], coarse[:4], strict=True)]
     error = torch.stack([torch.where(gap.isnan(), 0.0, gap) for gap in gaps]).amax(0)
-    size = torch.where(fine.slope.isinf(), 0.0, fine.slope.detach()) + fine.second.detach()
+    size = torch.where(fine.slope.isinf(), 0.0, fine.slope.detach()) + fine.second.detach() + fine.mean.detach().abs()
     if narrow is not None:
         fine = _with_slopes(fine, _limit(fn, mean, std, breakpoints, order), narrow)
-    return fine._replace(error=error + 1e-14 * size)
+    return fine._replace(error=error + 1e-14 * size + fine.error)
 
 
 def _narrow(fn: Function, mean: Tensor, std: Tensor) -> Tensor | None:
     """Where the std is so small that derivatives are those of the limit; None if that is known to be nowhere."""
     with torch.no_grad():
-        narrow = std < smallest_std(mean, fn(mean), kinked=True)
+        narrow = std < smallest_std(mean, fn(mean).to(mean), kinked=True)
     return narrow if not has_values(narrow) or bool(narrow.any()) else None
 
 
@@ -69,7 +70,7 @@ def _limit(fn: Function, mean: Tensor, std: Tensor, at: Breakpoints, order: int)
         return rest[0].mean, rest[0].var
 
     jumping = bool(at.jumps)
-    center = fn(mean if jumping else mean.detach())
+    center = fn(mean if jumping else mean.detach()).to(mean)
     average, var = continued(evaluate, mean, std.square(), center, kinked=True, jumping=jumping)
     return rest[0]._replace(mean=average, var=var, second=var + average.square())
 
@@ -117,11 +118,12 @@ def mean_and_variance(
         grid = _column([reach * i / count for i in range(-count, count + 1)], mean).expand(-1, *mean.shape)
         rule = _rule(_merge(_marks(points, mean, std, reach), grid), mean, std, order)
         weightless = rule.measure.detach() == 0
-        value = torch.where(weightless, 0.0, fn(torch.where(weightless, mean.detach(), rule.u)))
+        value = torch.where(weightless, 0.0, fn(torch.where(weightless, mean.detach(), rule.u)).to(mean))
         average = _total(rule.measure * value)
         return average, _variance(value - average.detach(), rule)
 
-    return continued(evaluate, mean, var, fn(mean if jumping else mean.detach()), kinked=kinked, jumping=jumping)
+    center = fn(mean if jumping else mean.detach()).to(mean)
+    return continued(evaluate, mean, var, center, kinked=kinked, jumping=jumping)
 
 
 def _integrate_values(fn: Function, mean: Tensor, std: Tensor, at: Breakpoints, order: int) -> Expectations:
@@ -131,8 +133,8 @@ def _integrate_values(fn: Function, mean: Tensor, std: Tensor, at: Breakpoints, 
     # Panels without width or weight may sit on a singularity.
     weightless = rule.measure.detach() == 0
     u = torch.where(weightless, mean.detach(), rule.u)
-    value = fn(u)
-    slope = torch.func.grad(lambda x: fn(x).sum())(u)
+    value = fn(u).to(mean)
+    slope = torch.func.grad(lambda x: fn(x).to(mean).sum())(u)
     ignored = weightless | ((rule.u - mean).abs() > _MASS * std)
     value, slope = (torch.where(weightless | (ignored & x.isnan()), 0.0, x) for x in (value, slope))
     average = _total(rule.measure * value)
@@ -144,14 +146,17 @@ def _integrate_values(fn: Function, mean: Tensor, std: Tensor, at: Breakpoints, 
         var = var + (_variance(along, rule) - var).detach()
     mean_slope = _total(rule.measure * slope)
     energy = _total(rule.measure * slope.square())
+    misplaced = torch.zeros_like(average).detach()
     if at.jumps:
-        safe = std.clamp_min(TINY)
         for jump in at.jumps:
-            sides = fn(_column([math.nextafter(jump, -math.inf), math.nextafter(jump, math.inf)], mean))
-            mean_slope = mean_slope + (sides[1] - sides[0]) * density(((jump - mean) / safe).clamp(-60, 60)) / safe
+            sides = fn(_column([math.nextafter(jump, -math.inf), math.nextafter(jump, math.inf)], mean)).to(mean)
+            at_jump = density(((jump - mean) / std.clamp_min(TINY)).clamp(-60, 60)) / std.clamp_min(TINY)
+            mean_slope = mean_slope + (sides[1] - sides[0]) * at_jump
+            heights = (sides[1] - sides[0]).abs() * (1 + 2 * sides.abs().amax(0))
+            misplaced = misplaced + (heights * (at_jump * (4 * _ROUNDING * abs(jump))).clamp(max=1.0)).detach()
         energy = torch.full_like(energy, math.inf)
     second = _total(rule.measure * value.square())
-    return Expectations(average, torch.where(std > 0, var, 0.0), second, energy, mean_slope, torch.zeros_like(average))
+    return Expectations(average, torch.where(std > 0, var, 0.0), second, energy, mean_slope, misplaced)
 
 
 def integrate_slope(

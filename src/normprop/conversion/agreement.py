@@ -47,7 +47,10 @@ class Agreement:
         """
         if not self.known:
             return
-        difference, limit = self._difference(_run(other, self.inputs))
+        outputs = _run(other, self.inputs)
+        if what == "folded" and any(bool(t.isnan().any()) for t in outputs if t.is_floating_point()):
+            raise self._error(what, float("nan"))
+        difference, limit = self._difference(outputs)
         if difference <= limit:
             return
         if limit < 1e-6:

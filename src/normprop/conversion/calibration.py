@@ -226,7 +226,8 @@ def _output(layer: nn.Module, filters: Tensor, args: tuple[Any, ...]) -> Tensor:
     """What a layer gives with other filters and no bias."""
     before: dict[str, Any] = {name: layer.__dict__[name] for name in ("weight", "bias") if name in layer.__dict__}
     own: dict[str, Any] = layer.__dict__
-    own["weight"], own["bias"] = filters, None
+    half = isinstance(args[0], Tensor) and args[0].dtype in (torch.float16, torch.bfloat16)
+    own["weight"], own["bias"] = filters.to(args[0].dtype) if half else filters, None
     try:
         output: Tensor = type(layer).forward(layer, *args)
     finally:

@@ -63,33 +63,33 @@ def fold(model: nn.Module, *, check: bool = True) -> nn.Module:
 def _fold_network(root: nn.Module, lane: Lane) -> nn.Module:
     entries = [e for e in lane.all_entries() if lane.is_attached(root, e)]
     values = lane.evaluate(root, entries)
-    by_layer: dict[str, list[Scale]] = {}
     by_site: dict[str, list[Scale]] = {}
     covered: dict[str, Any] = {
         hook.path: m for m in root.modules() for hook in m._forward_pre_hooks.values() if isinstance(hook, Cover)
     }
+    for path, layer in covered.items():
+        own = [entry for entry in lane.all_entries() if entry.layer == path]
+        plain = any(entry is None for of in lane.layers.values() for entry in of.get(path, ()))
+        scales = [values[entry.key] for entry in own if entry.key in values]
+        if parametrize.is_parametrized(layer, "weight"):
+            parametrize.remove_parametrizations(layer, "weight")
+        kind = layer.weight.dtype
+        if len(scales) == len(own) and not plain and _are_same(scales):
+            assert scales[0].weight is not None
+            layer.weight = nn.Parameter(scales[0].weight.to(kind).clone())
+            layer.bias = nn.Parameter(scales[0].offset.to(kind).clone())
+        else:  # it is read as it is, too: what sites do is done where they were
+            apart = [lane.parts(root, entry, layer) for entry in own]
+            if plain and any(root.get_submodule(entry.site).center for entry in own):
+                raise _several(path)
+            for entry, (_, factor, offset) in zip(own, apart, strict=True):
+                offset = offset if layer.bias is None else offset - factor * layer.bias
+                by_site.setdefault(entry.site, []).append(Scale(None, factor, offset))
+            layer.weight = nn.Parameter(apart[0][0].clone())
+        layer._modules.pop("site", None)
     for entry in lane.all_entries():
         if entry.layer is None:
             by_site.setdefault(entry.site, []).append(values[entry.key])
-            continue
-        layer = covered[entry.layer]
-        if entry.key in values:
-            by_layer.setdefault(entry.layer, []).append(values[entry.key])
-        else:  # something wraps it: the factor is applied where the site was
-            filters, factor, offset = lane.parts(root, entry, layer)
-            bias = layer.bias
-            by_layer.setdefault(entry.layer, []).append(Scale(filters, None, bias))
-            offset = offset if bias is None else offset - factor * bias
-            by_site.setdefault(entry.site, []).append(Scale(None, factor, offset))
-    for path, scales in by_layer.items():
-        scale, layer = _same(path, scales), covered[path]
-        if parametrize.is_parametrized(layer, "weight"):
-            parametrize.remove_parametrizations(layer, "weight")
-        assert scale.weight is not None
-        kind = layer.weight.dtype
-        layer.weight = nn.Parameter(scale.weight.to(kind).clone())
-        layer.bias = None if scale.offset is None else nn.Parameter(scale.offset.to(kind).clone())
-        layer._modules.pop("site", None)
     for path, calls in {**lane.standards[True], **lane.standards[False]}.items():
         reader: Any = root.get_submodule(path)
         found = [lane.standard(root, path, call, node) for call, node in enumerate(calls) if node is not None]
@@ -105,7 +105,9 @@ def _fold_network(root: nn.Module, lane: Lane) -> nn.Module:
         site = root.get_submodule(path)
         place: nn.Module = nn.Identity()
         if path in by_site:
-            scale = _same(path, by_site[path])
+            scale = by_site[path][0]
+            if not _are_same(by_site[path]):
+                raise _several(path)
             assert scale.factor is not None
             ranks = {entry.rank for entry in lane.all_entries() if entry.site == path}
             kind = next((p.dtype for p in (site.weight, site.bias) if isinstance(p, Tensor)), scale.factor.dtype)
@@ -123,17 +125,17 @@ def _fold_network(root: nn.Module, lane: Lane) -> nn.Module:
     return root
 
 
-def _same(path: str, scales: list[Scale]) -> Scale:
-    """The one scale of all calls."""
-    first = scales[0]
-    for other in scales[1:]:
-        for a, b in zip(first, other, strict=True):
-            if a is not None and b is not None and not torch.allclose(a, b, rtol=1e-6, atol=1e-12):
-                raise NormPropError(
-                    f"{path} is called {len(scales)} times with different effective weights: no plain layer can hold them.\n"
-                    "Keep the converted network for inference, or give each call a layer of its own before converting."
-                )
-    return first
+def _are_same(scales: list[Scale]) -> bool:
+    """Whether all calls have one scale."""
+    alike: Any = lambda a, b: (a is None and b is None) or torch.allclose(a, b, rtol=1e-6, atol=1e-12)
+    return all(alike(a, b) for other in scales[1:] for a, b in zip(scales[0], other, strict=True))
+
+
+def _several(path: str) -> NormPropError:
+    return NormPropError(
+        f"{path} is called several times with different effective weights: no plain layer can hold them.\n"
+        "Keep the converted network for inference, or give each call a layer of its own before converting."
+    )
 
 
 def _affine(factor: Tensor, offset: Tensor, ranks: set[int]) -> nn.Module:

@@ -15,6 +15,7 @@ from normprop.conversion.program import Program, raw, written
 from normprop.errors import NormPropError
 from normprop.graph.example_inputs import Inputs
 from normprop.graph.node import Node
+from normprop.graph.recorder import unrecorded
 from normprop.sites.reference import Scale
 from normprop.sites.site import Site, site_parts
 
@@ -143,6 +144,7 @@ class Lane:
             self.programs[keys] = written([entry.scale for entry in entries], self.root)
         return self.programs[keys]
 
+    @unrecorded
     def evaluate(self, root: nn.Module, entries: Sequence[Entry]) -> dict[Key, Scale]:
         """The scales of some entries with a network's present parameters."""
         with torch.autograd.graph.saved_tensors_hooks(_same, _same) if _hooked() else _NOTHING:
@@ -230,6 +232,7 @@ class Lane:
         mean, scale = self.standard(root, path, call, calls[call])
         return (x - mean.to(x.dtype)) * scale.to(x.dtype)
 
+    @unrecorded
     def standard(self, root: nn.Module, path: str, call: int, node: Any) -> tuple[Tensor, Tensor]:
         """Mean and 1/std by which an input is standardised."""
         key = ("standard", path, call, root.training)
@@ -282,6 +285,7 @@ class Lane:
         assert scale.factor is not None
         return self._affine(x, scale.factor, scale.offset, 1)
 
+    @unrecorded
     def parts(self, root: nn.Module, entry: Entry, layer: nn.Module | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Filters, factor and offset of a layer apart, with the dtype of the layer's weight.
 
@@ -304,6 +308,7 @@ class Lane:
         assert scale.factor is not None
         return scale.factor, scale.offset
 
+    @unrecorded
     def arguments(
         self, root: nn.Module, entry: Entry, layer: nn.Module | None = None
     ) -> tuple[Tensor | None, Site, Any, Mapping[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import operator
 import random
 import sys
@@ -11,7 +12,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,7 @@ from normprop.rules.table import RuleTable, describe
 
 Leaf = str | type[nn.Module] | nn.Module
 Expansion = Callable[..., Any]
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 # Reflected operators, and others that have a public function of the same meaning.
 _OPERATORS: dict[str, Any] = {
@@ -131,6 +133,8 @@ class Recorder(TorchFunctionMode):
                 self._watch(stack, path, module)
             for function in self._functions():
                 self._wrap(stack, function)
+            stack.callback(_active.pop)
+            _active.append(self)
             stack.enter_context(self)
             output = self.record.model(*args, **kwargs)
         self.record.output = self._nodes_for(output)
@@ -394,6 +398,22 @@ class _Expanded:
             self.recorder.within = 0
         self.recorder.note("module", self.path, inputs, {}, result)
         return result
+
+
+_active: list[Recorder] = []
+
+
+def unrecorded(function: Function) -> Function:
+    """A function whose operations are no part of a network: no recorder sees them."""
+
+    @functools.wraps(function)
+    def quiet(*args: Any, **kwargs: Any) -> Any:
+        if not _active:
+            return function(*args, **kwargs)
+        with torch._C.DisableTorchFunction():
+            return function(*args, **kwargs)
+
+    return cast(Function, quiet)
 
 
 def _key(func: Any, args: tuple[Any, ...], table: RuleTable) -> tuple[Any, tuple[Any, ...]]:

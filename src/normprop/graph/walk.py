@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from normprop import integrations
@@ -48,6 +49,10 @@ class Walk:
     def nodes(self) -> list[Node]:
         """All operations, in order."""
         return self.record.nodes
+
+    def inputs(self) -> list[tuple[Shape, torch.dtype]]:
+        """Shape of a sample of each input, and its dtype."""
+        return [(tuple(node.value.shape[1:]), node.value.dtype) for node in self.record.inputs]
 
     def shapes(self) -> list[Shape]:
         """Shape of a sample of each input."""

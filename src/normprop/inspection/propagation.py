@@ -12,7 +12,7 @@ from normprop.channel_moments import Moments
 from normprop.graph.input_moments import input_moments, sample_shapes
 from normprop.graph.node import Node
 from normprop.graph.recorder import Leaf
-from normprop.graph.walk import Walk
+from normprop.graph.walk import Walk, site_rule
 from normprop.inspection.report import Report, Row
 from normprop.inspection.rewalk import Claim, walk_of
 from normprop.precision import reference_tensor
@@ -23,7 +23,7 @@ from normprop.rules.table import Key, Rule
 _NORMALISERS = frozenset(
     [normalization.batch_norm, normalization.functional_batch_norm, normalization.layer_norm, normalization.rms_norm,
      normalization.functional_layer_norm, normalization.group_norm, normalization.functional_group_norm,
-     normalization.instance_norm]
+     normalization.instance_norm, site_rule]
 )  # fmt: skip
 
 
