@@ -21,8 +21,8 @@ from pathlib import Path
 
 from normprop.lab.cost.contenders import CONTENDERS
 from normprop.lab.cost.cost_report import BatchCost, CostReport, ratio
+from normprop.lab.cost.cost_tables import Table, caption, tables
 from normprop.lab.cost.quartiles import Quartiles
-from normprop.lab.cost.tables import Table, caption, tables
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path("benchmarks", "results", "cost")

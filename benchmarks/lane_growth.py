@@ -19,11 +19,11 @@ from torch import nn
 
 import normprop
 from normprop.lab.cost.allocator import keep_freed_memory
-from normprop.lab.cost.lane import Lane, lane_step, reading_step
+from normprop.lab.cost.cost_tables import Table
+from normprop.lab.cost.lane_alone import LaneAlone, lane_step, reading_step
 from normprop.lab.cost.machine import Machine
 from normprop.lab.cost.quartiles import Quartiles
 from normprop.lab.cost.rounds import measure
-from normprop.lab.cost.tables import Table
 
 RESULTS = Path(__file__).resolve().parent / "results" / "lane_growth.json"
 DEPTHS = (4, 16, 64)
@@ -42,7 +42,7 @@ def run(depth: int, parameters: float, seconds: float, compiled: bool) -> dict[s
     width = max(2, round((parameters / (9 * depth)) ** 0.5))
     size = 2 * depth + 1  # what is left of it is one position
     model = normprop.convert(stack(depth, width), normprop.InputStats.standard(width, size, size))
-    lane = Lane(model)
+    lane = LaneAlone(model)
     rounds = measure({LANE: lane_step(lane, compiled=compiled), READING: reading_step(lane)}, seconds=seconds)
     return {
         "depth": depth,

@@ -27,8 +27,8 @@ import normprop
 from normprop.conversion.lane import lane_of
 from normprop.lab.samples.datasets import load
 from normprop.lab.samples.images import Images
-from normprop.lab.training.history import Observer
 from normprop.lab.training.loop import train
+from normprop.lab.training.observer import Observer
 from normprop.lab.training.recipe import Recipe
 
 BASE = Recipe(data="cifar10", batch_size=64, epochs=1, train_images=10_000, dtype="bf16")

@@ -17,9 +17,9 @@ import torch
 from learning import PAGE, RESULTS, fill
 
 import normprop
-from normprop.lab.comparison.processes import processes
 from normprop.lab.samples.datasets import load
 from normprop.lab.training.preparation import build_model, some, start_beta
+from normprop.lab.training.processes import processes
 from normprop.lab.training.recipe import Recipe
 
 BETAS = (0.0, 0.5, 1.0)

@@ -16,10 +16,10 @@ from normprop.conversion.lane_writer import upstream
 from normprop.graph.node import Node
 from normprop.lab.networks.resnet import Block
 from normprop.lab.samples.images import Images
-from normprop.lab.training.history import Watcher
+from normprop.lab.samples.seeds import derived
+from normprop.lab.training.observer import Watcher
 from normprop.lab.training.preparation import prepared, some
 from normprop.lab.training.recipe import Recipe
-from normprop.lab.training.seeds import derived
 from normprop.optim import UnitNormProjection
 from normprop.sites.site import Site, site_moments
 

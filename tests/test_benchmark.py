@@ -13,15 +13,15 @@ from torch.nn.modules.batchnorm import _NormBase
 import normprop
 from normprop.errors import NormPropError
 from normprop.lab.cost.allocator import keep_freed_memory
+from normprop.lab.cost.benchmark import measure_cost
 from normprop.lab.cost.contenders import CONTENDERS, rivals
 from normprop.lab.cost.cost_report import CONVERT, FOLD, LANE, READING, STEP, CostReport, ratio
-from normprop.lab.cost.lane import Lane, lane_step, reading_step
-from normprop.lab.cost.measurement_rounds import measure_cost
+from normprop.lab.cost.cost_tables import caption, tables
+from normprop.lab.cost.lane_alone import LaneAlone, lane_step, reading_step
 from normprop.lab.cost.memory import measured, peak_memory
 from normprop.lab.cost.quartiles import Quartiles
 from normprop.lab.cost.replacement import without_batchnorm
 from normprop.lab.cost.rounds import Rounds, measure
-from normprop.lab.cost.tables import caption, tables
 from normprop.lab.cost.workload import Workload
 from normprop.lab.networks.models import build
 from normprop.lab.networks.normalizers import normalizer
@@ -98,7 +98,7 @@ def test_accumulated_batches_make_one_step():
 
 def test_lane_is_what_the_data_lane_reads_and_passes_its_gradient():
     network = TINY.contender("normprop")
-    lane = Lane(network)
+    lane = LaneAlone(network)
     folded = normprop.fold(network)
     effective = sorted(tuple(p.shape) for m in layers(folded, nn.Conv2d) for p in (m.weight, m.bias))
     assert sorted(tuple(t.shape) for t in lane()) == effective

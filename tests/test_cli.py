@@ -223,7 +223,7 @@ def test_no_thread_of_the_group_outlives_it(tmp_path):
     script.write_text(
         "from pathlib import Path\n"
         "import torch\n"
-        "from normprop.lab.comparison.processes import processes\n"
+        "from normprop.lab.training.processes import processes\n"
         "def threads(): return sorted(p.read_text().strip() for p in Path('/proc/self/task').glob('*/comm'))\n"
         "with processes('cpu') as group:\n"
         "    model = group.parallel(torch.nn.Linear(3, 3))\n"

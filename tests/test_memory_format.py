@@ -71,7 +71,7 @@ def run(code, instructions):
 STEP = """
 import copy, torch
 from torch.nn import functional as F
-from normprop.lab.comparison.processes import Processes
+from normprop.lab.training.processes import Processes
 from normprop.lab.samples.images import Images
 from normprop.lab.training.preparation import build_model, placed
 from normprop.lab.training.recipe import Recipe

@@ -16,10 +16,10 @@ from normprop.lab.comparison import records, workers
 from normprop.lab.comparison.records import RUNS, Record
 from normprop.lab.figures.reproduction_figure import PLOTS
 from normprop.lab.reproduction import account, outcome, published
+from normprop.lab.reproduction.experiment_tables import HEADINGS, PARTS, TABLES, shown_epochs
 from normprop.lab.reproduction.results_page import filled, markdown, skeleton
 from normprop.lab.reproduction.runs import CONTENDERS, cells, probed, rate, recipe, runs
 from normprop.lab.reproduction.scale import SCALES, Schedule
-from normprop.lab.reproduction.sections import HEADINGS, PARTS, TABLES, shown_epochs
 from normprop.lab.reproduction.speed import measure_speed
 from normprop.lab.reproduction.watcher import ProbeSome
 from normprop.lab.samples.datasets import load

@@ -11,17 +11,17 @@ import torch
 
 from normprop.conversion.calibration import calibrate
 from normprop.errors import NormPropError
-from normprop.lab.comparison.processes import processes
 from normprop.lab.samples.batches import Batches
 from normprop.lab.samples.datasets import load
+from normprop.lab.samples.seeds import derived
 from normprop.lab.training import checkpoint
-from normprop.lab.training.history import Observer
 from normprop.lab.training.loop import CHECKPOINT, METRICS, RECIPE, train
+from normprop.lab.training.observer import Observer
 from normprop.lab.training.optimizer import build_optimizer
 from normprop.lab.training.preparation import build_model, prepared, some
+from normprop.lab.training.processes import processes
 from normprop.lab.training.recipe import Recipe
 from normprop.lab.training.schedules import build_schedule
-from normprop.lab.training.seeds import derived
 from normprop.sites.site import Site
 
 TINY = Recipe(

@@ -28,7 +28,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
         "bench",
         "what normalising costs: time and memory beside other normalisers and none",
     ),
-    "data": ("normprop.lab.commands.data", "data", "list the data sets, and where each is found"),
+    "data": ("normprop.lab.commands.data_sets", "data", "list the data sets, and where each is found"),
 }
 
 # What a missing library belongs to; the rest is "cli".
@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     name, *rest = arguments
     try:
         if name not in COMMANDS:
-            from normprop.lab.comparison.names import unknown
+            from normprop.lab.names import unknown
 
             raise unknown("command", name, COMMANDS, "normprop --help lists them.")
         import tyro

@@ -15,15 +15,15 @@ from rich.markup import escape
 
 from normprop.errors import NormPropError
 from normprop.lab.commands.console import console
-from normprop.lab.comparison.processes import processes
 from normprop.lab.cost.allocator import keep_freed_memory
+from normprop.lab.cost.benchmark import measure_cost
 from normprop.lab.cost.contenders import CONTENDERS
 from normprop.lab.cost.cost_report import BatchCost, CostReport, ratio
-from normprop.lab.cost.measurement_rounds import measure_cost
+from normprop.lab.cost.cost_tables import Table, caption, tables
 from normprop.lab.cost.rounds import Rounds
-from normprop.lab.cost.tables import Table, caption, tables
 from normprop.lab.cost.workload import Workload
-from normprop.lab.training.checkpoint import write_whole
+from normprop.lab.training.processes import processes
+from normprop.lab.whole_file import write_whole
 
 _LIBRARIES = ("torchvision:", "timm:")
 _FIGURES = ("png", "svg", "pdf")

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from normprop.errors import NormPropError
 from normprop.lab.commands.console import console
-from normprop.lab.commands.runs import RunsDisplay
+from normprop.lab.commands.grid_progress import RunsDisplay
 from normprop.lab.comparison import records
 from normprop.lab.comparison.comparison import cells, choices, clips_of, columns, points, promoted, to_dict
 from normprop.lab.comparison.grid import Grid, check_comparable
@@ -23,14 +23,14 @@ from normprop.lab.comparison.records import RUNS, Record
 from normprop.lab.comparison.workers import work, work_together
 from normprop.lab.figures.comparison_figure import plot_batch_sizes, plot_curves, plot_rates
 from normprop.lab.figures.page import html_page
-from normprop.lab.figures.panels import png
+from normprop.lab.figures.panel_grid import png
 from normprop.lab.networks.models import build
 from normprop.lab.networks.normalizers import normalizer
 from normprop.lab.samples.datasets import load
 from normprop.lab.samples.images import Images
-from normprop.lab.training.checkpoint import write_whole
 from normprop.lab.training.preparation import prepared
 from normprop.lab.training.recipe import Recipe
+from normprop.lab.whole_file import write_whole
 
 
 def compare(

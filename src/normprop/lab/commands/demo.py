@@ -19,10 +19,10 @@ from rich.table import Table
 from normprop.errors import NormPropError
 from normprop.lab.commands.console import console
 from normprop.lab.figures.curves import Curve, plot_curves
-from normprop.lab.training.checkpoint import write_whole
 from normprop.lab.training.history import Row
 from normprop.lab.training.loop import train
 from normprop.lab.training.recipe import Recipe, clip_at, rate_at
+from normprop.lab.whole_file import write_whole
 
 # What is compared: a name, a normaliser, a batch size.
 SETTINGS = (

@@ -10,7 +10,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 from normprop.lab.commands.console import percent
-from normprop.lab.training.history import Observer, Row
+from normprop.lab.training.history import Row
+from normprop.lab.training.observer import Observer
 from normprop.lab.training.recipe import Recipe
 
 # A log that says nothing for longer looks like a run that hangs.

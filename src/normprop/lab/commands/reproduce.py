@@ -20,23 +20,23 @@ from rich.console import Console
 
 from normprop.errors import NormPropError
 from normprop.lab.commands.console import console
-from normprop.lab.commands.runs import RunsDisplay
+from normprop.lab.commands.grid_progress import RunsDisplay
 from normprop.lab.comparison import records
 from normprop.lab.comparison.records import RUNS, Record
 from normprop.lab.comparison.workers import work, work_in_step, work_together
-from normprop.lab.figures.panels import png
+from normprop.lab.figures.panel_grid import png
 from normprop.lab.figures.reproduction_figure import PLOTS
 from normprop.lab.reproduction import account, layers
+from normprop.lab.reproduction.experiment_tables import HEADINGS, PARTS, TABLES, Table
 from normprop.lab.reproduction.outcome import Found, found, plain
 from normprop.lab.reproduction.results_page import SETTING, UNFINISHED, filled, markdown, skeleton
 from normprop.lab.reproduction.runs import cells, probed, runs
 from normprop.lab.reproduction.scale import SCALES, Scale
-from normprop.lab.reproduction.sections import HEADINGS, PARTS, TABLES, Table
 from normprop.lab.reproduction.speed import measure_speed
 from normprop.lab.reproduction.watcher import ProbeSome
 from normprop.lab.samples.datasets import load
-from normprop.lab.training.checkpoint import write_whole
 from normprop.lab.training.recipe import Recipe
+from normprop.lab.whole_file import write_whole
 
 _SPEED = "speed"
 # What of the findings in hidden layers belongs to which experiment.

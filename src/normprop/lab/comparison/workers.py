@@ -19,12 +19,12 @@ from filelock import FileLock, Timeout
 
 from normprop.errors import NormPropError
 from normprop.lab.comparison import records
-from normprop.lab.comparison.processes import processes
 from normprop.lab.comparison.records import RUNS, Record
 from normprop.lab.samples.datasets import load
 from normprop.lab.samples.images import Images
-from normprop.lab.training.history import Watcher
 from normprop.lab.training.loop import train
+from normprop.lab.training.observer import Watcher
+from normprop.lab.training.processes import processes
 from normprop.lab.training.recipe import Recipe
 
 # Who is to watch a run; it may be sent to other processes.

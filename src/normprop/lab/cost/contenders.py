@@ -10,8 +10,8 @@ from torch import nn
 
 from normprop.conversion.calibration import calibrate
 from normprop.errors import NormPropError
-from normprop.lab.comparison.names import unknown
 from normprop.lab.cost.replacement import with_layer, without_batchnorm
+from normprop.lab.names import unknown
 from normprop.lab.networks.normalizers import NORMALIZERS, normalizer, realize
 
 Shape = tuple[int, ...]

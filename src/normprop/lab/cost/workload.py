@@ -16,7 +16,7 @@ from normprop.conversion.folding import fold
 from normprop.conversion.lane import lane_of
 from normprop.errors import NormPropError
 from normprop.lab.cost.contenders import CONTENDERS, SUBJECT, Shape
-from normprop.lab.cost.lane import Lane
+from normprop.lab.cost.lane_alone import LaneAlone
 from normprop.lab.cost.replacement import check_has_batchnorm
 from normprop.lab.cost.rounds import Step
 from normprop.lab.networks.memory_format import overrunning
@@ -79,10 +79,10 @@ class Workload:
             network = fold(network)
         return self._placed(network).eval()
 
-    def lane(self) -> Lane:
+    def lane(self) -> LaneAlone:
         """The moment lane of a converted network of its own."""
         network: Any = self.contender(SUBJECT)
-        return Lane(network)
+        return LaneAlone(network)
 
     def inputs(self, batch_size: int) -> Tensor:
         """A batch of standard normal samples."""

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from normprop.lab.comparison.comparison import Choice, Point, clips_of
-from normprop.lab.figures.panels import finish, logarithmic, look_of, make_panels
+from normprop.lab.figures.panel_grid import finish, logarithmic, look_of, make_panels
 
 
 def plot_curves(choices: Sequence[Choice], title: str) -> Figure:

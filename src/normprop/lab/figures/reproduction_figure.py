@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from normprop.lab.comparison.records import Record
-from normprop.lab.figures.panels import finish, logarithmic, look_of, make_panels
+from normprop.lab.figures.panel_grid import finish, logarithmic, look_of, make_panels
 from normprop.lab.reproduction import layers, published
 from normprop.lab.reproduction.outcome import Found, bands, error_rate, interval, last
 from normprop.lab.reproduction.runs import BATCH_SIZES, CONTENDERS, NORM_OF, TITLES

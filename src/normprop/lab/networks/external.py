@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from normprop.errors import NormPropError
-from normprop.lab.comparison.names import unknown
+from normprop.lab.names import unknown
 from normprop.lab.networks.normalizers import Normalizer
 
 

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
 from normprop.errors import NormPropError
-from normprop.lab.comparison.names import unknown
+from normprop.lab.names import unknown
 from normprop.lab.networks.external import build_external
 from normprop.lab.networks.normalizers import Normalizer
 from normprop.lab.networks.resnet import Block, ResNet

@@ -10,7 +10,7 @@ from torch import nn
 
 import normprop
 from normprop.data import InputStats
-from normprop.lab.comparison.names import unknown
+from normprop.lab.names import unknown
 from normprop.lab.networks import baselines
 
 Layer = Callable[[int, int], nn.Module]

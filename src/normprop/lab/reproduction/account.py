@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from normprop.lab.comparison.records import Record
+from normprop.lab.reproduction.experiment_tables import HEADINGS
 from normprop.lab.reproduction.runs import cells
 from normprop.lab.reproduction.scale import SCALES, Scale
-from normprop.lab.reproduction.sections import HEADINGS
 from normprop.lab.training.recipe import Recipe
 
 

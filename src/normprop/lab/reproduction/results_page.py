@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from normprop.lab.reproduction.sections import HEADINGS, Table
+from normprop.lab.reproduction.experiment_tables import HEADINGS, Table
 
 SETTING, UNFINISHED = "setting", "not-run"
 

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from normprop.lab.comparison.processes import Processes
 from normprop.lab.cost.rounds import Step, measure
 from normprop.lab.reproduction.runs import CONTENDERS, recipe
 from normprop.lab.reproduction.scale import Scale
@@ -16,6 +15,7 @@ from normprop.lab.samples.batches import Batches
 from normprop.lab.samples.images import Images
 from normprop.lab.training.optimizer import build_optimizer
 from normprop.lab.training.preparation import build_model, placed, prepared
+from normprop.lab.training.processes import Processes
 from normprop.lab.training.recipe import Recipe
 
 RIVAL = "batch"

@@ -13,7 +13,8 @@ from torch.optim import Optimizer
 
 from normprop.inspection.probe import probe
 from normprop.lab.samples.images import Images
-from normprop.lab.training.history import Row, Watcher
+from normprop.lab.training.history import Row
+from normprop.lab.training.observer import Watcher
 from normprop.lab.training.preparation import prepared
 from normprop.lab.training.recipe import Recipe
 

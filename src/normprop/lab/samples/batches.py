@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from normprop.lab.training.seeds import derived
+from normprop.lab.samples.seeds import derived
 
 
 class Batches:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from normprop.errors import NormPropError
-from normprop.lab.comparison.names import unknown
+from normprop.lab.names import unknown
 from normprop.lab.samples.images import Images, from_arrays, read_folder, read_npz
 
 

@@ -6,10 +6,8 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from torch import nn
-from torch.optim import Optimizer
 
 from normprop.lab.training.recipe import Recipe
 
@@ -62,27 +60,6 @@ class Run:
     def test_accuracy(self) -> float | None:
         """Share of test samples classified right at the end; None without an epoch or after divergence."""
         return self.rows[-1].test_accuracy if self.rows else None
-
-
-class Observer:
-    """Is told how a run goes; this one ignores it."""
-
-    def started(self, recipe: Recipe, model: nn.Module, optimizer: Optimizer, *, train: int, test: int) -> None:
-        """Training is about to begin, on so many samples."""
-
-    def stepped(self, epoch: int, step: int, steps: int, loss: float) -> None:
-        """`step` of the epoch's `steps` are done; `loss` is that of the last one."""
-
-    def ended_epoch(self, row: Row, epochs: int) -> None:
-        """An epoch of `epochs` is done."""
-
-
-class Watcher(Observer):
-    """An observer that notes something worth keeping with the run; this one notes nothing."""
-
-    def findings(self) -> tuple[Any, ...]:
-        """Plain values, for JSON."""
-        return ()
 
 
 def to_json_lines(rows: Sequence[Row]) -> bytes:

@@ -15,17 +15,19 @@ from torch.nn import functional as F
 
 from normprop.conversion.recalibration import recalibrate
 from normprop.errors import NormPropError, NotFiniteError
-from normprop.lab.comparison.processes import Processes, processes
 from normprop.lab.samples.batches import Batches
 from normprop.lab.samples.datasets import load
 from normprop.lab.samples.images import Images
+from normprop.lab.samples.seeds import derived
 from normprop.lab.training import checkpoint
-from normprop.lab.training.history import Observer, Row, Run, to_json_lines
+from normprop.lab.training.history import Row, Run, to_json_lines
+from normprop.lab.training.observer import Observer
 from normprop.lab.training.optimizer import build_optimizer
 from normprop.lab.training.preparation import build_model, placed, prepared, some
+from normprop.lab.training.processes import Processes, processes
 from normprop.lab.training.recipe import Recipe
 from normprop.lab.training.schedules import build_schedule
-from normprop.lab.training.seeds import derived
+from normprop.lab.whole_file import write_whole
 
 CHECKPOINT, METRICS, RECIPE = "checkpoint.pt", "metrics.jsonl", "recipe.json"
 
@@ -77,7 +79,7 @@ def train(
             trainer.load(checkpoint.load(out / CHECKPOINT), out / CHECKPOINT)
         elif out and group.writes:
             (out / CHECKPOINT).unlink(missing_ok=True)
-            checkpoint.write_whole(out / RECIPE, json.dumps(dataclasses.asdict(recipe), indent=2).encode())
+            write_whole(out / RECIPE, json.dumps(dataclasses.asdict(recipe), indent=2).encode())
         return trainer.run(out if group.writes else None, checkpoint_every)
 
 
@@ -255,4 +257,4 @@ class _Trainer:
     def _write_metrics(self, out: Path | None) -> None:
         # Whole, from the checkpoint's rows: a file that was appended to would hold some epochs twice after --resume.
         if out:
-            checkpoint.write_whole(out / METRICS, to_json_lines(self.rows))
+            write_whole(out / METRICS, to_json_lines(self.rows))

@@ -11,14 +11,14 @@ from normprop.conversion.calibration import calibrate
 from normprop.conversion.stretch import init_beta_
 from normprop.data import InputStats, Standardize
 from normprop.errors import NormPropError
-from normprop.lab.comparison.processes import Processes
 from normprop.lab.networks.baselines import measure_once
 from normprop.lab.networks.memory_format import to_channels_last
 from normprop.lab.networks.models import build
 from normprop.lab.networks.normalizers import normalizer, realize
 from normprop.lab.samples.images import Images
+from normprop.lab.samples.seeds import derived
+from normprop.lab.training.processes import Processes
 from normprop.lab.training.recipe import Recipe
-from normprop.lab.training.seeds import derived
 
 # Training samples from which statistics that are frozen before training are measured.
 _MEASURED = 512

@@ -13,7 +13,7 @@ from normprop.conversion.folding import fold
 from normprop.errors import NormPropError
 from normprop.lab.cost.contenders import CONTENDERS, SUBJECT, rivals
 from normprop.lab.cost.cost_report import CONVERT, FOLD, LANE, READING, STEP, BatchCost, CostReport
-from normprop.lab.cost.lane import lane_step, reading_step
+from normprop.lab.cost.lane_alone import lane_step, reading_step
 from normprop.lab.cost.machine import Machine
 from normprop.lab.cost.memory import peak_memory
 from normprop.lab.cost.rounds import LEAST_ROUNDS, Rounds, Step, measure

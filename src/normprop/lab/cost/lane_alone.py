@@ -13,7 +13,7 @@ from normprop.lab.cost.rounds import Step
 _RENEWED = 16
 
 
-class Lane(nn.Module):
+class LaneAlone(nn.Module):
     """The moment lane of a converted network alone: no input; effective weights and biases as a tuple of tensors.
 
     Args:
@@ -22,7 +22,7 @@ class Lane(nn.Module):
     Example:
         >>> import normprop
         >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
-        >>> weight, bias = Lane(normprop.convert(net))()
+        >>> weight, bias = LaneAlone(normprop.convert(net))()
         >>> weight.shape, bias.shape
         (torch.Size([8, 3, 3, 3]), torch.Size([8]))
     """
@@ -40,7 +40,7 @@ class Lane(nn.Module):
         return tuple(t for value in values for t in value if t is not None)
 
 
-def lane_step(lane: Lane, *, compiled: bool = False) -> Step:
+def lane_step(lane: LaneAlone, *, compiled: bool = False) -> Step:
     """Forward of the lane, and backward with a random gradient for each of its results."""
     run = torch.compile(lane, fullgraph=True, dynamic=False) if compiled else lane
     given = [torch.randn_like(t) for t in run() if t.requires_grad]
@@ -58,7 +58,7 @@ def lane_step(lane: Lane, *, compiled: bool = False) -> Step:
     return step
 
 
-def reading_step(lane: Lane) -> Step:
+def reading_step(lane: LaneAlone) -> Step:
     """One reading of every parameter of the lane, as a sum: what memory bandwidth alone asks of any work on weights."""
     parameters = [p.detach() for p in lane.parameters()]
     return lambda: [p.sum() for p in parameters]
