@@ -12,10 +12,10 @@ _BLOCK = 16
 def overrunning(network: nn.Module) -> list[str]:
     """Names of the convolutions whose weight gradient writes past its memory on a CPU where images lie channels last.
 
-    oneDNN (3.12, in torch 2.14) copies the pixels that a 1×1 convolution with a stride reads to memory of its own, in
-    blocks of 16 channels with AVX-512 and of 8 with AVX2, and for fewer channels it takes too little. Gradients become
-    wrong, or the process crashes. A transposed convolution does so with its output. Convolutions that are called as
-    functions aren't found.
+    oneDNN (3.12, in torch 2.13 and 2.14) copies the pixels that a 1×1 convolution with a stride reads to memory of its
+    own, in blocks of 16 channels with AVX-512 and of 8 with AVX2, and takes too little for fewer channels. Gradients
+    become wrong, or the process crashes. A transposed convolution does so with its output. Convolutions that are called
+    as functions aren't found.
 
     Example:
         >>> net = nn.Sequential(nn.Conv2d(4, 32, 1, stride=2), nn.Conv2d(32, 8, 1, stride=2), nn.Conv2d(8, 8, 1))
