@@ -11,18 +11,19 @@ Nothing else should run meanwhile.
 from __future__ import annotations
 
 import argparse
-import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from normprop.lab.cost.contenders import CONTENDERS
 from normprop.lab.cost.cost_report import BatchCost, CostReport, ratio
-from normprop.lab.cost.cost_tables import Table, caption, tables
+from normprop.lab.cost.cost_tables import caption, tables
 from normprop.lab.cost.quartiles import Quartiles
+from normprop.lab.pages.marked_page import filled
+from normprop.lab.pages.table import Table
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path("benchmarks", "results", "cost")
@@ -141,7 +142,7 @@ def _copies_row(name: str, batch: BatchCost, weight_bytes: int) -> tuple[str, ..
 
 def bars(found: dict[str, CostReport]) -> str:
     columns = ("what", "bar", "median [quartiles]", "met", "by CPU time", "met")
-    return Table("Bars", columns, (*bar_rows(found), *memory_rows(found))).markdown()
+    return Table(columns, [*bar_rows(found), *memory_rows(found)], "Bars").markdown()
 
 
 def section(report: CostReport) -> str:
@@ -153,19 +154,6 @@ def growth() -> str:
         [sys.executable, "benchmarks/lane_growth.py", "--report"], cwd=ROOT, check=True, capture_output=True, text=True
     )
     return done.stdout.rstrip()
-
-
-def fill(page: str, texts: dict[str, str]) -> str:
-    """The page with each text between its marks, `<!-- NAME -->` and `<!-- end -->`.
-
-    Example:
-        >>> fill("<!-- a -->old<!-- end -->", {"a": "new"})
-        '<!-- a -->\\n\\nnew\\n\\n<!-- end -->'
-    """
-    replaced: Callable[[re.Match[str]], str] = lambda match: (
-        f"{match[1]}\n\n{texts[match[2]]}\n\n{match[3]}" if match[2] in texts else match[0]
-    )
-    return re.sub(r"(<!-- ([\w-]+) -->).*?(<!-- end -->)", replaced, page, flags=re.DOTALL)
 
 
 def main() -> None:
@@ -181,7 +169,7 @@ def main() -> None:
     texts = {name: section(report) for name, report in found.items()} | {"bars": bars(found)}
     if (ROOT / GROWTH).exists():
         texts["lane_growth"] = growth()
-    PAGE.write_text(fill(PAGE.read_text(), texts))
+    PAGE.write_text(filled(PAGE.read_text(), texts))
 
 
 if __name__ == "__main__":

@@ -19,11 +19,11 @@ from torch import nn
 
 import normprop
 from normprop.lab.cost.allocator import keep_freed_memory
-from normprop.lab.cost.cost_tables import Table
 from normprop.lab.cost.lane_alone import LaneAlone, lane_step, reading_step
 from normprop.lab.cost.machine import Machine
 from normprop.lab.cost.quartiles import Quartiles
 from normprop.lab.cost.rounds import measure
+from normprop.lab.pages.table import Table
 
 RESULTS = Path(__file__).resolve().parent / "results" / "lane_growth.json"
 DEPTHS = (4, 16, 64)
@@ -74,7 +74,7 @@ def growth_table(rows: list[dict[str, Any]]) -> Table:
         ratio = Quartiles(**row["ratio"])
         body.append((f"{row['weights']:,}", str(row["depth"]), str(row["width"]), str(lane), f"{law:.3g}", str(ratio)))
     columns = ("weights", "layers", "channels", "lane, ms", "law, ms", "lane over one reading")
-    return Table("The moment lane alone, forward and backward", columns, tuple(body))
+    return Table(columns, body, "The moment lane alone, forward and backward", words=())
 
 
 def law(rows: list[dict[str, Any]]) -> str:

@@ -18,12 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from learning import PAGE, RESULTS, fill
+from learning import PAGE, RESULTS
 from treatments import BatchNoise, BranchGain, Treated, Treatment, Uncentred, learned_proxies, projected, untreated
 
 from normprop.lab.comparison import records
 from normprop.lab.comparison.records import RUNS, Record
 from normprop.lab.comparison.workers import work
+from normprop.lab.pages.marked_page import filled
 from normprop.lab.samples.datasets import load
 from normprop.lab.samples.images import Images
 from normprop.lab.training.recipe import Recipe, rate_at
@@ -258,7 +259,7 @@ def main() -> None:
     for name in options.only:
         keep(name, options.out)
     texts = {name: table(name, RESULTS / "ablations") for name in STUDIES if (RESULTS / "ablations" / name).exists()}
-    PAGE.write_text(fill(PAGE.read_text(), texts))
+    PAGE.write_text(filled(PAGE.read_text(), texts))
 
 
 if __name__ == "__main__":

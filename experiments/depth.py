@@ -18,13 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from learning import PAGE, RESULTS, fill
+from learning import PAGE, RESULTS
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import normprop
 from normprop.conversion.lane import lane_of
+from normprop.lab.pages.marked_page import filled
 from normprop.lab.samples.datasets import load
 from normprop.lab.samples.images import Images
 from normprop.lab.training.loop import train
@@ -171,7 +172,7 @@ def main() -> None:
     (RESULTS / "depth" / "runs.jsonl").write_text("".join(json.dumps(one) + "\n" for one in found.values()))
     draw(found, RESULTS / "depth" / "depth.png")
     figure = "![measured over predicted standard deviation over depth](../experiments/results/depth/depth.png)"
-    PAGE.write_text(fill(PAGE.read_text(), {"depth": f"{table(found)}\n\n{figure}"}))
+    PAGE.write_text(filled(PAGE.read_text(), {"depth": f"{table(found)}\n\n{figure}"}))
 
 
 if __name__ == "__main__":

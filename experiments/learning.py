@@ -11,12 +11,13 @@ experiments/results/NAME. A run takes half a minute to two of one core; several 
 from __future__ import annotations
 
 import argparse
-import re
 import shlex
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+
+from normprop.lab.pages.marked_page import filled
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "experiments" / "results"
@@ -65,15 +66,6 @@ def section(name: str) -> str:
     return "\n\n".join([f"    normprop compare {COMPARISONS[name]}", table, *figures])
 
 
-def fill(page: str, texts: dict[str, str]) -> str:
-    """The page with each text between its marks, `<!-- NAME -->` and `<!-- end -->`."""
-
-    def replaced(match: re.Match[str]) -> str:
-        return f"{match[1]}\n\n{texts[match[2]]}\n\n{match[3]}" if match[2] in texts else match[0]
-
-    return re.sub(r"(<!-- ([\w-]+) -->).*?(<!-- end -->)", replaced, page, flags=re.DOTALL)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="+", choices=tuple(COMPARISONS), default=tuple(COMPARISONS))
@@ -84,7 +76,7 @@ def main() -> None:
     for name in options.only:
         run(name, options.out, jobs=options.jobs, report=options.report)
     shown = [name for name in COMPARISONS if (RESULTS / name).exists()]
-    PAGE.write_text(fill(PAGE.read_text(), {name: section(name) for name in shown}))
+    PAGE.write_text(filled(PAGE.read_text(), {name: section(name) for name in shown}))
 
 
 if __name__ == "__main__":

@@ -14,9 +14,10 @@ import json
 from typing import Any
 
 import torch
-from learning import PAGE, RESULTS, fill
+from learning import PAGE, RESULTS
 
 import normprop
+from normprop.lab.pages.marked_page import filled
 from normprop.lab.samples.datasets import load
 from normprop.lab.training.preparation import build_model, some, start_beta
 from normprop.lab.training.processes import processes
@@ -82,7 +83,7 @@ def main() -> None:
                 print(title, seed, found[title][-1], flush=True)
         FILE.parent.mkdir(parents=True, exist_ok=True)
         FILE.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
-    PAGE.write_text(fill(PAGE.read_text(), {"stretch": table(json.loads(FILE.read_text()))}))
+    PAGE.write_text(filled(PAGE.read_text(), {"stretch": table(json.loads(FILE.read_text()))}))
 
 
 if __name__ == "__main__":

@@ -3,13 +3,13 @@
 import ablations
 import pytest
 import torch
-from learning import fill
 from torch.nn import functional as F
 from treatments import BatchNoise, BranchGain, Uncentred, learned_proxies, projected
 
 import normprop
 from normprop.lab.networks.models import build
 from normprop.lab.networks.normalizers import normalizer, realize
+from normprop.lab.pages.marked_page import filled
 from normprop.sites.site import Site
 
 SHAPE = (3, 8, 8)
@@ -111,5 +111,5 @@ def test_noise_follows_its_law():
 
 def test_a_page_is_filled_between_its_marks():
     page = "a\n<!-- one -->\nold\n<!-- end -->\nb\n<!-- two -->\nkept\n<!-- end -->\n"
-    filled = fill(page, {"one": "new"})
-    assert filled == "a\n<!-- one -->\n\nnew\n\n<!-- end -->\nb\n<!-- two -->\nkept\n<!-- end -->\n"
+    new = filled(page, {"one": "new"})
+    assert new == "a\n<!-- one -->\n\nnew\n\n<!-- end -->\nb\n<!-- two -->\nkept\n<!-- end -->\n"

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 
 import pytest
 from filelock import FileLock
@@ -371,8 +372,8 @@ def test_the_command_from_start_to_summary(in_a_new_folder, tmp_path, trained, c
     assert [choice["norm"] for choice in report["choices"]] == ["normprop", "batch"]
     for choice in report["choices"]:
         mean = f"{100 * choice['best']['mean_test_accuracy']:.1f}"
-        assert f"| {choice['norm']} | {mean} |" in table
-        assert f"<td>{mean}</td>" in page
+        assert re.search(rf"\| {choice['norm']} +\| +{mean} \|", table)
+        assert f'<td class="right">{mean}</td>' in page
     assert not (folder / ".claims").exists()
     trained.clear()
     assert main([*COMMAND, "--seeds", "2"]) == 0

@@ -15,9 +15,10 @@ from normprop.lab.commands import main
 from normprop.lab.comparison import records, workers
 from normprop.lab.comparison.records import RUNS, Record
 from normprop.lab.figures.reproduction_figure import PLOTS
+from normprop.lab.pages.marked_page import filled
 from normprop.lab.reproduction import account, outcome, published
 from normprop.lab.reproduction.experiment_tables import HEADINGS, PARTS, TABLES, shown_epochs
-from normprop.lab.reproduction.results_page import filled, markdown, skeleton
+from normprop.lab.reproduction.results_page import skeleton
 from normprop.lab.reproduction.runs import CONTENDERS, cells, probed, rate, recipe, runs
 from normprop.lab.reproduction.scale import SCALES, Schedule
 from normprop.lab.reproduction.speed import measure_speed
@@ -156,7 +157,7 @@ def test_tables_and_figures_of_whatever_is_finished(part, share):
     done = [record(run) for run in wanted[: round(share * len(wanted))]]
     found = outcome.found(cells(part, QUARTER, 2), done)
     table = TABLES[part](found, QUARTER)
-    assert all(len(row) == len(table.heads) for row in table.rows)
+    assert all(len(row) == len(table.columns) for row in table.rows)
     assert PLOTS[part](found, "title").axes
     left = account.progress(part, QUARTER, 2, done)
     assert (left == "") == ({run.recipe for run in done} >= set(every(part, QUARTER, 2)))
@@ -169,11 +170,13 @@ def test_both_numbers_stand_in_a_row():
         for (_, _, name), cell in cells("table1", QUARTER, 3).items()
         for run in cell
     ]
-    text = markdown(TABLES["table1"](outcome.found(cells("table1", QUARTER, 3), done), QUARTER))
-    (row,) = [line for line in text.splitlines() if line.startswith("| cifar10 | none |")]
+    table = TABLES["table1"](outcome.found(cells("table1", QUARTER, 3), done), QUARTER)
+    (row,) = [row for row in table.rows if row[:2] == ["cifar10", "none"]]
     error = statistics.mean(100 * (1 - 0.91 - 0.01 * seed) for seed in range(3))
     assert f"{error:.1f} ± 1.0" in row
-    assert "9.11 | 9.41" in row
+    assert row[-2:] == ["9.11", "9.41"]
+    (line,) = [line for line in table.markdown().splitlines() if line.startswith("| cifar10") and "| none" in line]
+    assert [cell.strip() for cell in line.strip("|").split("|")] == row
 
 
 def test_figure_3_compares_with_batchnorm_at_the_papers_epochs():
@@ -183,8 +186,8 @@ def test_figure_3_compares_with_batchnorm_at_the_papers_epochs():
     by_name = {row[0]: row[1:] for row in table.rows}
     assert by_name["lead of NormProp as printed over BatchNorm"][-1] == "+10.0"
     assert by_name["lead of NormProp as printed over BatchNorm"][0] == f"{90 * 5 / 200 - 80 * 5 / 200:+.1f}"
-    assert "78.7 (epoch 5)" in table.reading
-    assert "9.9 (epoch 5)" in table.reading
+    assert "78.7 (epoch 5)" in table.note
+    assert "9.9 (epoch 5)" in table.note
 
 
 def test_hidden_layers_in_tables():
@@ -196,7 +199,7 @@ def test_hidden_layers_in_tables():
     table = TABLES["bound"](outcome.found(cells("bound", FULL, 1), done), FULL)
     assert table.rows == [[str(i), "0.5 → 0.5", "3 → 3", "0.75 → 0.75", "2.5 → 2.5", "6 → 6"] for i in (1, 2)]
     diverged = [record(run, diverged=run.norm == "paper" and not run.clip) for run in every("bound", FULL)]
-    assert "printed, clipped" in TABLES["bound"](outcome.found(cells("bound", FULL, 1), diverged), FULL).reading
+    assert "printed, clipped" in TABLES["bound"](outcome.found(cells("bound", FULL, 1), diverged), FULL).note
 
 
 def test_divergence_is_said():
@@ -220,8 +223,7 @@ def test_speed_is_relative_to_batchnorm():
     assert measured["batch"]["ratio"] == [1.0, 1.0, 1.0]
     assert all(measured[name]["epoch_seconds"][1] > 0 for name in CONTENDERS)
     assert measured["steps"] == 250 // 50
-    text = markdown(TABLES["speed"](measured, TINY))
-    assert "0.875 (84 s)" in text
+    assert "0.875 (84 s)" in TABLES["speed"](measured, TINY).markdown()
     assert PLOTS["speed"](measured, "title").axes
 
 

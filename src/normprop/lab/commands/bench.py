@@ -8,18 +8,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
-import rich.table
 import torch
 import tyro
-from rich.markup import escape
 
 from normprop.errors import NormPropError
-from normprop.lab.commands.console import console
+from normprop.lab.commands.console import console, on_screen
 from normprop.lab.cost.allocator import keep_freed_memory
 from normprop.lab.cost.benchmark import measure_cost
 from normprop.lab.cost.contenders import CONTENDERS
 from normprop.lab.cost.cost_report import BatchCost, CostReport, ratio
-from normprop.lab.cost.cost_tables import Table, caption, tables
+from normprop.lab.cost.cost_tables import caption, tables
 from normprop.lab.cost.rounds import Rounds
 from normprop.lab.cost.workload import Workload
 from normprop.lab.training.processes import processes
@@ -136,21 +134,12 @@ def _print(report: CostReport, *, json: bool, markdown: bool) -> None:
     screen = console()
     screen.print(caption(report), soft_wrap=True, markup=False)
     for table in tables(report):
-        screen.print(_for_screen(table))
+        screen.print(on_screen(table))
     for batch in report.batches:
         for name, reason in batch.failures.items():
             screen.print(
                 f"{CONTENDERS[name].title} cannot train at {batch.batch_size}: {reason}", soft_wrap=True, markup=False
             )
-
-
-def _for_screen(table: Table) -> rich.table.Table:
-    shown = rich.table.Table(title=escape(table.title), title_justify="left")
-    for i, column in enumerate(table.columns):
-        shown.add_column(escape(column), justify="left" if i < 2 else "right")
-    for row in table.rows:
-        shown.add_row(*map(escape, row))
-    return shown
 
 
 def _draw(report: CostReport, path: Path) -> None:

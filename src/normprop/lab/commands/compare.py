@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -11,10 +12,9 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.table import Table
 
 from normprop.errors import NormPropError
-from normprop.lab.commands.console import console
+from normprop.lab.commands.console import console, on_screen
 from normprop.lab.commands.grid_progress import RunsDisplay
 from normprop.lab.comparison import records
 from normprop.lab.comparison.comparison import cells, choices, clips_of, columns, points, promoted, to_dict
@@ -22,10 +22,11 @@ from normprop.lab.comparison.grid import Grid, check_comparable
 from normprop.lab.comparison.records import RUNS, Record
 from normprop.lab.comparison.workers import work, work_together
 from normprop.lab.figures.comparison_figure import plot_batch_sizes, plot_curves, plot_rates
-from normprop.lab.figures.page import html_page
 from normprop.lab.figures.panel_grid import png
 from normprop.lab.networks.models import build
 from normprop.lab.networks.normalizers import normalizer
+from normprop.lab.pages.html_page import html_page
+from normprop.lab.pages.table import Table
 from normprop.lab.samples.datasets import load
 from normprop.lab.samples.images import Images
 from normprop.lab.training.preparation import prepared
@@ -116,8 +117,8 @@ def summarize(found: Sequence[Record], out: Path, screen: Console) -> None:
     """Print the table, and write it and the figures to `out`."""
     by_point = points(found)
     chosen, clips = choices(by_point), clips_of(by_point)
-    heads, rows = columns(clips), [cells(choice, clips) for choice in chosen]
     title, notes = _title(found[0].recipe), _notes(found)
+    table = Table(columns(clips), [cells(choice, clips) for choice in chosen], title, words=(1,))
     figures = {
         "curves.png": ("Validation accuracy over epochs, each at its best", plot_curves(chosen, title)),
         "rate.png": ("Validation accuracy against the learning rate", plot_rates(by_point, title)),
@@ -126,16 +127,12 @@ def summarize(found: Sequence[Record], out: Path, screen: Console) -> None:
     images = {caption: png(figure) for caption, figure in figures.values()}
     for name, (caption, _) in figures.items():
         write_whole(out / name, images[caption])
-    write_whole(out / "table.md", _markdown(title, notes, heads, rows).encode())
+    page = "\n\n".join([f"# {title}", dataclasses.replace(table, title="").markdown(), *notes])
+    write_whole(out / "table.md", f"{page}\n".encode())
     report = {"setting": title, "notes": notes, "choices": [to_dict(choice) for choice in chosen]}
     write_whole(out / "table.json", json.dumps(report, indent=2).encode())
-    write_whole(out / "index.html", html_page(title, notes, heads, rows, images).encode())
-    table = Table(title=title, title_justify="left")
-    for head in heads:
-        table.add_column(head, justify="left" if head == "normaliser" else "right")
-    for row in rows:
-        table.add_row(*row)
-    screen.print(table)
+    write_whole(out / "index.html", html_page(table, notes, images).encode())
+    screen.print(on_screen(table))
     for note in notes:
         screen.print(note, soft_wrap=True)
     screen.print(f"Results in {out}: index.html has all of it.", soft_wrap=True)
@@ -162,9 +159,3 @@ def _notes(found: Sequence[Record]) -> list[str]:
         f"crops {recipe.crops}. {len(found)} runs, {sum(r.cpu_seconds for r in found) / 3600:.2f} CPU hours; "
         f"{'; '.join(software)}.",
     ]
-
-
-def _markdown(title: str, notes: Sequence[str], heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    rule = ["---" if head == "normaliser" else "---:" for head in heads]
-    lines = "\n".join(f"| {' | '.join(row)} |" for row in (heads, rule, *rows))
-    return f"# {title}\n\n{lines}\n\n" + "\n\n".join(notes) + "\n"

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from rich.table import Table
-
-from normprop.lab.commands.console import console
+from normprop.lab.commands.console import console, on_screen
+from normprop.lab.pages.table import Table
 from normprop.lab.samples.datasets import SOURCES, Place, data_root, locate
 
 
@@ -14,17 +13,12 @@ def data() -> None:
     The folder is $NORMPROP_DATA, by default ~/.cache/normprop. NAME.npz is looked for first, then torchvision's files;
     what isn't there is downloaded by torchvision when it is first used. FILE.npz and folders of images work too.
     """
-    table = Table(title=f"Data sets; folder {data_root()}", title_justify="left")
-    table.add_column("name")
-    for column in ("train", "test"):
-        table.add_column(column, justify="right")
-    for column in ("shape", "classes", "found", "licence"):
-        table.add_column(column)
+    columns = ("name", "train", "test", "shape", "classes", "found", "licence")
+    rows = []
     for name, source in SOURCES.items():
-        shape = "×".join(map(str, source.shape))
-        sizes = (f"{source.train:,}", f"{source.test:,}", shape, str(source.classes))
-        table.add_row(name, *sizes, _found(locate(name)), source.licence)
-    console().print(table)
+        sizes = (f"{source.train:,}", f"{source.test:,}", "×".join(map(str, source.shape)), str(source.classes))
+        rows.append((name, *sizes, _found(locate(name)), source.licence))
+    console().print(on_screen(Table(columns, rows, f"Data sets; folder {data_root()}", words=(0, 5, 6))))
 
 
 def _found(place: Place) -> str:

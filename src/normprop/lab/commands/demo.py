@@ -14,11 +14,11 @@ from pathlib import Path
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-from rich.table import Table
 
 from normprop.errors import NormPropError
-from normprop.lab.commands.console import console
+from normprop.lab.commands.console import console, on_screen
 from normprop.lab.figures.curves import Curve, plot_curves
+from normprop.lab.pages.table import Table
 from normprop.lab.training.history import Row
 from normprop.lab.training.loop import train
 from normprop.lab.training.recipe import Recipe, clip_at, rate_at
@@ -72,7 +72,7 @@ def demo(*, out: Path = Path("normprop-demo.png"), epochs: int = 3, seeds: int =
             if not screen.is_terminal:
                 screen.print(f"run {len(runs)} of {len(recipes)} done", soft_wrap=True)
     by_setting = [runs[i * seeds : (i + 1) * seeds] for i in range(len(SETTINGS))]
-    screen.print(_table(by_setting))
+    screen.print(on_screen(_table(by_setting)))
     screen.print(conclusion(by_setting), soft_wrap=True)
     _draw(by_setting, epochs, out)
     screen.print(f"Figure: {out}. {time.monotonic() - began:.0f} s in all.", soft_wrap=True)
@@ -130,22 +130,22 @@ def _errors(rows: Sequence[Row]) -> list[float]:
 
 
 def _table(runs: Sequence[Sequence[Sequence[Row]]]) -> Table:
-    table = Table(title="Test accuracy after the last epoch", title_justify="left")
-    table.add_column("setting")
-    for column in ("mean ± half range, %", "after 1 epoch, %", "diverged", "s per epoch"):
-        table.add_column(column, justify="right")
+    rows = []
     for (label, _, _), seeds in zip(SETTINGS, runs, strict=True):
         finals, first = _finals(seeds), [rows[0].test_accuracy for rows in seeds if rows[0].test_accuracy is not None]
         diverged = sum(rows[-1].diverged for rows in seeds)
         seconds = statistics.mean(row.seconds for rows in seeds for row in rows)
-        table.add_row(
-            label,
-            f"{100 * statistics.mean(finals):.1f} ± {50 * (max(finals) - min(finals)):.1f}" if finals else "–",
-            f"{100 * statistics.mean(first):.1f}" if first else "–",
-            f"{diverged} of {len(seeds)}" if diverged else "none",
-            f"{seconds:.1f}",
+        rows.append(
+            (
+                label,
+                f"{100 * statistics.mean(finals):.1f} ± {50 * (max(finals) - min(finals)):.1f}" if finals else "–",
+                f"{100 * statistics.mean(first):.1f}" if first else "–",
+                f"{diverged} of {len(seeds)}" if diverged else "none",
+                f"{seconds:.1f}",
+            )
         )
-    return table
+    columns = ("setting", "mean ± half range, %", "after 1 epoch, %", "diverged", "s per epoch")
+    return Table(columns, rows, "Test accuracy after the last epoch")
 
 
 def _draw(runs: Sequence[Sequence[Sequence[Row]]], epochs: int, out: Path) -> None:

@@ -9,14 +9,13 @@ from typing import Annotated, Any
 import torch
 import torch.nn.functional as F
 import tyro
-from rich.markup import escape
-from rich.table import Table
 from torch import nn
 
 from normprop.activations.activation_moments import ActivationMoments
 from normprop.activations.activation_moments import moments as moments_of
 from normprop.errors import NormPropError
-from normprop.lab.commands.console import console
+from normprop.lab.commands.console import console, on_screen
+from normprop.lab.pages.table import Table
 
 _COLUMNS = ("mean", "std", "second", "slope", "gain", "jacobian", "error")
 
@@ -50,14 +49,8 @@ def moments(
     if json:
         print(_as_json(rows))
         return
-    table = Table(title=f"f(u) for u ~ N({mean:g}, {std:g}²)", title_justify="left")
-    table.add_column("f")
-    for column in _COLUMNS:
-        table.add_column(column, justify="right")
-    for row in rows:
-        *numbers, error = (row[column] for column in _COLUMNS)
-        table.add_row(escape(row["function"]), *(_digits(n) for n in numbers), f"{error:.0e}")
-    console().print(table)
+    cells = [(row["function"], *(_digits(row[name]) for name in _COLUMNS[:-1]), f"{row['error']:.0e}") for row in rows]
+    console().print(on_screen(Table(("f", *_COLUMNS), cells, f"f(u) for u ~ N({mean:g}, {std:g}²)")))
 
 
 def _row(text: str, mean: float, std: float) -> dict[str, Any]:

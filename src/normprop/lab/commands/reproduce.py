@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shlex
@@ -13,23 +14,23 @@ from itertools import groupby
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import rich.table
 import torch
 import tyro
 from rich.console import Console
 
 from normprop.errors import NormPropError
-from normprop.lab.commands.console import console
+from normprop.lab.commands.console import console, on_screen
 from normprop.lab.commands.grid_progress import RunsDisplay
 from normprop.lab.comparison import records
 from normprop.lab.comparison.records import RUNS, Record
 from normprop.lab.comparison.workers import work, work_in_step, work_together
 from normprop.lab.figures.panel_grid import png
 from normprop.lab.figures.reproduction_figure import PLOTS
+from normprop.lab.pages.marked_page import filled
 from normprop.lab.reproduction import account, layers
-from normprop.lab.reproduction.experiment_tables import HEADINGS, PARTS, TABLES, Table
+from normprop.lab.reproduction.experiment_tables import HEADINGS, PARTS, TABLES
 from normprop.lab.reproduction.outcome import Found, found, plain
-from normprop.lab.reproduction.results_page import SETTING, UNFINISHED, filled, markdown, skeleton
+from normprop.lab.reproduction.results_page import SETTING, UNFINISHED, skeleton
 from normprop.lab.reproduction.runs import cells, probed, runs
 from normprop.lab.reproduction.scale import SCALES, Scale
 from normprop.lab.reproduction.speed import measure_speed
@@ -183,19 +184,21 @@ def _write_part(job: _Job, part: str, runs_found: Sequence[Record], results: Pat
     table = TABLES[part](found_here, job.scale)
     left = account.progress(part, job.scale, job.seeds, runs_found)
     title = f"{HEADINGS[part]} — scale {job.scale.name}"
-    text = markdown(table) + (f"\n\n{left}" if left else "")
+    text = table.markdown() + (f"\n\n{left}" if left else "")
     values = {"measured": found_here} if part == _SPEED else {"runs": plain(found_here), **_findings(part, found_here)}
     about = {
         "title": title,
         "scale": job.scale.name,
-        "heads": list(table.heads),
+        "heads": table.columns,
         "rows": table.rows,
-        "reading": table.reading,
+        "reading": table.note,
     }
     write_whole(results / f"{part}.json", json.dumps(about | values, indent=1, allow_nan=False).encode())
     write_whole(results / f"{part}.png", png(PLOTS[part](found_here, title)))
     write_whole(results / f"{part}.md", f"# {title}\n\n![{HEADINGS[part]}]({part}.png)\n\n{text}\n".encode())
-    _print(job.screen, title, table, left)
+    job.screen.print(on_screen(dataclasses.replace(table, title=title)))
+    if left:
+        job.screen.print(left.strip("*"))
     return text
 
 
@@ -205,17 +208,6 @@ def _findings(part: str, found_here: Found) -> dict[str, Any]:
         return {}
     watched = {key[0]: found_runs[0] for key, found_runs in found_here.items() if found_runs}
     return {"findings": {name: layers.plain(record, *names) for name, record in watched.items()}}
-
-
-def _print(screen: Console, title: str, table: Table, left: str) -> None:
-    shown = rich.table.Table(title=title, title_justify="left")
-    for i, head in enumerate(table.heads):
-        shown.add_column(head, justify="right" if i else "left")
-    for row in table.rows:
-        shown.add_row(*row)
-    screen.print(shown)
-    if left:
-        screen.print(left.strip("*"))
 
 
 def _link(file: Path, report: Path | None) -> str:

@@ -2,38 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from normprop.lab.cost.contenders import CONTENDERS, SUBJECT
 from normprop.lab.cost.cost_report import CONVERT, FOLD, LANE, READING, STEP, BatchCost, CostReport, ratio
 from normprop.lab.cost.quartiles import Quartiles
 from normprop.lab.cost.rounds import Rounds
+from normprop.lab.pages.table import Table
 
 _NONE = "–"
 _MEGABYTE = 1e6
-
-
-@dataclass(frozen=True)
-class Table:
-    """Text in rows and columns."""
-
-    title: str
-    columns: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-
-    def markdown(self) -> str:
-        """For a page: the title in bold, then the table.
-
-        Example:
-            >>> print(Table("Squares", ("x", "x²"), (("2", "4"),)).markdown())
-            **Squares**
-            <BLANKLINE>
-            | x | x² |
-            |---|---|
-            | 2 | 4 |
-        """
-        head, *body = [f"| {' | '.join(cells)} |" for cells in (self.columns, *self.rows)]
-        return "\n".join([f"**{self.title}**", "", head, "|" + "---|" * len(self.columns), *body])
 
 
 def tables(report: CostReport) -> list[Table]:
@@ -70,10 +46,11 @@ def _costs(report: CostReport) -> Table:
                 cells += [_cell(ratio(batch.training, rival)), _cell(ratio(batch.training, rival, "cpu"))]
             cells += [_cell(ratio(batch.inference, rival)), _cell(ratio(batch.inference, rival, "cpu"))]
             cells.append(_memory_ratio(batch, rival))
-            rows.append(tuple(cells))
+            rows.append(cells)
     times = ("training, time", "training, CPU time", "inference, time", "inference, CPU time")
     columns = ("batch", "NormProp over", *times, "memory")
-    return Table("NormProp's cost over that of others: median of paired rounds [quartiles]", columns, tuple(rows))
+    title = "NormProp's cost over that of others: median of paired rounds [quartiles]"
+    return Table(columns, rows, title, words=(1,))
 
 
 def _lane(report: CostReport) -> Table:
@@ -94,7 +71,7 @@ def _lane(report: CostReport) -> Table:
         "batch", "NormProp's step, ms", "share of the lane alone", "share beyond no normaliser",
         "lane over one reading of its weights", "rounds",
     )  # fmt: skip
-    return Table("The moment lane, forward and backward; rounds of training and of inference", columns, tuple(rows))
+    return Table(columns, rows, "The moment lane, forward and backward; rounds of training and of inference", words=())
 
 
 def _beyond_plain(rounds: Rounds) -> Quartiles | None:
@@ -111,11 +88,8 @@ def _construction(report: CostReport) -> Table:
         (name, _cell(report.construction.ratio(key, STEP)))
         for name, key in (("conversion", CONVERT), ("folding, with its check", FOLD))
     ]
-    return Table(
-        "Once for each network",
-        ("", f"in training steps with {title} at batch size {report.construction_batch}"),
-        tuple(rows),
-    )
+    columns = ("", f"in training steps with {title} at batch size {report.construction_batch}")
+    return Table(columns, rows, "Once for each network")
 
 
 def _memory(report: CostReport) -> Table:
@@ -129,7 +103,7 @@ def _memory(report: CostReport) -> Table:
                 (str(batch.batch_size), CONTENDERS[name].title, f"{peak.allocated / _MEGABYTE:.1f}", copies, resident)
             )
     columns = ("batch", "", "tensors, MB", "beyond no normaliser, copies of the weights", "process, MB")
-    return Table("Peak memory of training, beyond network and input", columns, tuple(rows))
+    return Table(columns, rows, "Peak memory of training, beyond network and input", words=(1,))
 
 
 def _compilation(report: CostReport) -> Table:
@@ -140,7 +114,7 @@ def _compilation(report: CostReport) -> Table:
             over = _NONE if base is None else f"{seconds / base:.2f}"
             rows.append((str(batch.batch_size), CONTENDERS[name].title, f"{seconds:.1f}", over))
     columns = ("batch", "", "seconds", f"over {CONTENDERS[report.rivals[0]].title}")
-    return Table("First training step, with compilation (once, caches as they were)", columns, tuple(rows))
+    return Table(columns, rows, "First training step, with compilation (once, caches as they were)", words=(1,))
 
 
 def _memory_ratio(batch: BatchCost, rival: str) -> str:

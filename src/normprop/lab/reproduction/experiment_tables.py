@@ -4,26 +4,16 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from normprop.lab.comparison.records import Record
+from normprop.lab.pages.table import Table
 from normprop.lab.reproduction import layers, published
 from normprop.lab.reproduction.outcome import Found, best, curve, error_rate, last, shown, spread
 from normprop.lab.reproduction.runs import BATCH_SIZES, CONTENDERS, TITLES, rate
 from normprop.lab.reproduction.scale import Scale
 
 PAPER = "the paper"
-Rows = list[list[str]]
-
-
-@dataclass(frozen=True)
-class Table:
-    """Headings, rows, and a paragraph on how to read them."""
-
-    heads: Sequence[str]
-    rows: Rows
-    reading: str
 
 
 def fig1(found: Found, scale: Scale) -> Table:
@@ -34,8 +24,8 @@ def fig1(found: Found, scale: Scale) -> Table:
     return Table(
         ("best validation accuracy, %", *(f"{mode}, batch {size}" for mode, size in places)),
         rows,
-        f"Data normalisation by statistics of the training set (global) or of the mini-batch (batch). Rates {rate(50):g} at "
-        f"batch size 50, {rate(100):g} at 100, halved every {_epochs(scale.data_norm.halve_every)} of "
+        note=f"Data normalisation by statistics of the training set (global) or of the mini-batch (batch). Rates "
+        f"{rate(50):g} at batch size 50, {rate(100):g} at 100, halved every {_epochs(scale.data_norm.halve_every)} of "
         f"{scale.data_norm.epochs}; in the paper every 10.",
     )
 
@@ -59,9 +49,9 @@ def fig2(found: Found, _scale: Scale) -> Table:
             f"mean of one unit, {PAPER}",
         ),
         rows,
-        "What enters the activation, on validation images; sizes of means and standard deviations, averaged over the hidden "
-        "layers. One unit: the first channel of each layer. Predicted: what the network's parameters say without data. "
-        "Drift: log₂ of measured over predicted standard deviation, root mean square over channels.",
+        note="What enters the activation, on validation images; sizes of means and standard deviations, averaged over the "
+        "hidden layers. One unit: the first channel of each layer. Predicted: what the network's parameters say without "
+        "data. Drift: log₂ of measured over predicted standard deviation, root mean square over channels.",
     )
 
 
@@ -92,8 +82,8 @@ def fig3(found: Found, scale: Scale) -> Table:
     return Table(
         ("validation accuracy, %", *(f"epoch {epoch}" for epoch in epochs)),
         rows,
-        f"Of {scale.usual.epochs} epochs; the paper's run has 200. The paper's figure 3 reads: {readings}. There NormProp "
-        "leads by " + ", ".join(f"{value:.1f} (epoch {epoch})" for epoch, value in lead.items()) + " points.",
+        note=f"Of {scale.usual.epochs} epochs; the paper's run has 200. The paper's figure 3 reads: {readings}. There "
+        "NormProp leads by " + ", ".join(f"{value:.1f} (epoch {epoch})" for epoch, value in lead.items()) + " points.",
     )
 
 
@@ -137,9 +127,9 @@ def fig4(found: Found, scale: Scale) -> Table:
     return Table(
         ("validation accuracy after the last epoch, %", *(f"batch {size}" for size in BATCH_SIZES)),
         rows,
-        f"Rates {', '.join(f'{rate(size):.3g}' for size in BATCH_SIZES)}: the power law through the paper's two, .05 at 50 "
-        f"and .08 at 100. Batch size 1 has {_epochs(scale.single.epochs)}, the others {scale.usual.epochs}; the paper's "
-        "have 200. BatchNorm has no batch size 1.",
+        note=f"Rates {', '.join(f'{rate(size):.3g}' for size in BATCH_SIZES)}: the power law through the paper's two, .05 "
+        f"at 50 and .08 at 100. Batch size 1 has {_epochs(scale.single.epochs)}, the others {scale.usual.epochs}; the "
+        "paper's have 200. BatchNorm has no batch size 1.",
     )
 
 
@@ -161,7 +151,8 @@ def table1(found: Found, scale: Scale) -> Table:
             f"{PAPER}, BatchNorm",
         ),
         rows,
-        f"After the last epoch; {scale.validation:,} training images are held out in all runs and not trained on.",
+        words=(0, 1),
+        note=f"After the last epoch; {scale.validation:,} training images are held out in all runs and not trained on.",
     )
 
 
@@ -183,7 +174,7 @@ def speed(measured: Mapping[str, Any], _scale: Scale) -> Table:
     return Table(
         ("one epoch", "seconds", "ratio to BatchNorm", PAPER),
         rows,
-        f"Training steps at batch size 50, {clock}, {measured['rounds']} rounds in which the networks take turns, "
+        note=f"Training steps at batch size 50, {clock}, {measured['rounds']} rounds in which the networks take turns, "
         f"{measured['steps']} steps to an epoch, {measured['threads']} thread(s); median, for the ratio with quartiles.",
     )
 
@@ -209,10 +200,10 @@ def bound(found: Found, _scale: Scale) -> Table:
             "all that is neglected",
         ),
         rows,
-        f"{TITLES[name or 'paper']}, before training → after the last epoch; Frobenius norms as shares of the diagonal's, "
-        "which is what the method keeps. Error: the proposition's left side, the cosines between filters. Measured "
-        "correlation: the same of the units on validation images, whose inputs are correlated. All that is neglected: "
-        "‖Cov u − diag γ²‖ / ‖diag γ²‖. The paper says that the error is small and shows no figure.",
+        note=f"{TITLES[name or 'paper']}, before training → after the last epoch; Frobenius norms as shares of the "
+        "diagonal's, which is what the method keeps. Error: the proposition's left side, the cosines between filters. "
+        "Measured correlation: the same of the units on validation images, whose inputs are correlated. All that is "
+        "neglected: ‖Cov u − diag γ²‖ / ‖diag γ²‖. The paper says that the error is small and shows no figure.",
     )
 
 
