@@ -2,13 +2,13 @@
 
 import math
 
-import normprop.bound
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from normprop.errors import NormPropError
+from normprop.inspection import bound
 from normprop.inspection.bound import canonical_error_bound
 from normprop.nn import ConvTranspose2d
 
@@ -74,7 +74,7 @@ def test_is_tight_for_two_rows_and_zero_for_orthogonal_ones():
 def test_blocks_change_nothing(monkeypatch):
     weight = torch.randn(50, 20)
     whole = canonical_error_bound(weight)
-    monkeypatch.setattr(normprop.inspection.bound, "_BLOCK_ELEMENTS", 7 * 50)
+    monkeypatch.setattr(bound, "_BLOCK_ELEMENTS", 7 * 50)
     blocked = canonical_error_bound(weight)
     assert blocked.error == pytest.approx(whole.error, rel=1e-13)
     assert blocked.coherence == pytest.approx(whole.coherence, rel=1e-13)

@@ -387,6 +387,7 @@ def test_bad_input(make: Any, options: dict[str, Any], message: str) -> None:
 
 
 def test_the_gradient_flows_through_the_moments() -> None:
+    torch.manual_seed(0)
     model = normprop.convert(nn.Sequential(*chain(), nn.ReLU(), nn.Conv2d(4, 2, 1), nn.BatchNorm2d(2)).double())
     with torch.no_grad():
         model.get_parameter("1.bias").normal_()

@@ -85,11 +85,6 @@ def test_nn_needs_activations_and_sites_alone() -> None:
     assert {family(target) for module, target in edges() if family(module) == "nn"} <= below
 
 
-def test_no_name_stands_twice() -> None:
-    names = [path.name for path in MODULES.values() if path.name != "__init__.py" and "commands" not in path.parts]
-    assert len(names) == len(set(names)), [name for name in names if names.count(name) > 1]
-
-
 def test_nothing_imports_the_command_line() -> None:
     inside = lambda module: module.startswith("lab.commands")
     assert not [(a, b) for a, b in edges() if inside(b) and not inside(a)]

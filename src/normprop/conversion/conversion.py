@@ -118,7 +118,7 @@ def convert(
         _warn_of_uncentred([*plans[False], *plans[True]])
     settings = _Settings(walks, plans, input, method, keep)
     prepare_native()
-    agreement = Agreement(model, walks[False].example) if keep else None
+    agreement = Agreement(model, walks[False].example) if keep and not _looks_at_batch(model) else None
     converted = settings.install(root)
     if agreement is not None:
         agreement.check(converted)
@@ -251,6 +251,15 @@ def _is_trained(root: nn.Module) -> bool:
             if bool((mean != 0).any()) or bool((var != 1).any()):
                 return True
     return False
+
+
+def _looks_at_batch(model: nn.Module) -> bool:
+    """Whether some BatchNorm has no running statistics: what it computes in evaluation can't be kept."""
+    return any(isinstance(m, _NormBase) and m.running_mean is None and not _is_instance(m) for m in model.modules())
+
+
+def _is_instance(module: nn.Module) -> bool:
+    return isinstance(module, nn.modules.instancenorm._InstanceNorm)
 
 
 def _is_frozen(module: nn.Module) -> bool:
@@ -444,9 +453,7 @@ def _install_inputs(root: nn.Module, walk: Walk, given: Any) -> list[tuple[str, 
             paths.append(None)
             continue
         name = f"input_moments_{i}" if len(found) > 1 else "input_moments"
-        holder = nn.Module()
-        holder.mean = nn.Parameter(moments.mean.contiguous(), requires_grad=False)
-        holder.var = nn.Parameter(moments.var.contiguous(), requires_grad=False)
-        root.add_module(name, holder)
-        paths.append((f"{name}.mean", f"{name}.var"))
+        for part, value in (("mean", moments.mean), ("var", moments.var)):
+            root.register_parameter(f"{name}_{part}", nn.Parameter(value.contiguous(), requires_grad=False))
+        paths.append((f"{name}_mean", f"{name}_var"))
     return paths

@@ -65,7 +65,10 @@ def _fold_network(root: nn.Module, lane: Lane) -> nn.Module:
     values = lane.evaluate(root, entries)
     by_site: dict[str, list[Scale]] = {}
     covered: dict[str, Any] = {
-        hook.path: m for m in root.modules() for hook in m._forward_pre_hooks.values() if isinstance(hook, Cover)
+        hook.path: m
+        for m in root.modules()
+        for hook in m._forward_pre_hooks.values()
+        if isinstance(hook, Cover) and hook.lane is lane
     }
     for path, layer in covered.items():
         own = [entry for entry in lane.all_entries() if entry.layer == path]
@@ -120,8 +123,8 @@ def _fold_network(root: nn.Module, lane: Lane) -> nn.Module:
                 else nn.Sequential(*(m for _, m in inner))
             )
         root = _replaced(root, path, place.train(site.training))
-    for name in [name for name in root._modules if name.startswith("input_moments")]:
-        del root._modules[name]
+    for name in [name for name in root._parameters if name.startswith("input_moments")]:
+        del root._parameters[name]
     return root
 
 
