@@ -64,12 +64,10 @@ def _fold_network(root: nn.Module, lane: Lane) -> nn.Module:
     entries = [e for e in lane.all_entries() if lane.is_attached(root, e)]
     values = lane.evaluate(root, entries)
     by_site: dict[str, list[Scale]] = {}
-    covered: dict[str, Any] = {
-        hook.path: m
-        for m in root.modules()
-        for hook in m._forward_pre_hooks.values()
-        if isinstance(hook, Cover) and hook.lane is lane
-    }
+    covered: dict[str, Any] = {}
+    for module in root.modules():
+        covers = (hook for hook in module._forward_pre_hooks.values() if isinstance(hook, Cover))
+        covered |= {hook.path: module for hook in covers if hook.lane is lane}
     for path, layer in covered.items():
         own = [entry for entry in lane.all_entries() if entry.layer == path]
         plain = any(entry is None for of in lane.layers.values() for entry in of.get(path, ()))
