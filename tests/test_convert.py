@@ -19,7 +19,7 @@ def chain(**options: Any) -> nn.Module:
 
 
 def reference(model: nn.Module, x: Tensor, *, center: bool) -> Tensor:
-    """The chain written out from METHOD §3: E = Σ W m, V = Σ W² v, u = γ (z − E)/√V + β, (m, v) of ReLU at N(β, γ²)."""
+    """The chain written out: E = Σ W m, V = Σ W² v, u = γ (z − E)/√V + β, (m, v) of ReLU at N(β, γ²)."""
     conv1, bn1, _, conv2, bn2 = model
     m, v = torch.zeros(3, dtype=x.dtype), torch.ones(3, dtype=x.dtype)
     for conv, bn in ((conv1, bn1), (conv2, bn2)):

@@ -26,7 +26,7 @@ FORMS = [
 
 
 def slow(form: Form, given: Operands) -> tuple[Tensor | None, Tensor, Tensor]:
-    """METHOD §3 a filter at a time, in the plainest operations: effective filters (or None), factor and offset."""
+    """The arithmetic of sites, a filter at a time, in the plainest operations: filters (or None), factor, offset."""
     factors, offsets, filters = [], [], []
     count = len(given.gamma)
     for o in range(count):

@@ -22,7 +22,7 @@ def rectified_moments(mean: Tensor, var: Tensor, slope: float) -> tuple[Tensor, 
 class LeakyRectifierMoments(torch.autograd.Function):
     """E f and Var f for u ~ N(m, v) and f(u) = max(u, 0) + a min(u, 0), with the derivatives written out.
 
-    With t = m/√v, h = E relu(u) = mΦ(t) + √v φ(t) ([P] remark 1 at any m and v) and h̄ = E relu(−u) = h − m:
+    With t = m/√v, h = E relu(u) = mΦ(t) + √v φ(t) (Arpit et al., 2016, remark 1, at any m and v) and h̄ = E relu(−u) = h − m:
 
         E f   = (1−a) h + a m
         Var f = (1−a)² Var relu + 2a(1−a) v Φ + a² v                     as Cov(u, relu(u)) = v Φ

@@ -29,7 +29,7 @@ _ACTIVATIONS = frozenset([elementwise.named_activation, elementwise.module_activ
 
 
 def jacobian_gain(walk: Walk, node: Node) -> float:
-    """The γ of a site: ``1/√(E f'² / Var f)`` at N(0, 1) for the activation behind it, 1 if none is ([P] eq. 7).
+    """The γ of a site: ``1/√(E f'² / Var f)`` at N(0, 1) for the activation after it, 1 if none is (eq. 7).
 
     With it a layer's Jacobian is isometric on average; 1/1.21 for ReLU.
     """
@@ -52,7 +52,7 @@ def jacobian_gain(walk: Walk, node: Node) -> float:
 
 @torch.no_grad()
 def start_as_printed_(root: nn.Module, walk: Walk, plans: Sequence[SitePlan]) -> None:
-    """Set γ to each site's `jacobian_gain`, β to 0, and scale the filters of sites to unit length ([P] §4).
+    """Set γ to each site's `jacobian_gain`, β to 0, and scale the filters of sites to unit length (§4).
 
     Args:
         root: the module tree that holds the sites already; changed in place.

@@ -22,7 +22,7 @@ _POSITIVE = 1e-6
 
 @rule(torch.add, operator.add, "add", "add_")
 def add(x: Term, other: Term, *, alpha: float = 1) -> Moments:
-    """``x + αy``: means add, variances of uncorrelated terms add (METHOD §3); x + x is 2x."""
+    """``x + αy``: means add, variances of uncorrelated terms add (derived); x + x is 2x."""
     if isinstance(x, Moments) and isinstance(other, Moments):
         return x.scaled(1.0 + alpha) if x is other else x.plus(other if alpha == 1 else other.scaled(alpha))
     if isinstance(x, Moments):

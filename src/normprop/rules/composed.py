@@ -115,7 +115,7 @@ def run(program: Program, u: Tensor, operands: Sequence[Operand]) -> Tensor:
 def composed(
     x: Moments, program: Program, bends: tuple[float, ...], jumps: tuple[float, ...], *operands: Operand
 ) -> Moments:
-    """``E f(u)`` and ``Var f(u)`` for u ~ N(m, v) and the function f that a program computes ([P] eq. 12), by quadrature.
+    """``E f(u)`` and ``Var f(u)`` for u ~ N(m, v) and the function f that a program computes (Arpit et al., 2016, eq. 12).
 
     A known activation written out, such as ``x * sigmoid(x)``, takes that activation's function in eager mode.
 

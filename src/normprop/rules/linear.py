@@ -1,4 +1,4 @@
-"""Linear maps: ``E z_o = Σ W_oiδ m_i + b_o`` and ``Var z_o = Σ W_oiδ² v_i`` ([P] §3, METHOD §3 for means)."""
+"""Linear maps: ``E z_o = Σ W_oiδ m_i + b_o`` and ``Var z_o = Σ W_oiδ² v_i`` (Arpit et al., 2016, §3; means derived)."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def _convolution(x: Moments, weight: Tensor, bias: Tensor | None, dims: int, *, 
 
 @rule(nn.Conv1d, nn.Conv2d, nn.Conv3d)
 def convolution(module: nn.Conv1d | nn.Conv2d | nn.Conv3d, x: Moments) -> Moments:
-    """Any stride, padding, dilation: ``E = Σ_iδ W m + b``, ``Var = Σ_iδ W² v`` ([P] eq. 11; borders not counted)."""
+    """Any stride, padding, dilation: ``E = Σ_iδ W m + b``, ``Var = Σ_iδ W² v`` (eq. 11; borders not counted)."""
     return _convolution(x, module.weight, module.bias, len(module.kernel_size), groups=module.groups)
 
 
@@ -135,7 +135,7 @@ def functional_transposed_convolution(
 
 @rule(F.linear, judge=_fixed_weight)
 def functional_linear(x: Moments, weight: Tensor, bias: Tensor | None = None) -> Moments:
-    """Over the last dimension: ``E = W m + b``, ``Var = W² v`` ([P] eq. 9)."""
+    """Over the last dimension: ``E = W m + b``, ``Var = W² v`` (Arpit et al., 2016, eq. 9)."""
     weight = wide(weight)
     x = x.expanded((*x.mean.shape[:-1], weight.shape[1]))
     with full_precision(weight):

@@ -29,7 +29,7 @@ def affine_moments(weight: Tensor | None, bias: Tensor | None, like: Tensor, dim
 
 @rule(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 def batch_norm(module: nn.BatchNorm2d, x: Moments) -> Moments:
-    """``γ û + β`` with E û = 0, Var û = 1: what the normalisation is there for ([P] §3; METHOD §3).
+    """``γ û + β`` with E û = 0, Var û = 1: what the normalisation is there for (Arpit et al., 2016, §3).
 
     With running statistics this says that they describe the data.
     """

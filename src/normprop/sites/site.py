@@ -107,7 +107,7 @@ def given_moments(mean: Tensor, var: Tensor) -> Moments:
 
 
 def site_moments(*calls: tuple[Site, int, int]) -> list[Moments]:
-    """What leaves several sites: ``u = γ û + β ~ N(β, γ²)`` (METHOD §3).
+    """What leaves several sites: ``u = γ û + β ~ N(β, γ²)`` (derived).
 
     Args:
         calls: one entry a site: the site, the rank of the tensor that it gives, and the channel dimension of that.
@@ -152,7 +152,7 @@ SiteArguments = tuple[Tensor | None, Site, Moments | None, Mapping[str, Any]]
 def site_scales(*calls: SiteArguments) -> list[Scale]:
     """What several sites make of the layers before them.
 
-    ``f = γ/√(kV)`` and ``b = β − (E + d√V) f`` (METHOD §3, with d in units of √V, so that a calibrated site doesn't feel
+    ``f = γ/√(kV)`` and ``b = β − (E + d√V) f`` (derived; d is in units of √V, so that a calibrated site doesn't feel
     the scale of its weight either). A bias that a layer had is taken away by the normalisation and
     does not appear.
 
