@@ -17,7 +17,8 @@ Function = Callable[[Tensor], Tensor]
 _ORDER = 14
 _TOLERANCE = 1e-11
 _EPSILON = 2.0**-52
-_NOISE = 1e-8
+_NOISE = 1e-5
+_TURNS = 8  # of joining panels
 # Halvings next to a singularity that no panel end removes, such as that of √|u|.
 _DEPTH = 30
 
@@ -103,8 +104,9 @@ def check_elementwise(fn: Function, low: float = -3.0, high: float = 3.0) -> Non
 
 def _joined(fn: Function, edges: list[float], kept: set[float], scale: float) -> list[float]:
     """The panel ends without those that nothing needs: fn is a polynomial across them."""
-    left, start, idle = edges, 1, 0
-    while idle < 2:
+    left = edges
+    for turn in range(_TURNS):
+        start = 1 + turn % 2
         candidates = [i for i in range(start, len(left) - 1, 2) if left[i] not in kept]  # no two neighbours at a time
         needless: set[float] = set()
         if candidates:
@@ -115,7 +117,6 @@ def _joined(fn: Function, edges: list[float], kept: set[float], scale: float) ->
             smooth = _resolved(fn, panels, scale, torch.cat(checks, dim=1)).tolist()
             needless = {left[i] for i, one in zip(candidates, smooth, strict=True) if one}
         left = [x for x in left if x not in needless]
-        start, idle = 3 - start, 0 if needless else idle + 1
     return left
 
 
