@@ -3,8 +3,12 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 JOBS   ?= 2
+PYTEST := $(BIN)/pytest -n $(JOBS) --dist worksteal
 
-.PHONY: demo test lint types suite format clean
+# The test files of each word; a word that has none is an error.
+tests = $(foreach word,$(1),$(or $(shell find tests -name 'test_*$(word)*.py'),$(error no tests of $(word))))
+
+.PHONY: demo test lint types suite slices no-avx512 no-c one-thread inductor slow format clean
 
 demo: $(VENV)/.installed-demo
 	$(BIN)/normprop demo
@@ -19,7 +23,29 @@ types: $(VENV)/.installed-dev
 	$(BIN)/mypy
 
 suite: $(VENV)/.installed-dev
-	$(BIN)/pytest -n $(JOBS) --dist worksteal
+	$(PYTEST)
+
+# Parts of the suite as on other machines, those that the machine makes a difference to.
+slices: no-avx512 no-c one-thread inductor
+
+no-avx512: $(VENV)/.installed-dev
+	ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 $(PYTEST) \
+		$(call tests,memory_format models training nn convert fold promises own_network scales rectifier_lane)
+
+no-c: $(VENV)/.installed-dev
+	NORMPROP_NATIVE=0 $(PYTEST) \
+		$(call tests,native scales rectifier_lane directions accumulation calibrate fold promises own_network)
+
+one-thread: $(VENV)/.installed-dev
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(PYTEST) \
+		$(call tests,memory_format models training native scales rectifier_lane promises own_network)
+
+inductor: $(VENV)/.installed-dev
+	$(PYTEST) --inductor
+
+# The whole zoo of networks, and the paper's experiments at their smallest.
+slow: $(VENV)/.installed-dev
+	$(PYTEST) -m slow
 
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .
