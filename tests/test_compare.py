@@ -3,7 +3,12 @@
 import dataclasses
 import json
 import math
+import multiprocessing
+import os
 import re
+import signal
+import time
+from pathlib import Path
 
 import pytest
 from filelock import FileLock
@@ -20,6 +25,7 @@ from normprop.lab.networks.normalizers import NORMALIZERS
 from normprop.lab.samples.datasets import load
 from normprop.lab.training.history import Row
 from normprop.lab.training.loop import train
+from normprop.lab.training.observer import Watcher
 from normprop.lab.training.recipe import Recipe, clip_at, rate_at
 
 TINY = Grid(
@@ -254,6 +260,79 @@ def test_what_goes_wrong_in_another_process_is_said_here(tmp_path):
     missing = dataclasses.replace(TINY, data=str(tmp_path / "none.npz")).recipes()
     with pytest.raises(NormPropError, match="There is no file"):
         work_together(missing, tmp_path, jobs=1, finished=lambda: None)
+
+
+@dataclasses.dataclass(frozen=True)
+class Kill:
+    """Kills the process that is to do a run."""
+
+    recipe: Recipe
+
+    def __call__(self, recipe, images):
+        if recipe == self.recipe:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return Watcher()
+
+
+def test_a_killed_process_is_said_and_loses_no_run(tmp_path, trained):
+    recipes = TINY.recipes()
+    with pytest.raises(NormPropError, match=r"was killed.*\n.*Repeat the command"):
+        work_together(recipes, tmp_path, jobs=1, watch=Kill(recipes[2]), finished=lambda: None)
+    assert not multiprocessing.active_children()
+    assert [run.recipe for run in records.read(tmp_path / RUNS)] == recipes[:2]
+    work(recipes, tmp_path, images=load("digits"))
+    assert trained == recipes[2:]
+
+
+@dataclasses.dataclass(frozen=True)
+class Wait:
+    """Notes that a run has begun, and holds it up."""
+
+    folder: Path
+
+    def __call__(self, recipe, images):
+        (self.folder / f"begun-{os.getpid()}").touch()
+        time.sleep(600)
+        return Watcher()
+
+
+def begun(folder, count):
+    """Waits until so many runs have begun."""
+    end = time.monotonic() + 60
+    while len(list(folder.glob("begun-*"))) < count:
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def start_waiting(folder):
+    work_together(TINY.recipes(), folder, jobs=2, watch=Wait(folder), finished=lambda: None)
+
+
+def free_claims(folder):
+    """Waits until nobody holds a claim: a lock ends with its process."""
+    for claim in (folder / ".claims").iterdir():
+        with FileLock(claim, timeout=30, is_singleton=False):
+            pass
+
+
+def test_processes_end_with_a_parent_that_is_killed(tmp_path):
+    parent = multiprocessing.get_context("spawn").Process(target=start_waiting, args=(tmp_path,))
+    parent.start()
+    begun(tmp_path, 2)
+    parent.kill()
+    parent.join()
+    free_claims(tmp_path)
+
+
+def test_interruption_stops_runs_at_once(tmp_path):
+    def interrupt():
+        if len(list(tmp_path.glob("begun-*"))) == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        work_together(TINY.recipes(), tmp_path, jobs=2, watch=Wait(tmp_path), finished=interrupt)
+    assert not multiprocessing.active_children()
+    free_claims(tmp_path)
 
 
 # What the table says.

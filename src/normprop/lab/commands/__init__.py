@@ -80,8 +80,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         extra = _EXTRAS.get(library, "cli")
         print(f"normprop {name} needs {library}: pip install 'normprop[{extra}]'", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("\nnormprop: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as interruption:
+        print(f"\nnormprop: interrupted. {interruption}".rstrip(), file=sys.stderr)
         return 130
     return code or 0
 

@@ -4,23 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import shutil
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from rich.console import Console
 
 from normprop.errors import NormPropError
-from normprop.lab.commands.console import console, on_screen
-from normprop.lab.commands.grid_progress import RunsDisplay
+from normprop.lab.commands.console import advising, console, on_screen
+from normprop.lab.commands.grid_progress import checked_jobs, do_missing, resume_advice
 from normprop.lab.comparison import records
 from normprop.lab.comparison.comparison import cells, choices, clips_of, columns, points, promoted, to_dict
 from normprop.lab.comparison.grid import Grid, check_comparable
 from normprop.lab.comparison.records import RUNS, Record
-from normprop.lab.comparison.workers import work, work_together
 from normprop.lab.figures.comparison_figure import plot_batch_sizes, plot_curves, plot_rates
 from normprop.lab.figures.panel_grid import png
 from normprop.lab.networks.models import build
@@ -41,7 +37,7 @@ def compare(
     jobs: int | None = None,
     device: str = "cpu",
     summary_only: bool = False,
-) -> int:
+) -> None:
     """Compare normalisers, each at its own best learning rate and clipping, chosen on validation images.
 
     Every run is one line of runs.jsonl. A grid that was interrupted goes on with the same command; more normalisers,
@@ -58,24 +54,17 @@ def compare(
     screen = console()
     if records.drop_fragment(out / RUNS):
         screen.print(f"{out / RUNS} ended in the middle of a line: that run is repeated.", soft_wrap=True)
-    try:
+    with advising(resume_advice(out)):
         if not summary_only:
-            _train(grid, out, jobs, device, screen)
-    except KeyboardInterrupt:
-        print(f"\nInterrupted. The same command goes on; {out / RUNS} has the finished runs.", file=sys.stderr)
-        return 130
+            _train(grid, out, checked_jobs(jobs), device, screen)
     found = records.read(out / RUNS)
     if not found:
         raise NormPropError(f"{out / RUNS} has no finished runs.\nName the folder of a comparison with --out.")
     check_comparable([record.recipe for record in found])
     summarize(found, out, screen)
-    return 0
 
 
-def _train(grid: Grid, out: Path, jobs: int | None, device: str, screen: Console) -> None:
-    jobs = jobs if jobs is not None else os.cpu_count() or 1
-    if jobs < 1:
-        raise NormPropError(f"--jobs is {jobs}.\nUse 1 or more.")
+def _train(grid: Grid, out: Path, jobs: int, device: str, screen: Console) -> None:
     images = load(grid.data, image_size=grid.image_size)
     grid = grid.fitted(images)
     recipes = grid.recipes()
@@ -87,21 +76,9 @@ def _train(grid: Grid, out: Path, jobs: int | None, device: str, screen: Console
         recipes = part.recipes()
         if grid.finalists is not None and part.seeds > 1:
             recipes = promoted(recipes, records.read(out / RUNS), grid.finalists, grid.contenders)
-        if left := _run(recipes, images, out, jobs, device, screen):
-            screen.print(f"{left} runs are still being done by another command.", soft_wrap=True)
+        if not do_missing(recipes, out, images=images, jobs=jobs, device=device, screen=screen):
             return
     shutil.rmtree(out / ".claims", ignore_errors=True)
-
-
-def _run(recipes: Sequence[Recipe], images: Images, out: Path, jobs: int, device: str, screen: Console) -> int:
-    """Do what has not been done; returns how many runs somebody else is still doing."""
-    with RunsDisplay(screen, out, recipes, jobs) as display:
-        if jobs == 1:
-            torch.set_num_threads(1)
-            work(recipes, out, images=images, device=device, finished=display.update)
-        else:
-            work_together(recipes, out, jobs=jobs, device=device, finished=display.update)
-        return len(display.missing())
 
 
 def _check_buildable(recipes: Sequence[Recipe], images: Images) -> None:

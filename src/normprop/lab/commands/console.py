@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from rich.console import Console
 from rich.markup import escape
@@ -31,6 +33,15 @@ def on_screen(table: Table) -> TerminalTable:
     for row in table.rows:
         drawn.add_row(*map(escape, row))
     return drawn
+
+
+@contextmanager
+def advising(advice: str) -> Iterator[None]:
+    """Say how to go on where the user interrupts what is done in here."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(advice) from None
 
 
 def percent(share: float | None) -> str:

@@ -1,21 +1,66 @@
-"""How a list of runs shows itself while several processes work through it."""
+"""A list of runs that is worked through and shows how far it is."""
 
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Self
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 
+from normprop.errors import NormPropError
 from normprop.lab.comparison import records
 from normprop.lab.comparison.comparison import remaining_seconds
 from normprop.lab.comparison.records import RUNS, Record
+from normprop.lab.comparison.workers import Watch, unwatched, work, work_together
+from normprop.lab.samples.images import Images
 from normprop.lab.training.recipe import Recipe
 
 
-class RunsDisplay:
+def resume_advice(out: Path) -> str:
+    """What to say when runs are interrupted."""
+    return f"The same command goes on; {out / RUNS} has the finished runs."
+
+
+def checked_jobs(jobs: int | None) -> int:
+    """Runs at a time; by default one for each core.
+
+    Raises:
+        NormPropError: below 1.
+    """
+    if jobs is not None and jobs < 1:
+        raise NormPropError(f"--jobs is {jobs}.\nUse 1 or more.")
+    return jobs or os.cpu_count() or 1
+
+
+def do_missing(
+    recipes: Sequence[Recipe],
+    out: Path,
+    *,
+    images: Images,
+    jobs: int,
+    device: str,
+    screen: Console,
+    watch: Watch = unwatched,
+) -> bool:
+    """Do the runs that nobody has done, and say how it goes; False if another command is still doing some of them."""
+    with GridProgress(screen, out, recipes, jobs) as progress:
+        if jobs == 1:
+            torch.set_num_threads(1)
+            work(recipes, out, images=images, device=device, watch=watch, finished=progress.update)
+        else:
+            work_together(recipes, out, jobs=jobs, device=device, watch=watch, finished=progress.update)
+        left = len(progress.missing())
+    if left:
+        screen.print(f"{left} runs on {recipes[0].data} are still being done by another command.", soft_wrap=True)
+    return not left
+
+
+class GridProgress:
     """A bar on a terminal, a line for each finished run elsewhere."""
 
     def __init__(self, screen: Console, out: Path, recipes: Sequence[Recipe], jobs: int) -> None:
@@ -26,7 +71,7 @@ class RunsDisplay:
         self.bar = Progress(*columns, console=screen, transient=True, disable=not screen.is_terminal)
         self.task: TaskID = self.bar.add_task("", total=len(recipes), completed=len(recipes) - len(self.missing()))
 
-    def __enter__(self) -> RunsDisplay:
+    def __enter__(self) -> Self:
         self.bar.start()
         return self
 

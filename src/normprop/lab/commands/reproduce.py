@@ -7,23 +7,20 @@ import json
 import os
 import shlex
 import shutil
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import torch
 import tyro
 from rich.console import Console
 
-from normprop.errors import NormPropError
-from normprop.lab.commands.console import console, on_screen
-from normprop.lab.commands.grid_progress import RunsDisplay
+from normprop.lab.commands.console import advising, console, on_screen
+from normprop.lab.commands.grid_progress import checked_jobs, do_missing, resume_advice
 from normprop.lab.comparison import records
 from normprop.lab.comparison.records import RUNS, Record
-from normprop.lab.comparison.workers import work, work_in_step, work_together
+from normprop.lab.comparison.workers import work_in_step
 from normprop.lab.figures.panel_grid import png
 from normprop.lab.figures.reproduction_figure import PLOTS
 from normprop.lab.pages.marked_page import filled
@@ -82,7 +79,7 @@ def reproduce(
     jobs: int | None = None,
     device: str = "cpu",
     summary_only: bool = False,
-) -> int:
+) -> None:
     """Run the experiments of the paper: its method beside exact moments, BatchNorm and no normaliser, and its own figures.
 
     Every run is one line of runs.jsonl; experiments share runs, and the same command goes on after an interruption. Each
@@ -106,23 +103,16 @@ def reproduce(
     chosen = PARTS if "all" in parts else tuple(part for part in PARTS if part in parts)
     job = _Job(chosen, SCALES[scale], SCALES[scale].with_seeds(seeds), out, device, console())
     writes = int(os.environ.get("RANK", 0)) == 0
-    try:
+    with advising(resume_advice(out)):
         if not summary_only:
-            _train(job, jobs)
+            _train(job, checked_jobs(jobs))
             if writes and _SPEED in chosen:
                 _time(job)
-    except KeyboardInterrupt:
-        print(f"\nInterrupted. The same command goes on; {out / RUNS} has the finished runs.", file=sys.stderr)
-        return 130
     if writes:
         _summarize(job, results or out, report)
-    return 0
 
 
-def _train(job: _Job, jobs: int | None) -> None:
-    jobs = jobs if jobs is not None else os.cpu_count() or 1
-    if jobs < 1:
-        raise NormPropError(f"--jobs is {jobs}.\nUse 1 or more.")
+def _train(job: _Job, jobs: int) -> None:
     watch = ProbeSome(probed(job.scale), job.scale.probed)
     world = int(os.environ.get("WORLD_SIZE", 1))
     for data, group in groupby(job.runs(), key=lambda run: run.data):
@@ -132,15 +122,7 @@ def _train(job: _Job, jobs: int | None) -> None:
             if left and os.environ["RANK"] == "0":
                 job.screen.print(f"{len(left)} runs can't share batches among {world} processes: run them in one.")
             continue
-        with RunsDisplay(job.screen, job.out, recipes, jobs) as display:
-            if jobs == 1:
-                torch.set_num_threads(1)
-                work(recipes, job.out, images=images, device=job.device, watch=watch, finished=display.update)
-            else:
-                work_together(recipes, job.out, jobs=jobs, device=job.device, watch=watch, finished=display.update)
-            left = display.missing()
-        if left:
-            job.screen.print(f"{len(left)} runs on {data} are still being done by another command.", soft_wrap=True)
+        do_missing(recipes, job.out, images=images, jobs=jobs, device=job.device, screen=job.screen, watch=watch)
     if world == 1 and not _missing(job):
         shutil.rmtree(job.out / ".claims", ignore_errors=True)
 

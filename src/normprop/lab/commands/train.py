@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import torch
 
 from normprop.errors import NormPropError
-from normprop.lab.commands.console import console, percent
+from normprop.lab.commands.console import advising, console, percent
 from normprop.lab.commands.progress import RunDisplay
 from normprop.lab.training import loop as training
 from normprop.lab.training.recipe import Recipe
@@ -45,8 +46,8 @@ def train(
         torch.set_num_threads(threads)
     out = out or default_folder(recipe)
     screen = console()
-    display = RunDisplay(screen)
-    try:
+    advice = f"The same command with --resume continues from the checkpoint in {out}."
+    with closing(RunDisplay(screen)) as display, advising(advice):
         run = training.train(
             recipe,
             out=out,
@@ -56,12 +57,6 @@ def train(
             checkpoint_every=checkpoint_every,
             observer=display,
         )
-    except KeyboardInterrupt:
-        display.close()
-        print(f"Interrupted. The same command with --resume continues from the checkpoint in {out}.", file=sys.stderr)
-        return 130
-    finally:
-        display.close()
     if int(os.environ.get("RANK", 0)):
         return int(run.diverged)
     if run.diverged:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import multiprocessing
+import os
 import signal
-import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict
-from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
 import torch
@@ -63,11 +65,8 @@ def work(
     Raises:
         NormPropError: for a recipe that can't be followed, or results that can't be written.
     """
-    parent = multiprocessing.parent_process()
     done = {record.recipe for record in records.read(folder / RUNS)}
     for recipe in recipes:
-        if parent and not parent.is_alive():
-            return
         if recipe in done:
             continue
         with _claimed(recipe, folder) as mine:
@@ -127,51 +126,44 @@ def work_together(
     Raises:
         NormPropError: what one of them raised, or that it was killed; the others are then stopped.
     """
-    context = multiprocessing.get_context("spawn")  # forking a process that has used torch's threads can hang
-    team = []
-    for _ in range(jobs):
-        receiver, sender = context.Pipe(duplex=False)
-        team.append((context.Process(target=_worker, args=(recipes, folder, device, watch, sender), daemon=True), receiver))
+    others = multiprocessing.active_children()
+    # Forking a process that has used torch's threads can hang.
+    pool = ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn"), initializer=_prepare)
     try:
-        for process, _ in team:
-            process.start()
-        alive = [process.sentinel for process, _ in team]
-        while alive:
-            wait(alive, timeout=_POLL)
-            # Asked before the exit codes are read: a process that fails in between is noticed in the next round.
-            alive = [process.sentinel for process, _ in team if process.is_alive()]
+        running = {pool.submit(_load_and_work, recipes, folder, device, watch) for _ in range(jobs)}
+        while running:
+            ended, running = wait(running, timeout=_POLL)
             finished()
-            for process, receiver in team:
-                if process.exitcode:
-                    raise NormPropError(_message(receiver, process.exitcode))
+            for future in ended:
+                future.result()
+    except BrokenProcessPool as error:
+        raise NormPropError(
+            "A process that trained was killed.\nRepeat the command to go on, with fewer --jobs if memory is short."
+        ) from error
     finally:
-        for process, _ in team:
-            if process.pid:
-                process.terminate()
-                process.join()
+        for process in multiprocessing.active_children():
+            if process not in others:
+                process.terminate()  # a pool waits for what it runs
+        pool.shutdown()
 
 
-def _message(receiver: Connection, code: int) -> str:
-    try:
-        if receiver.poll():
-            return str(receiver.recv())
-    except EOFError:
-        pass
-    return (
-        f"A process that trained ended with code {code}.\nRepeat the command to go on, with fewer --jobs if memory is short."
-    )
-
-
-def _worker(recipes: Sequence[Recipe], folder: Path, device: str, watch: Watch, sender: Connection) -> None:
+def _prepare() -> None:
+    """Let this process end with its parent, and not before."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent stops its workers
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # unwinds, where the default would just end
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
-    try:
-        images = load(recipes[0].data, image_size=recipes[0].image_size)
-        work(recipes, folder, images=images, device=device, watch=watch)
-    except NormPropError as error:
-        sender.send(str(error))
-        raise SystemExit(2) from error
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _load_and_work(recipes: Sequence[Recipe], folder: Path, device: str, watch: Watch) -> None:
+    images = load(recipes[0].data, image_size=recipes[0].image_size)
+    work(recipes, folder, images=images, device=device, watch=watch)
 
 
 @contextmanager
