@@ -198,8 +198,8 @@ def test_the_demos_recipes_differ_only_where_they_say():
 
 @pytest.mark.parametrize("log", [False, True])
 def test_curves_show_each_setting_and_keep_labels_apart(log):
-    curves = [Curve(f"setting {i}", [1, 2, 3], [[10, 50, 90 + i / 10], [12, 48, 90]]) for i in range(5)]
-    figure = plot_curves(curves, title="t", x_label="epoch", y_label="accuracy, %", log=log)
+    curves = [Curve(f"setting {i}", [[10, 50, 90 + i / 10], [12, 48, 90]]) for i in range(5)]
+    figure = plot_curves(curves, title="t", y_label="accuracy, %", log=log)
     (axes,) = figure.axes
     assert len(axes.lines) == 2 * 5, "each with a line to its name"
     assert sorted(text.get_text() for text in axes.texts) == [c.label for c in curves]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -144,6 +143,7 @@ def _print(report: CostReport, *, json: bool, markdown: bool) -> None:
 
 def _draw(report: CostReport, path: Path) -> None:
     from normprop.lab.figures.cost_figure import RatioCurve, plot_ratios
+    from normprop.lab.figures.image import image
 
     def curve(rival: str, rounds_of: Callable[[BatchCost], Rounds]) -> RatioCurve:
         ratios = {b.batch_size: r for b in report.batches if (r := ratio(rounds_of(b), rival)) is not None}
@@ -154,6 +154,4 @@ def _draw(report: CostReport, path: Path) -> None:
         "inference, folded": [curve(rival, lambda batch: batch.inference) for rival in report.rivals],
     }
     figure = plot_ratios(panels, title=caption(report).splitlines()[0].rstrip("."), y_label="NormProp's time over that of")
-    image = io.BytesIO()
-    figure.savefig(image, format=path.suffix.lstrip("."))
-    write_whole(path, image.getvalue())
+    write_whole(path, image(figure, path.suffix.lstrip(".")))

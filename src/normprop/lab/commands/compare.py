@@ -18,7 +18,7 @@ from normprop.lab.comparison.comparison import cells, choices, clips_of, columns
 from normprop.lab.comparison.grid import Grid, check_comparable
 from normprop.lab.comparison.records import RUNS, Record
 from normprop.lab.figures.comparison_figure import plot_batch_sizes, plot_curves, plot_rates
-from normprop.lab.figures.panel_grid import png
+from normprop.lab.figures.image import image
 from normprop.lab.networks.models import build
 from normprop.lab.networks.normalizers import normalizer
 from normprop.lab.pages.html_page import html_page
@@ -101,7 +101,7 @@ def summarize(found: Sequence[Record], out: Path, screen: Console) -> None:
         "rate.png": ("Validation accuracy against the learning rate", plot_rates(by_point, title)),
         "batch_size.png": ("Test accuracy against the batch size, each at its best", plot_batch_sizes(chosen, title)),
     }
-    images = {caption: png(figure) for caption, figure in figures.values()}
+    images = {caption: image(figure) for caption, figure in figures.values()}
     for name, (caption, _) in figures.items():
         write_whole(out / name, images[caption])
     page = "\n\n".join([f"# {title}", dataclasses.replace(table, title="").markdown(), *notes])
@@ -124,15 +124,14 @@ def _title(recipe: Recipe) -> str:
 def _notes(found: Sequence[Record]) -> list[str]:
     recipe = found[0].recipe
     seeds = len({record.recipe.seed for record in found})
-    spread = "One seed." if seeds == 1 else f"Mean ± standard deviation over up to {seeds} seeds."
-    software = sorted({", ".join(f"{k} {v}" for k, v in record.versions.items()) for record in found})
+    over = "One seed." if seeds == 1 else f"Mean ± standard deviation over up to {seeds} seeds."
     return [
         f"Rate and clipping of each row are the best by mean accuracy on {recipe.validation:,} validation images; the test "
-        f"set took no part in the choice. {spread} A run that diverged counts as a guess. CPU s: processor time of a run.",
+        f"set took no part in the choice. {over} A run that diverged counts as a guess. CPU s: processor time of a run.",
         "Rates and clippings are those at batch size 64: at b the rate is multiplied with (b/64)^¾, the clipping divided "
         "by √(b/64). The same were tried for all. A rate trains if it reaches 80 % of the best validation accuracy at its "
         "batch size; (edge): the best may lie beyond the rates tried.",
         f"SGD, momentum {recipe.momentum:g}, weight decay {recipe.weight_decay:g}; flips {'on' if recipe.flips else 'off'}, "
         f"crops {recipe.crops}. {len(found)} runs, {sum(r.cpu_seconds for r in found) / 3600:.2f} CPU hours; "
-        f"{'; '.join(software)}.",
+        f"{records.software(found)}.",
     ]

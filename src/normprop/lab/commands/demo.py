@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 import statistics
 import time
@@ -18,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from normprop.errors import NormPropError
 from normprop.lab.commands.console import console, on_screen
 from normprop.lab.figures.curves import Curve, plot_curves
+from normprop.lab.figures.image import image
 from normprop.lab.pages.table import Table
 from normprop.lab.training.history import Row
 from normprop.lab.training.loop import train
@@ -74,7 +74,7 @@ def demo(*, out: Path = Path("normprop-demo.png"), epochs: int = 3, seeds: int =
     by_setting = [runs[i * seeds : (i + 1) * seeds] for i in range(len(SETTINGS))]
     screen.print(on_screen(_table(by_setting)))
     screen.print(conclusion(by_setting), soft_wrap=True)
-    _draw(by_setting, epochs, out)
+    _draw(by_setting, out)
     screen.print(f"Figure: {out}. {time.monotonic() - began:.0f} s in all.", soft_wrap=True)
 
 
@@ -148,21 +148,15 @@ def _table(runs: Sequence[Sequence[Sequence[Row]]]) -> Table:
     return Table(columns, rows, "Test accuracy after the last epoch")
 
 
-def _draw(runs: Sequence[Sequence[Sequence[Row]]], epochs: int, out: Path) -> None:
-    curves = [
-        Curve(label, range(1, epochs + 1), [_errors(rows) for rows in seeds])
-        for (label, _, _), seeds in zip(SETTINGS, runs, strict=True)
-    ]
+def _draw(runs: Sequence[Sequence[Sequence[Row]]], out: Path) -> None:
+    curves = [Curve(label, [_errors(rows) for rows in seeds]) for (label, _, _), seeds in zip(SETTINGS, runs, strict=True)]
     figure = plot_curves(
         curves,
         title=f"8×8 digits, the paper's network at a quarter of its width; mean and range of {len(runs[0])} seeds",
-        x_label="epoch",
         y_label="test error, % (logarithmic)",
         log=True,
     )
-    image = io.BytesIO()
-    figure.savefig(image, format=out.suffix.lstrip(".") or "png")
-    write_whole(out, image.getvalue())
+    write_whole(out, image(figure, out.suffix.lstrip(".") or "png"))
 
 
 Runner = Callable[[Sequence[Recipe]], Iterator[list[Row]]]

@@ -21,7 +21,7 @@ from normprop.lab.commands.grid_progress import checked_jobs, do_missing, resume
 from normprop.lab.comparison import records
 from normprop.lab.comparison.records import RUNS, Record
 from normprop.lab.comparison.workers import work_in_step
-from normprop.lab.figures.panel_grid import png
+from normprop.lab.figures.image import image
 from normprop.lab.figures.reproduction_figure import PLOTS
 from normprop.lab.pages.marked_page import filled
 from normprop.lab.reproduction import account, layers
@@ -176,7 +176,7 @@ def _write_part(job: _Job, part: str, runs_found: Sequence[Record], results: Pat
         "reading": table.note,
     }
     write_whole(results / f"{part}.json", json.dumps(about | values, indent=1, allow_nan=False).encode())
-    write_whole(results / f"{part}.png", png(PLOTS[part](found_here, title)))
+    write_whole(results / f"{part}.png", image(PLOTS[part](found_here, title)))
     write_whole(results / f"{part}.md", f"# {title}\n\n![{HEADINGS[part]}]({part}.png)\n\n{text}\n".encode())
     job.screen.print(on_screen(dataclasses.replace(table, title=title)))
     if left:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from normprop.lab.comparison.records import Record
 from normprop.lab.networks.normalizers import NORMALIZERS
+from normprop.lab.pages.spread import spread
 from normprop.lab.training.recipe import Recipe, clip_at, rate_at
 
 # A rate counts as one that trains from this share of the best validation accuracy on.
@@ -203,7 +204,7 @@ def cells(choice: Choice, clips: Sequence[float]) -> tuple[str, ...]:
 
 def accuracy(point: Point) -> str:
     """Mean and standard deviation of the test accuracy in %, the latter where there are several seeds."""
-    return f"{100 * point.test:.1f}" + ("" if point.spread is None else f" ± {100 * point.spread:.1f}")
+    return spread([100 * record.test_accuracy for record in point.records])
 
 
 def clips_of(found: Iterable[Point]) -> list[float]:

@@ -7,7 +7,7 @@ import importlib.metadata
 import json
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,6 +56,10 @@ class Record:
         """Share of test samples classified right at the end; that of a guess after divergence."""
         return self._final(self.rows[-1].test_accuracy)
 
+    def curve(self) -> list[float]:
+        """Validation accuracy after each epoch in %, up to the epoch in which the run diverged."""
+        return [100 * row.validation_accuracy for row in self.rows if row.validation_accuracy is not None]
+
     def _final(self, accuracy: float | None) -> float:
         return 1 / self.classes if accuracy is None else accuracy
 
@@ -79,6 +83,11 @@ def versions() -> dict[str, str]:
     """What a run depends on besides its recipe."""
     found = {name: importlib.metadata.version(name) for name in ("normprop", "torch")}
     return found | {"python": platform.python_version(), "machine": platform.machine()}
+
+
+def software(records: Iterable[Record]) -> str:
+    """The versions that runs were made with, as text; several where they differ."""
+    return "; ".join(sorted({", ".join(f"{k} {v}" for k, v in record.versions.items()) for record in records}))
 
 
 def read(file: Path) -> list[Record]:

@@ -6,10 +6,9 @@ from collections.abc import Sequence
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
 from normprop.lab.comparison.comparison import Choice, Point, clips_of
-from normprop.lab.figures.panel_grid import finish, logarithmic, look_of, make_panels
+from normprop.lab.figures.panel_grid import draw_band, finish, logarithmic, look_of, make_panels, mark_epochs
 
 
 def plot_curves(choices: Sequence[Choice], title: str) -> Figure:
@@ -20,8 +19,8 @@ def plot_curves(choices: Sequence[Choice], title: str) -> Figure:
         for choice in choices:
             if choice.best.batch_size == size:
                 _curve(axes, choice.best)
-        axes.set(title=f"batch size {size}", xlabel="epoch")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.set_title(f"batch size {size}")
+        mark_epochs(axes)
     return finish(figure, panels, "validation accuracy, %")
 
 
@@ -55,13 +54,8 @@ def plot_batch_sizes(choices: Sequence[Choice], title: str) -> Figure:
 
 
 def _curve(axes: Axes, point: Point) -> None:
-    curves = [[row.validation_accuracy for row in record.rows] for record in point.records]
-    whole = [[100 * value for value in curve if value is not None] for curve in curves]
-    at = [values for values in zip(*whole, strict=False) if values]
-    epochs = range(1, len(at) + 1)
-    look = look_of(point.norm)
-    axes.plot(epochs, [sum(values) / len(values) for values in at], **look)
-    axes.fill_between(epochs, [min(v) for v in at], [max(v) for v in at], color=look["color"], alpha=0.15, linewidth=0)
+    reached = zip(*(record.curve() for record in point.records), strict=False)
+    draw_band(axes, [(min(at), sum(at) / len(at), max(at)) for at in reached], look_of(point.norm))
 
 
 def _sizes(choices: Sequence[Choice]) -> list[int]:

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import matplotlib.style
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullLocator
 
 from normprop.lab.cost.quartiles import Quartiles
+from normprop.lab.figures.panel_grid import COLOURS, finish, logarithmic, make_panels
 
 
 @dataclass(frozen=True)
@@ -34,16 +33,11 @@ def plot_ratios(panels: Mapping[str, Sequence[RatioCurve]], *, title: str, y_lab
         >>> [axes.get_title() for axes in plot_ratios({"training": [curve]}, title="t", y_label="ratio").axes]
         ['training']
     """
-    with matplotlib.style.context("tableau-colorblind10"):
-        figure = Figure(figsize=(4.4 * max(1, len(panels)), 4), dpi=150, layout="constrained")
-        places = figure.subplots(1, max(1, len(panels)), sharey=True, squeeze=False)[0]
-        for axes, (heading, curves) in zip(places, panels.items(), strict=False):
-            axes.set_title(heading, fontsize=10)
-            _draw(axes, curves)
-        places[0].set_ylabel(y_label)
-        places[-1].legend(frameon=False, fontsize=9)
-        figure.suptitle(title, fontsize=10)
-    return figure
+    figure, places = make_panels(1, len(panels), title)
+    for axes, (heading, curves) in zip(places[0], panels.items(), strict=True):
+        axes.set_title(heading)
+        _draw(axes, curves)
+    return finish(figure, places, y_label)
 
 
 def _draw(axes: Axes, curves: Sequence[RatioCurve]) -> None:
@@ -53,12 +47,8 @@ def _draw(axes: Axes, curves: Sequence[RatioCurve]) -> None:
         medians = [q.median for q in quartiles]
         bars = [[q.median - q.low for q in quartiles], [q.high - q.median for q in quartiles]]
         shifted = [size * (1 + 0.03 * i) for size in curve.ratios]  # bars of equal sizes side by side
-        axes.errorbar(shifted, medians, bars, label=curve.label, marker="osD^v"[i % 5], capsize=3)
-    sizes = sorted({size for curve in curves for size in curve.ratios})
-    axes.set_xscale("log")
-    axes.set_xticks(sizes, [str(size) for size in sizes])
-    axes.xaxis.set_minor_locator(NullLocator())
+        axes.errorbar(
+            shifted, medians, bars, label=curve.label, marker="osD^v"[i % 5], color=COLOURS[i % len(COLOURS)], capsize=3
+        )
+    logarithmic(axes, sorted({size for curve in curves for size in curve.ratios}), base=2)
     axes.set_xlabel("batch size")
-    axes.grid(axis="y", color="#dddddd", linewidth=0.7)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)

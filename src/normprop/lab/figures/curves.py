@@ -7,12 +7,20 @@ from dataclasses import dataclass
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+from normprop.lab.figures.panel_grid import draw_band, mark_epochs, tidy
 
 # Okabe & Ito's palette, told apart with every common colour blindness; styles and markers say the same without colour.
-_COLOURS = ("#0072B2", "#56B4E9", "#D55E00", "#E69F00", "#555555", "#009E73", "#CC79A7")
-_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-_STYLES = ("-", "--", "-", "--", ":", "-.", "-.")
+_LOOKS = (
+    ("#0072B2", "o", "-"),
+    ("#56B4E9", "s", "--"),
+    ("#D55E00", "^", "-"),
+    ("#E69F00", "D", "--"),
+    ("#555555", "v", ":"),
+    ("#009E73", "P", "-."),
+    ("#CC79A7", "X", "-."),
+)
 
 # Least distance between two labels, as a share of the height of the axes.
 _LABEL_STEP = 0.06
@@ -20,35 +28,33 @@ _LABEL_STEP = 0.06
 
 @dataclass(frozen=True)
 class Curve:
-    """One setting: `values[seed][i]` at `x[i]`; a seed that stopped early has fewer."""
+    """One setting: `values[seed][i]` after epoch i + 1; a seed that stopped early has fewer."""
 
     label: str
-    x: Sequence[float]
     values: Sequence[Sequence[float]]
 
-    def means(self) -> list[float]:
-        """Mean over the seeds at each point that all of them reached.
+    def bands(self) -> list[tuple[float, float, float]]:
+        """Least, mean and greatest value over the seeds after each epoch that all of them reached.
 
         Example:
-            >>> Curve("a", [1, 2], [[0.0, 1.0], [1.0]]).means()
-            [0.5]
+            >>> Curve("a", [[0.0, 1.0], [1.0]]).bands()
+            [(0.0, 0.5, 1.0)]
         """
-        return [sum(at) / len(at) for at in zip(*self.values, strict=False)]
+        return [(min(at), sum(at) / len(at), max(at)) for at in zip(*self.values, strict=False)]
 
 
-def plot_curves(curves: Sequence[Curve], *, title: str, x_label: str, y_label: str, log: bool = False) -> Figure:
+def plot_curves(curves: Sequence[Curve], *, title: str, y_label: str, log: bool = False) -> Figure:
     """A figure with a line for each setting's mean, a band from its worst seed to its best, and its name at the end.
 
     Args:
         curves: In the order of their colours; give relatives neighbouring places.
         title: What was done, in a line.
-        x_label: Quantity and unit.
         y_label: Quantity and unit.
         log: Whether equal distances mean equal factors; all values must be above 0 then.
 
     Example:
-        >>> curve = Curve("NormProp", [1, 2], [[50, 9], [60, 8]])
-        >>> plot_curves([curve], title="t", x_label="epoch", y_label="error, %", log=True).axes[0].get_xlabel()
+        >>> curve = Curve("NormProp", [[50, 9], [60, 8]])
+        >>> plot_curves([curve], title="t", y_label="error, %", log=True).axes[0].get_xlabel()
         'epoch'
     """
     figure = Figure(figsize=(8, 4.4), dpi=150, layout="constrained")
@@ -59,19 +65,13 @@ def plot_curves(curves: Sequence[Curve], *, title: str, x_label: str, y_label: s
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.yaxis.set_minor_locator(NullLocator())
     for i, curve in enumerate(curves):
-        means, colour = curve.means(), _COLOURS[i % len(_COLOURS)]
-        x = curve.x[: len(means)]
-        low, high = ([pick(at) for at in zip(*curve.values, strict=False)] for pick in (min, max))
-        marker, style = _MARKERS[i % len(_MARKERS)], _STYLES[i % len(_STYLES)]
-        axes.fill_between(x, low, high, color=colour, alpha=0.18, linewidth=0)
-        axes.plot(x, means, color=colour, marker=marker, linestyle=style, linewidth=1.8, markersize=5)
+        colour, marker, style = _LOOKS[i % len(_LOOKS)]
+        look = {"color": colour, "marker": marker, "linestyle": style, "linewidth": 1.8, "markersize": 5}
+        draw_band(axes, curve.bands(), look)
     axes.set_title(title, loc="left", fontsize=11)
-    axes.set_xlabel(x_label)
     axes.set_ylabel(y_label)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.grid(axis="y", color="#dddddd", linewidth=0.7)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
+    mark_epochs(axes)
+    tidy(axes)
     _label_ends(axes, curves)
     return figure
 
@@ -82,10 +82,9 @@ def _label_ends(axes: Axes, curves: Sequence[Curve]) -> None:
     ends: list[tuple[float, float, str, str]] = []
     to_axes = axes.transData + axes.transAxes.inverted()
     for i, curve in enumerate(curves):
-        means = curve.means()
-        if means:
-            x, y = to_axes.transform((curve.x[len(means) - 1], means[-1]))
-            ends.append((y, x, curve.label, _COLOURS[i % len(_COLOURS)]))
+        if bands := curve.bands():
+            x, y = to_axes.transform((len(bands), bands[-1][1]))
+            ends.append((y, x, curve.label, _LOOKS[i % len(_LOOKS)][0]))
     ends.sort()
     places = _apart([end[0] for end in ends])
     for place, (y, x, label, colour) in zip(places, ends, strict=True):

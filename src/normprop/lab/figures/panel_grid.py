@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -10,12 +9,12 @@ from typing import Any
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
 from normprop.lab.networks.normalizers import NORMALIZERS
 
 # Okabe & Ito's palette in three rounds of line styles: a normaliser looks the same in every figure, whatever is beside it.
-_COLOURS = ("#0072B2", "#E69F00", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#555555")
+COLOURS = ("#0072B2", "#E69F00", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#555555")
 _STYLES = ("-", "--", ":")
 _MARKERS = "os^DvPX<>phd*8"
 
@@ -25,8 +24,8 @@ def look_of(norm: str) -> dict[str, Any]:
     place = list(NORMALIZERS).index(norm)
     return {
         "label": norm,
-        "color": _COLOURS[place % len(_COLOURS)],
-        "linestyle": _STYLES[place // len(_COLOURS)],
+        "color": COLOURS[place % len(COLOURS)],
+        "linestyle": _STYLES[place // len(COLOURS)],
         "marker": _MARKERS[place],
         "markersize": 5,
         "linewidth": 1.6,
@@ -49,24 +48,38 @@ def logarithmic(axes: Axes, ticks: Sequence[float], base: int) -> None:
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
+def draw_band(axes: Axes, values: Sequence[tuple[float, float, float]], look: dict[str, Any]) -> None:
+    """A line through the means of `(low, mean, high)` after each epoch, in a band from low to high."""
+    epochs = range(1, len(values) + 1)
+    axes.plot(epochs, [mean for _, mean, _ in values], **look)
+    low, high = [low for low, _, _ in values], [high for _, _, high in values]
+    if low != high:
+        axes.fill_between(epochs, low, high, color=look["color"], alpha=0.15, linewidth=0)
+
+
+def mark_epochs(axes: Axes) -> None:
+    """Let the axis count epochs."""
+    axes.set_xlabel("epoch")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
+def tidy(axes: Axes) -> None:
+    """Horizontal lines behind the data, and no box around it."""
+    axes.grid(axis="y", color="#dddddd", linewidth=0.7)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
 def finish(figure: Figure, panels: Sequence[Sequence[Axes]], y_label: str) -> Figure:
     """Grid, labels at the left, and one legend for all panels."""
     names: dict[str, Artist] = {}
     for row in panels:
         row[0].set_ylabel(y_label)
         for axes in row:
-            axes.grid(axis="y", color="#dddddd", linewidth=0.7)
-            axes.spines[["top", "right"]].set_visible(False)
+            tidy(axes)
             axes.title.set_fontsize(9)
             handles, labels = axes.get_legend_handles_labels()
             names |= dict(zip(labels, handles, strict=True))
     order = [*(name for name in NORMALIZERS if name in names), *(name for name in names if name not in NORMALIZERS)]
     figure.legend([names[name] for name in order], order, loc="outside right center", frameon=False, fontsize=9)
     return figure
-
-
-def png(figure: Figure) -> bytes:
-    """The figure as a file of that format."""
-    image = io.BytesIO()
-    figure.savefig(image, format="png")
-    return image.getvalue()

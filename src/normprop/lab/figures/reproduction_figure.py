@@ -8,10 +8,9 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
 from normprop.lab.comparison.records import Record
-from normprop.lab.figures.panel_grid import finish, logarithmic, look_of, make_panels
+from normprop.lab.figures.panel_grid import draw_band, finish, logarithmic, look_of, make_panels, mark_epochs
 from normprop.lab.reproduction import layers, published
 from normprop.lab.reproduction.outcome import Found, bands, error_rate, interval, last
 from normprop.lab.reproduction.runs import BATCH_SIZES, CONTENDERS, NORM_OF, TITLES
@@ -29,7 +28,7 @@ def plot_fig1(found: Found, title: str) -> Figure:
                 changes = {"label": f"{TITLES[norm]}, {mode} data norm.", "linestyle": style}
                 _band(axes, found[norm, mode, size], _look(norm) | changes)
         axes.set_title(f"batch size {size}")
-        _epochs(axes)
+        mark_epochs(axes)
     return finish(figure, panels, _ACCURACY)
 
 
@@ -49,8 +48,8 @@ def plot_fig2(found: Found, title: str) -> Figure:
             label = "measured" if kind == "std" else "predicted"
             lower.plot(x, layers.average(record, "preactivation", kind), "k", linestyle=style, label=label)
         lower.set_yscale("log")
-        _epochs(upper)
-        _epochs(lower)
+        mark_epochs(upper)
+        mark_epochs(lower)
     finish(figure, panels, "std of all units")
     panels[0][0].set_ylabel("mean of one unit")
     return figure
@@ -67,7 +66,7 @@ def plot_fig3(found: Found, title: str) -> Figure:
     ours.set_title("here: mean and 95 % confidence interval")
     theirs.set_title("the paper, read off its figure 3")
     for axes in panels[0]:
-        _epochs(axes)
+        mark_epochs(axes)
     return finish(figure, panels, _ACCURACY)
 
 
@@ -90,7 +89,7 @@ def plot_fig4(found: Found, title: str) -> Figure:
                 look = {"color": _shade(i, len(BATCH_SIZES)), "label": f"batch size {size}", "linewidth": 1.6}
                 _band(axes, found[norm, size], look)
         axes.set_title(TITLES[norm])
-        _epochs(axes)
+        mark_epochs(axes)
     return finish(figure, panels, _ACCURACY)
 
 
@@ -142,7 +141,7 @@ def plot_bound(found: Found, title: str) -> Figure:
             axes.plot(layers.epochs(record), layers.average(record, name), color=_shade(i, 4), label=label, linewidth=1.6)
         axes.set_yscale("log")
         axes.set_title(TITLES[norm])
-        _epochs(axes)
+        mark_epochs(axes)
     return finish(figure, panels, "share of the diagonal's norm")
 
 
@@ -158,17 +157,10 @@ def _shade(place: int, count: int) -> tuple[float, float, float]:
 
 
 def _band(axes: Axes, records: Sequence[Record], look: dict[str, Any]) -> None:
+    """Mean and 95 % confidence interval; the mean alone where there is one run."""
     band = bands(records) if records else []
-    x = range(1, len(band) + 1)
-    axes.plot(x, [mean for mean, _ in band], **look)
-    if len(records) > 1:
-        low, high = [mean - half for mean, half in band], [mean + half for mean, half in band]
-        axes.fill_between(x, low, high, color=look["color"], alpha=0.15, linewidth=0)
-
-
-def _epochs(axes: Axes) -> None:
-    axes.set_xlabel("epoch")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    halves = [half if math.isfinite(half) else 0.0 for _, half in band]
+    draw_band(axes, [(mean - half, mean, mean + half) for (mean, _), half in zip(band, halves, strict=True)], look)
 
 
 PLOTS: dict[str, Callable[[Any, str], Figure]] = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from normprop.lab.comparison.records import Record
+from normprop.lab.comparison.records import Record, software
 from normprop.lab.reproduction.experiment_tables import HEADINGS
 from normprop.lab.reproduction.runs import cells
 from normprop.lab.reproduction.scale import SCALES, Scale
@@ -16,7 +16,7 @@ def setting(scale: Scale, recipes: Sequence[Recipe], records: Sequence[Record], 
     usual, mine = scale.usual, [record for record in records if record.recipe in set(recipes)]
     images = "all training images" if scale.train_images is None else f"{scale.train_images:,} training images"
     hours = sum(record.cpu_seconds for record in mine) / 3600
-    software = "; ".join(sorted({", ".join(f"{k} {v}" for k, v in record.versions.items()) for record in mine}))
+    versions = software(mine)
     return (
         f"Scale `{scale.name}`: the paper's network at width ×{scale.width:g} on {' and '.join(scale.data)}, {images} with "
         f"{scale.validation:,} more held out, {usual.epochs} epochs, the rate halved after every {usual.halve_every} (the "
@@ -24,7 +24,7 @@ def setting(scale: Scale, recipes: Sequence[Recipe], records: Sequence[Record], 
         "but where it says so and for exact moments, which keep this library's default clipping; filters of the printed "
         "form are brought to unit length after each step. Mean ± standard deviation over seeds.\n\n"
         f"{len(mine)} of {len(recipes)} runs are finished, {hours:.1f} processor hours"
-        f"{f'; {software}' if software else ''}. Command: `{command}`."
+        f"{f'; {versions}' if versions else ''}. Command: `{command}`."
     )
 
 

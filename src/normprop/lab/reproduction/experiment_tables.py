@@ -7,9 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from normprop.lab.comparison.records import Record
+from normprop.lab.pages.spread import spread
 from normprop.lab.pages.table import Table
 from normprop.lab.reproduction import layers, published
-from normprop.lab.reproduction.outcome import Found, best, curve, error_rate, last, shown, spread
+from normprop.lab.reproduction.outcome import Found, best, error_rate, last, shown
 from normprop.lab.reproduction.runs import BATCH_SIZES, CONTENDERS, TITLES, rate
 from normprop.lab.reproduction.scale import Scale
 
@@ -105,7 +106,7 @@ def shown_epochs(scale: Scale) -> list[int]:
 
 def _at(records: Sequence[Record], epoch: int) -> list[float]:
     """Validation accuracy after an epoch of the runs that reached it."""
-    return [line[epoch - 1] for line in map(curve, records) if len(line) >= epoch]
+    return [line[epoch - 1] for line in (record.curve() for record in records) if len(line) >= epoch]
 
 
 def _reached(records: Sequence[Record], epoch: int) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from normprop.lab.comparison.records import Record
+from normprop.lab.pages.spread import spread
 from normprop.lab.reproduction.runs import Cells, Key
 
 # The finished runs of each cell of an experiment.
@@ -17,11 +18,6 @@ def found(cells: Cells, records: Sequence[Record]) -> Found:
     """The records of each cell's runs, those that are finished."""
     done = {record.recipe: record for record in records}
     return {key: [done[run] for run in runs if run in done] for key, runs in cells.items()}
-
-
-def curve(record: Record) -> list[float]:
-    """Validation accuracy after each epoch in %, up to the epoch in which the run diverged."""
-    return [100 * row.validation_accuracy for row in record.rows if row.validation_accuracy is not None]
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
@@ -42,12 +38,12 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
 
 def bands(records: Sequence[Record]) -> list[tuple[float, float]]:
     """`interval` of the validation accuracy after each epoch that all runs reached."""
-    return [interval(at) for at in zip(*map(curve, records), strict=False)]
+    return [interval(at) for at in zip(*(record.curve() for record in records), strict=False)]
 
 
 def best(record: Record) -> float:
     """Highest validation accuracy of a run, %; a guess for one that diverged at once."""
-    return max(curve(record), default=100 / record.classes)
+    return max(record.curve(), default=100 / record.classes)
 
 
 def last(record: Record) -> float:
@@ -66,19 +62,6 @@ def shown(records: Sequence[Record], value: Callable[[Record], float]) -> str:
     return spread([value(record) for record in records]) + (f" ({diverged} diverged)" if diverged else "")
 
 
-def spread(values: Sequence[float], *, digits: int = 1) -> str:
-    """Mean ± standard deviation as text.
-
-    Example:
-        >>> spread([70.0, 72.0]), spread([70.0]), spread([])
-        ('71.0 ± 1.4', '70.0', '–')
-    """
-    if not values:
-        return "–"
-    text = f"{statistics.mean(values):.{digits}f}"
-    return text if len(values) == 1 else f"{text} ± {statistics.stdev(values):.{digits}f}"
-
-
 def plain(found: Found) -> list[dict[str, Any]]:
     """The runs as plain values, for JSON."""
     return [
@@ -89,7 +72,7 @@ def plain(found: Found) -> list[dict[str, Any]]:
             "clip": record.recipe.clip,
             "epochs": record.recipe.epochs,
             "halve_every": record.recipe.halve_every,
-            "validation_accuracy": [round(value, 3) for value in curve(record)],
+            "validation_accuracy": [round(value, 3) for value in record.curve()],
             "test_error": None if record.diverged else round(error_rate(record), 3),
             "diverged": record.diverged,
             "cpu_seconds": round(record.cpu_seconds, 1),
