@@ -1,4 +1,4 @@
-"""The error for a name nobody knows, which offers the nearest ones."""
+"""The error for an unknown name, which offers the nearest known ones."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _SHOWN = 20
 
 
 def unknown(kind: str, name: str, known: Iterable[str], otherwise: str = "") -> NormPropError:
-    """An error to raise: what is unknown, then the nearest known names, or all of them.
+    """An error to raise: the unknown name, then the nearest known names or all of them.
 
     Example:
         >>> print(unknown("model", "resnet2O", ["nin", "resnet20"]))

@@ -11,7 +11,7 @@ from normprop.errors import NormPropError
 
 __all__ = ["COMMANDS", "main"]
 
-# Name: module, function, what it does. The function is typed; tyro makes its options of its arguments.
+# Name: module, function, what it does. tyro turns the function's typed arguments into options.
 COMMANDS: dict[str, tuple[str, str, str]] = {
     "demo": ("normprop.lab.commands.demo", "demo", "see it train where BatchNorm can't, in two minutes, without downloads"),
     "train": ("normprop.lab.commands.train", "train", "train a network on a data set with any normaliser"),
@@ -31,7 +31,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "data": ("normprop.lab.commands.data_sets", "data", "list the data sets, and where each is found"),
 }
 
-# What a missing library belongs to; the rest is "cli".
+# The extra that installs a library; "cli" for all others.
 _EXTRAS = {
     "matplotlib": "plot",
     "numpy": "data",

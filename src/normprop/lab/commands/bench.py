@@ -46,27 +46,27 @@ def bench(
     markdown: bool = False,
     json: bool = False,
 ) -> None:
-    """Time and peak memory of a converted network over those of the same network with no or another normaliser.
+    """Time and peak memory of a converted network, as ratios to the same network with another normaliser or none.
 
     For example `normprop bench resnet20 --batch-size 1 8 64 --against plain batch group layer`. Contenders take turns, so
-    that whatever else the machine does meets all of them: compare ratios, and trust them as far as their quartiles are
-    close. Time is that on the clock; CPU time adds up processors and doesn't count waiting for other programs.
+    that other programs on the machine slow all of them alike: compare ratios, and trust them as far as their quartiles
+    agree. Time is wall-clock time; CPU time adds up processors and leaves out waiting for other programs.
 
     Args:
         model: As in normprop train: resnet20, resnet18, nin …, torchvision:NAME, timm:NAME or module:function.
         batch_size: Batch sizes to measure at.
         against: Contenders: plain (no normaliser: layers with a bias), batch, group, layer, calibrated, paper; commas work.
-        seconds: Time for each of training and inference at each batch size; five rounds are run however long they take.
-        shape: Of a sample, like 3x32x32; by default that, or 3x224x224 for networks of torchvision and timm.
-        classes: Outputs; by default 10, or 1000 for networks of torchvision and timm.
+        seconds: Time for training and for inference at each batch size; at least five rounds are run, whatever they take.
+        shape: Shape of a sample; by default 3x32x32, or 3x224x224 for networks of torchvision and timm.
+        classes: Number of outputs; by default 10, or 1000 for networks of torchvision and timm.
         width: Width factor of the built-in networks.
-        accumulate: Batches to a step of the optimizer.
-        compile: Compile every network, as one graph.
-        channels_last: Keep images and filters in that memory format.
+        accumulate: Batches per step of the optimizer.
+        compile: Compile every network as one graph.
+        channels_last: Keep images and filters in the channels-last memory format.
         threads: Threads for CPU arithmetic; by default torch's choice.
         device: auto, cpu, cuda, cuda:1, mps …
-        skip_memory: Don't measure peak memory, which starts a process for each contender and batch size.
-        out: JSON file for all samples.
+        skip_memory: Don't measure peak memory, which takes a process per contender and batch size.
+        out: JSON file for all measurements.
         plot: File for a figure, .png, .svg or .pdf.
         markdown: Print tables for a page.
         json: Print JSON instead of tables.
@@ -108,14 +108,14 @@ def bench(
 
 
 def sample_shape(text: str) -> tuple[int, ...]:
-    """The numbers of a shape.
+    """The shape that a text such as 3x32x32 stands for.
 
     Example:
         >>> sample_shape("3x32x32")
         (3, 32, 32)
 
     Raises:
-        NormPropError: for anything that isn't numbers above 0 with an x between them.
+        NormPropError: for anything but numbers above 0 with an x between them.
     """
     sizes = tuple(int(size) if size.isdecimal() else 0 for size in text.split("x"))
     if 0 in sizes:

@@ -40,16 +40,16 @@ def compare(
 ) -> None:
     """Compare normalisers, each at its own best learning rate and clipping, chosen on validation images.
 
-    Every run is one line of runs.jsonl. A grid that was interrupted goes on with the same command; more normalisers,
-    rates, batch sizes or seeds in the same folder add to what is there, and several commands may share the work. It ends
-    with table.md, table.json, curves.png, rate.png, batch_size.png and index.html.
+    Every run is one line of runs.jsonl. The same command continues a grid that was interrupted; more normalisers,
+    rates, batch sizes or seeds in the same folder add to what is there, and several commands may share the work. The
+    results are table.md, table.json, curves.png, rate.png, batch_size.png and index.html.
 
     Args:
         grid: What to compare, and the setting.
         out: Folder for the results.
         jobs: Runs at a time, one thread each; by default one for each core.
         device: cpu, cuda, cuda:1, mps …
-        summary_only: Train nothing; draw table and figures from the runs that are there.
+        summary_only: Train nothing; write the table and figures from the runs that are finished.
     """
     screen = console()
     if records.drop_fragment(out / RUNS):
@@ -82,7 +82,7 @@ def _train(grid: Grid, out: Path, jobs: int, device: str, screen: Console) -> No
 
 
 def _check_buildable(recipes: Sequence[Recipe], images: Images) -> None:
-    """Find out now, not after hours, what doesn't go together."""
+    """Raise now, not after hours, for what doesn't go together."""
     part = prepared(images, recipes[0])
     for recipe in {(r.norm, r.batch_size): r for r in recipes}.values():
         recipe.check_fits(part)
@@ -91,7 +91,7 @@ def _check_buildable(recipes: Sequence[Recipe], images: Images) -> None:
 
 
 def summarize(found: Sequence[Record], out: Path, screen: Console) -> None:
-    """Print the table, and write it and the figures to `out`."""
+    """Print the table; write it and the figures to `out`."""
     by_point = points(found)
     chosen, clips = choices(by_point), clips_of(by_point)
     title, notes = _title(found[0].recipe), _notes(found)
@@ -128,7 +128,7 @@ def _notes(found: Sequence[Record]) -> list[str]:
     return [
         f"Rate and clipping of each row are the best by mean accuracy on {recipe.validation:,} validation images; the test "
         f"set took no part in the choice. {over} A run that diverged counts as a guess. CPU s: processor time of a run.",
-        "Rates and clippings are those at batch size 64: at b the rate is multiplied with (b/64)^¾, the clipping divided "
+        "Rates and clippings are those at batch size 64: at b the rate is multiplied by (b/64)^¾, the clipping divided "
         "by √(b/64). The same were tried for all. A rate trains if it reaches 80 % of the best validation accuracy at its "
         "batch size; (edge): the best may lie beyond the rates tried.",
         f"SGD, momentum {recipe.momentum:g}, weight decay {recipe.weight_decay:g}; flips {'on' if recipe.flips else 'off'}, "

@@ -37,7 +37,7 @@ def on_screen(table: Table) -> TerminalTable:
 
 @contextmanager
 def advising(advice: str) -> Iterator[None]:
-    """Say how to go on where the user interrupts what is done in here."""
+    """Give the user who interrupts this block some advice on how to go on."""
     try:
         yield
     except KeyboardInterrupt:

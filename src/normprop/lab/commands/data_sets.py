@@ -8,10 +8,10 @@ from normprop.lab.samples.datasets import SOURCES, Place, data_root, locate
 
 
 def data() -> None:
-    """List the data sets that --data knows by name, and where each is found on this machine.
+    """List the data sets that --data knows by name, and where this machine has them.
 
-    The folder is $NORMPROP_DATA, by default ~/.cache/normprop. NAME.npz is looked for first, then torchvision's files;
-    what isn't there is downloaded by torchvision when it is first used. FILE.npz and folders of images work too.
+    They are kept in $NORMPROP_DATA, by default ~/.cache/normprop. NAME.npz is looked for first, then torchvision's files;
+    torchvision downloads what isn't there on first use. --data also takes FILE.npz and folders of images.
     """
     columns = ("name", "train", "test", "shape", "classes", "found", "licence")
     rows = []

@@ -24,7 +24,7 @@ from normprop.lab.training.loop import train
 from normprop.lab.training.recipe import Recipe, clip_at, rate_at
 from normprop.lab.whole_file import write_whole
 
-# What is compared: a name, a normaliser, a batch size.
+# What is compared: label, normaliser, batch size.
 SETTINGS = (
     ("NormProp, batch size 1", "normprop", 1),
     ("NormProp, batch size 50", "normprop", 50),
@@ -37,9 +37,9 @@ _TEST_IMAGES = 360
 
 
 def demo(*, out: Path = Path("normprop-demo.png"), epochs: int = 3, seeds: int = 2, workers: int | None = None) -> None:
-    """Train one network with NormProp, BatchNorm and nothing, at several batch sizes, on scikit-learn's 8×8 digits.
+    """Train one network with NormProp, BatchNorm and no normalisation, at several batch sizes, on scikit-learn's digits.
 
-    Nothing is downloaded. It ends with a table, a figure and what the numbers say; about two minutes on two cores.
+    Nothing is downloaded. The results are a table, a figure and what they show; about two minutes on two cores.
 
     Args:
         out: Where to write the figure.
@@ -79,7 +79,7 @@ def demo(*, out: Path = Path("normprop-demo.png"), epochs: int = 3, seeds: int =
 
 
 def recipe_of(norm: str, batch_size: int, epochs: int, seed: int) -> Recipe:
-    """The demo's recipe, the same but for normaliser, batch size and seed."""
+    """The demo's recipe; all are alike except for normaliser, batch size and seed."""
     return Recipe(
         model="nin",
         width=0.25,
@@ -93,7 +93,7 @@ def recipe_of(norm: str, batch_size: int, epochs: int, seed: int) -> Recipe:
 
 
 def conclusion(runs: Sequence[Sequence[Sequence[Row]]]) -> str:
-    """What the final accuracies, `runs[setting][seed]`, do and don't show, in plain words."""
+    """What the final accuracies of `runs[setting][seed]` show, in plain words."""
     finals = {label: _finals(seeds) for (label, _, _), seeds in zip(SETTINGS, runs, strict=True)}
     one, fifty, batch, tiny, none = (finals[label] for label, _, _ in SETTINGS)
     seeds = len(runs[0])
@@ -124,7 +124,7 @@ def _finals(seeds: Sequence[Sequence[Row]]) -> list[float]:
 
 
 def _errors(rows: Sequence[Row]) -> list[float]:
-    """Test error in % after each epoch; no error at all is drawn as half an image, for the logarithm's sake."""
+    """Test error in % after each epoch; no error at all counts as half an image, because 0 has no logarithm."""
     shares = [row.test_accuracy for row in rows if row.test_accuracy is not None]
     return [100 * max(1 - share, 0.5 / _TEST_IMAGES) for share in shares]
 
@@ -164,7 +164,7 @@ Runner = Callable[[Sequence[Recipe]], Iterator[list[Row]]]
 
 @contextmanager
 def _pool(workers: int | None) -> Iterator[Runner]:
-    """A way to run recipes in order, several at a time: small networks don't fill two cores with one run."""
+    """A function that runs recipes in order, several at a time: one run of a small network doesn't fill two cores."""
     workers = workers or os.cpu_count() or 1
     if workers == 1:
         yield lambda recipes: map(_run, recipes)

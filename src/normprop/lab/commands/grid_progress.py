@@ -1,4 +1,4 @@
-"""A list of runs that is worked through and shows how far it is."""
+"""A list of runs that is worked through, with its progress shown."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from normprop.lab.training.recipe import Recipe
 
 
 def resume_advice(out: Path) -> str:
-    """What to say when runs are interrupted."""
+    """How to go on when runs were interrupted."""
     return f"The same command goes on; {out / RUNS} has the finished runs."
 
 
 def checked_jobs(jobs: int | None) -> int:
-    """Runs at a time; by default one for each core.
+    """The number of runs at a time; by default one per core.
 
     Raises:
         NormPropError: below 1.
@@ -47,7 +47,7 @@ def do_missing(
     screen: Console,
     watch: Watch = unwatched,
 ) -> bool:
-    """Do the runs that nobody has done, and say how it goes; False if another command is still doing some of them."""
+    """Do the runs that aren't finished and show the progress; False if another command is still doing some of them."""
     with GridProgress(screen, out, recipes, jobs) as progress:
         if jobs == 1:
             torch.set_num_threads(1)
@@ -79,11 +79,11 @@ class GridProgress:
         self.bar.stop()
 
     def missing(self) -> list[Recipe]:
-        """Runs that nobody has finished."""
+        """Runs that aren't finished."""
         return [recipe for recipe in self.recipes if recipe not in self.shown]
 
     def update(self) -> None:
-        """Show what has been finished since the last time; called often, it reads the file only when that has grown."""
+        """Show what was finished since the last call. It may be called often: the file is read only if it has grown."""
         size = self.file.stat().st_size if self.file.is_file() else 0
         if size == self.size:
             return

@@ -28,20 +28,20 @@ def inspect(
     plot: Path | None = None,
     json: bool = False,
 ) -> None:
-    """What the mean and standard deviation of every tensor of a network should be and, with data, what they are.
+    """Print the mean and standard deviation that every tensor of a network should have and, with data, those it has.
 
     For example `normprop inspect resnet20 --norm normprop --data cifar10`, or
     `normprop inspect --coverage timm:resnet50 timm:levit_128s` to see which networks convert.
 
     Args:
         model: As in normprop train: nin, resnet20 …, torchvision:NAME, timm:NAME or module:function.
-        data: Data set to measure on, standardised by its own statistics; predictions only without it.
-        samples: How many training images to measure on.
+        data: Data set to measure on, standardised by its own statistics; without it there are only predictions.
+        samples: Number of training images to measure on.
         norm: Normaliser of the network, as in normprop train.
         width: Width factor of the built-in networks.
-        coverage: Names of networks; prints for each whether it converts and what is approximate.
-        html: File to write the table to as a page that needs nothing else, coloured by drift.
-        plot: File to draw mean, standard deviation and growth over depth in (.png, .svg, .pdf).
+        coverage: Names of networks; print for each whether it converts and what is approximate.
+        html: File for the table as a self-contained page, coloured by drift.
+        plot: File for a figure of mean, standard deviation and growth over depth (.png, .svg, .pdf).
         json: Print JSON instead of a table.
     """
     if coverage:

@@ -1,4 +1,4 @@
-"""How a run shows itself: a bar on a terminal, plain lines elsewhere."""
+"""The progress of a run: a bar on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from normprop.lab.training.history import Row
 from normprop.lab.training.observer import Observer
 from normprop.lab.training.recipe import Recipe
 
-# A log that says nothing for longer looks like a run that hangs.
+# A log that is silent for longer looks like a run that hangs.
 _LINE_EVERY_SECONDS = 60.0
 
 
@@ -61,7 +61,7 @@ class RunDisplay(Observer):
             )
 
     def close(self) -> None:
-        """Take the bar off the screen."""
+        """Remove the bar."""
         if self.bar:
             self.bar.stop()
 
@@ -71,6 +71,6 @@ class RunDisplay(Observer):
 
 
 def _held_out(row: Row) -> str:
-    """Accuracies on samples that aren't trained on, those that were measured."""
+    """Accuracies on validation and test samples, as far as they were measured."""
     accuracies = (("validation", row.validation_accuracy), ("test", row.test_accuracy))
     return "  ".join(f"{name} {percent(value)}" for name, value in accuracies if value is not None)

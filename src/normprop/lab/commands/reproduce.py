@@ -37,7 +37,7 @@ from normprop.lab.training.recipe import Recipe
 from normprop.lab.whole_file import write_whole
 
 _SPEED = "speed"
-# What of the findings in hidden layers belongs to which experiment.
+# The findings in hidden layers that belong to each experiment.
 _FINDINGS = {
     "fig2": ("incoming", "preactivation"),
     "bound": ("coherence", "bound", "error", "correlation", "deviation"),
@@ -46,7 +46,7 @@ _FINDINGS = {
 
 @dataclass(frozen=True)
 class _Job:
-    """What the command was asked for."""
+    """What the command is to do."""
 
     parts: tuple[str, ...]
     scale: Scale
@@ -57,7 +57,7 @@ class _Job:
 
     @property
     def speed_file(self) -> Path:
-        """Where the measured times are kept."""
+        """The file for the measured times."""
         return self.out / f"speed-{self.scale.name}.json"
 
     def runs(self) -> list[Recipe]:
@@ -80,10 +80,10 @@ def reproduce(
     device: str = "cpu",
     summary_only: bool = False,
 ) -> None:
-    """Run the experiments of the paper: its method beside exact moments, BatchNorm and no normaliser, and its own figures.
+    """Run the paper's experiments with its method, exact moments, BatchNorm and no normaliser; compare with its figures.
 
     Every run is one line of runs.jsonl; experiments share runs, and the same command goes on after an interruption. Each
-    experiment ends with a table, a figure and JSON. Under torchrun all processes share every batch.
+    experiment gives a table, a figure and JSON. Under torchrun all processes share every batch.
 
     Args:
         parts: Experiments: fig1 (data normalisation), fig2 (what enters hidden units), fig3 (accuracy per epoch), fig4
@@ -93,13 +93,13 @@ def reproduce(
         seeds: Runs of each setting in fig3, fig4 and table1; by default 1 for smoke, 3 otherwise.
         out: Folder for the runs.
         results: Folder for tables, figures and JSON; by default `out`.
-        report: Page of Markdown whose generated blocks are brought up to date; written if it isn't there.
-        jobs: Runs at a time, one thread each; by default one for each core.
+        report: Markdown page whose generated blocks are brought up to date; a new one if there is none.
+        jobs: Runs at a time, one thread each; by default one per core.
         device: cpu, cuda, cuda:1, mps …
-        summary_only: Train and time nothing; write results from the runs that are there.
+        summary_only: Train and time nothing; write the results of the runs that are finished.
     """
     if data_root:
-        os.environ["NORMPROP_DATA"] = str(data_root)  # processes that are started find it too
+        os.environ["NORMPROP_DATA"] = str(data_root)  # for the processes that are started, too
     chosen = PARTS if "all" in parts else tuple(part for part in PARTS if part in parts)
     job = _Job(chosen, SCALES[scale], SCALES[scale].with_seeds(seeds), out, device, console())
     writes = int(os.environ.get("RANK", 0)) == 0
@@ -155,7 +155,7 @@ def _summarize(job: _Job, results: Path, report: Path | None) -> None:
 
 
 def _write_part(job: _Job, part: str, runs_found: Sequence[Record], results: Path) -> str:
-    """Markdown of an experiment; nothing if it has no results yet."""
+    """An experiment as Markdown; empty if it has no results yet."""
     found_here: Any = found(cells(part, job.scale, job.seeds), runs_found)
     if part == _SPEED:
         if not job.speed_file.exists():

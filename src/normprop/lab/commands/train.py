@@ -28,8 +28,8 @@ def train(
 ) -> int:
     """Train a network on a data set with any normaliser, and write checkpoint.pt, metrics.jsonl and recipe.json.
 
-    For example `normprop train --data fashion-mnist --model nin --width 0.25 --batch-size 1 --epochs 1`. A run that was
-    interrupted goes on with the same command and --resume, to the same weights as if it hadn't been.
+    For example `normprop train --data fashion-mnist --model nin --width 0.25 --batch-size 1 --epochs 1`. The same command
+    with --resume continues a run that was interrupted, to the very weights of one that wasn't.
 
     Args:
         recipe: What to train and how.
@@ -71,7 +71,7 @@ def train(
 
 
 def default_folder(recipe: Recipe) -> Path:
-    """Where a run is kept if nobody says.
+    """The folder for a run's results unless --out names one.
 
     Example:
         >>> default_folder(Recipe(norm="batch", batch_size=64)).name

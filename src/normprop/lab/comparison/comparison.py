@@ -1,4 +1,4 @@
-"""What a grid's finished runs say: each normaliser at its own best rate, and how wide the range of good rates is."""
+"""What the finished runs of a grid show: each normaliser at its own best rate, and how many rates are good."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from normprop.lab.networks.normalizers import NORMALIZERS
 from normprop.lab.pages.spread import spread
 from normprop.lab.training.recipe import Recipe, clip_at, rate_at
 
-# A rate counts as one that trains from this share of the best validation accuracy on.
+# A rate trains if it reaches this share of the best validation accuracy.
 TRAINS = 0.8
 
 
 @dataclass(frozen=True)
 class Point:
-    """The runs that differ in their seeds alone.
+    """Runs that differ only in their seeds.
 
     Attributes:
         norm: Normaliser.
         batch_size: Samples in a step.
-        clip: Adaptive gradient clipping, brought to batch size 64.
-        rate: Highest learning rate, brought to batch size 64.
-        records: One per seed, by seed.
+        clip: Adaptive gradient clipping, scaled to batch size 64.
+        rate: Highest learning rate, scaled to batch size 64.
+        records: One per seed, in order.
     """
 
     norm: str
@@ -36,7 +36,7 @@ class Point:
 
     @property
     def validation(self) -> float:
-        """Mean validation accuracy over the seeds; what settings are chosen by."""
+        """Mean validation accuracy over the seeds, by which settings are chosen."""
         return statistics.mean(record.validation_accuracy for record in self.records)
 
     @property
@@ -62,16 +62,16 @@ class Point:
 
 @dataclass(frozen=True)
 class Choice:
-    """A normaliser at a batch size, at the rate and clipping that do best on validation images.
+    """The rate and clipping with which a normaliser does best on validation images at one batch size.
 
     Attributes:
-        best: What was chosen.
+        best: The runs with them.
         by_clip: The best rate of each clipping.
-        trains: Rates that train, at the chosen clipping: from 80 % of the best validation accuracy at this batch size on.
+        trains: Rates that train at the chosen clipping: they reach 80 % of the best validation accuracy at this batch size.
         rates: Number of rates tried at the chosen clipping.
-        runs: Runs at all rates and clippings.
+        runs: Number of runs at all rates and clippings.
         diverged: How many of them diverged.
-        at_edge: Whether the chosen rate is the lowest or highest tried, so that the best one may lie beyond.
+        at_edge: Whether the chosen rate is the lowest or highest tried; the best one may lie beyond.
     """
 
     best: Point
@@ -84,7 +84,7 @@ class Choice:
 
 
 def points(records: Iterable[Record]) -> list[Point]:
-    """Runs grouped by all but their seed, by batch size, normaliser, clipping and rate."""
+    """Runs grouped by everything except the seed, ordered by batch size, normaliser, clipping and rate."""
     groups: dict[tuple[int, str, float, float], list[Record]] = defaultdict(list)
     for record in records:
         groups[_place(record.recipe)].append(record)
@@ -98,13 +98,13 @@ def points(records: Iterable[Record]) -> list[Point]:
 def promoted(
     recipes: Sequence[Recipe], found: Sequence[Record], finalists: int, contenders: int | None = None
 ) -> list[Recipe]:
-    """The runs with the first seed, and of the others those at the settings that did best with it.
+    """The runs with the first seed and, with the other seeds, those at the settings that did best with the first.
 
     Args:
-        recipes: of a grid.
-        found: finished runs, all of the grid's first seed among them.
-        finalists: pairs of rate and clipping that go on, of each normaliser and batch size.
-        contenders: normalisers that go on at each batch size; None for all.
+        recipes: All runs of a grid.
+        found: Finished runs, among them all with the first seed.
+        finalists: Number of pairs of rate and clipping that go on per normaliser and batch size.
+        contenders: Number of normalisers that go on per batch size; None for all.
     """
     first = min(recipe.seed for recipe in recipes)
     wanted = set(recipes)
@@ -124,9 +124,9 @@ def promoted(
 
 
 def choices(found: Sequence[Point]) -> list[Choice]:
-    """The best point of each batch size and normaliser, by mean validation accuracy; the lower rate where two tie.
+    """The best point per batch size and normaliser by mean validation accuracy; in a tie the one with the lower rate.
 
-    Where some points have more seeds than others, only those with the most are chosen from.
+    Where some points have more seeds than others, the choice is among those with the most.
     """
     groups: dict[tuple[int, str], list[Point]] = defaultdict(list)
     for point in found:
@@ -152,7 +152,7 @@ def _choice(group: Sequence[Point], rivals: Sequence[Point]) -> Choice:
 
 
 def _place(recipe: Recipe) -> tuple[int, str, float, float]:
-    """Batch size, normaliser, and clipping and rate as they would be at batch size 64."""
+    """Batch size, normaliser, and clipping and rate scaled to batch size 64."""
     assert recipe.lr is not None
     assert recipe.clip is not None
     size = recipe.batch_size
@@ -160,14 +160,14 @@ def _place(recipe: Recipe) -> tuple[int, str, float, float]:
 
 
 def _rounded(number: float) -> float:
-    """Without the rounding errors of scaling there and back."""
+    """The number without the rounding errors of scaling there and back."""
     return float(f"{number:.6g}")
 
 
 def remaining_seconds(missing: Iterable[Recipe], records: Sequence[Record]) -> float | None:
-    """CPU seconds that the missing runs will take, judged by those of their kind that are done; None before the first.
+    """CPU seconds that the missing runs will take, estimated from finished runs of the same kind; None if there are none.
 
-    A run of a kind that hasn't been seen is taken for an average one.
+    A run of a kind without finished runs counts as an average one.
     """
     if not records:
         return None
@@ -179,13 +179,13 @@ def remaining_seconds(missing: Iterable[Recipe], records: Sequence[Record]) -> f
 
 
 def columns(clips: Sequence[float]) -> tuple[str, ...]:
-    """Headings of `cells`."""
+    """The headings of `cells`."""
     each = tuple(f"clip {clip:g}, %" if clip else "no clip, %" for clip in clips)
     return ("batch", "normaliser", "test, %", "rate", "clip", *each, "rates that train", "diverged", "seeds", "CPU s")
 
 
 def cells(choice: Choice, clips: Sequence[float]) -> tuple[str, ...]:
-    """A choice as text, a cell for each of `columns`."""
+    """A choice as text, one cell per column."""
     best = choice.best
     by_clip = {point.clip: point for point in choice.by_clip}
     return (
@@ -203,12 +203,12 @@ def cells(choice: Choice, clips: Sequence[float]) -> tuple[str, ...]:
 
 
 def accuracy(point: Point) -> str:
-    """Mean and standard deviation of the test accuracy in %, the latter where there are several seeds."""
+    """Mean and, with several seeds, standard deviation of the test accuracy in %."""
     return spread([100 * record.test_accuracy for record in point.records])
 
 
 def clips_of(found: Iterable[Point]) -> list[float]:
-    """All clippings, from none on."""
+    """All clippings in increasing order."""
     return sorted({point.clip for point in found})
 
 

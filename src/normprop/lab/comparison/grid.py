@@ -1,4 +1,4 @@
-"""A grid of runs: every normaliser with every batch size, learning rate, clipping and seed."""
+"""A grid of runs: every normaliser at every batch size, learning rate and clipping, with every seed."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from normprop.lab.networks.normalizers import normalizer
 from normprop.lab.samples.images import Images
 from normprop.lab.training.recipe import Recipe, Setting, clip_at, rate_at
 
-# Share of the training set that is held out if nobody says how many images.
+# Share of the training set that is held out by default.
 _VALIDATION = 0.1
 
 
 @dataclass(frozen=True)
 class Grid(Setting):
-    """What is compared, in one setting: the same rates and clippings for all normalisers.
+    """What is compared in one setting, at the same rates and clippings for all normalisers.
 
     Example:
         >>> grid = Grid(norms=("batch", "normprop"), batch_sizes=(2, 1), rates=(0.1,), clips=(0.0,), validation=100)
@@ -30,19 +30,19 @@ class Grid(Setting):
     batch_sizes: tuple[int, ...] = (64,)
     """Samples in a step. A normaliser that can't train at one is left out there."""
     rates: tuple[float, ...] = (0.03, 0.1, 0.3, 1.0)
-    """Highest learning rates at batch size 64; at another they are multiplied with (batch size / 64)^¾."""
+    """Highest learning rates at batch size 64; at another they are multiplied by (batch size / 64)^¾."""
     clips: tuple[float, ...] = (0.0, 0.05)
     """Adaptive gradient clippings at batch size 64, 0 for none; at another they are divided by √(batch size / 64)."""
     seeds: int = 1
-    """Runs of each, with seeds from 0."""
+    """Number of runs of each, with seeds from 0."""
     finalists: int | None = None
-    """Run seeds after the first only for this many pairs of rate and clipping of each normaliser and batch size: those that
-    did best with the first. By default all of them."""
+    """Per normaliser and batch size, run seeds after the first only at this number of pairs of rate and clipping: those that
+    did best with the first seed. By default at all."""
     contenders: int | None = None
-    """With finalists: of so many normalisers at each batch size, those that did best. By default all of them."""
+    """With finalists: only of this number of normalisers per batch size, those that did best. By default of all."""
 
     def fitted(self, images: Images) -> Grid:
-        """The same grid with its number of validation images, for the data set it is about.
+        """The same grid with its number of validation images, for a data set.
 
         Raises:
             NormPropError: without validation images.
@@ -53,13 +53,13 @@ class Grid(Setting):
         return dataclasses.replace(self, validation=validation)
 
     def rounds(self) -> list[Grid]:
-        """The grid, or where there are finalists its first seed and then all of it, which `promoted` makes shorter."""
+        """The grid; with finalists its first seed, then all of it, which `promoted` shortens."""
         if self.finalists is None or self.seeds < 2:
             return [self]
         return [dataclasses.replace(self, seeds=1), self]
 
     def recipes(self) -> list[Recipe]:
-        """The runs with all defaults filled in, those first that say most: whole rounds of one seed after the other.
+        """The runs with all defaults filled in, one seed after the other: the first ones show most.
 
         Raises:
             NormPropError: for an axis without values, or values out of range.
@@ -88,17 +88,17 @@ class Grid(Setting):
         return list(dict.fromkeys(run.resolved() for run in runs))
 
     def left_out(self) -> list[tuple[str, int]]:
-        """Normalisers and batch sizes that don't go together."""
+        """Pairs of normaliser and batch size that can't train."""
         return [(norm, size) for norm in self.norms for size in self.batch_sizes if size < normalizer(norm).smallest_batch]
 
 
 def setting_of(recipe: Recipe) -> Setting:
-    """What a run shares with those it can be compared with."""
+    """What a run has in common with those it can be compared with."""
     return Setting(**{field.name: getattr(recipe, field.name) for field in dataclasses.fields(Setting)})
 
 
 def check_comparable(recipes: Collection[Recipe]) -> None:
-    """Refuse runs that differ in more than a grid's axes.
+    """Raise where runs differ in more than a grid's axes.
 
     Raises:
         NormPropError: naming what differs.

@@ -1,4 +1,4 @@
-"""The file that finished runs are kept in: a line of JSON each, appended whole, by any number of processes."""
+"""The file of finished runs: one line of JSON per run, to which any number of processes append whole lines."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ class Record:
     """A finished run.
 
     Attributes:
-        recipe: With all defaults; two runs of one recipe are the same run.
+        recipe: With all defaults filled in; two runs with one recipe are the same run.
         rows: One per epoch.
-        classes: Number of classes, which says what chance is.
-        cpu_seconds: Processor time of all of it, data and evaluation included.
-        versions: Of the software it ran with.
-        findings: What a watcher noted, before the first epoch and after each; empty if nobody watched.
+        classes: Number of classes, from which the accuracy of a guess follows.
+        cpu_seconds: Processor time, including data and evaluation.
+        versions: Versions of the software.
+        findings: What a watcher noted before the first epoch and after each; empty without one.
     """
 
     recipe: Recipe
@@ -64,15 +64,15 @@ class Record:
         return 1 / self.classes if accuracy is None else accuracy
 
     def to_line(self) -> bytes:
-        """As a line of JSON."""
+        """The record as a line of JSON."""
         return json.dumps(dataclasses.asdict(self), allow_nan=False).encode() + b"\n"
 
     @classmethod
     def from_line(cls, line: bytes) -> Record:
-        """What `to_line` wrote.
+        """The record that `to_line` wrote.
 
         Raises:
-            ValueError, TypeError, KeyError, AttributeError: when something else did.
+            ValueError, TypeError, KeyError, AttributeError: for another line.
         """
         found: dict[str, Any] = json.loads(line)
         recipe, rows = Recipe(**found.pop("recipe")), tuple(Row(**row) for row in found.pop("rows"))
@@ -80,21 +80,21 @@ class Record:
 
 
 def versions() -> dict[str, str]:
-    """What a run depends on besides its recipe."""
+    """The software and hardware that a run depends on besides its recipe."""
     found = {name: importlib.metadata.version(name) for name in ("normprop", "torch")}
     return found | {"python": platform.python_version(), "machine": platform.machine()}
 
 
 def software(records: Iterable[Record]) -> str:
-    """The versions that runs were made with, as text; several where they differ."""
+    """The versions that runs were made with, as text; several if they differ."""
     return "; ".join(sorted({", ".join(f"{k} {v}" for k, v in record.versions.items()) for record in records}))
 
 
 def read(file: Path) -> list[Record]:
-    """The finished runs in a file, each once; none if there is no file. A line without an end isn't finished.
+    """The finished runs in a file, each once; none without a file. A last line without its end is left out.
 
     Raises:
-        NormPropError: for a line that is something else.
+        NormPropError: for a line that is no run.
     """
     if not file.is_file():
         return []
@@ -112,7 +112,7 @@ def read(file: Path) -> list[Record]:
 
 
 def append(file: Path, record: Record) -> None:
-    """Add a run that is then on the disk, behind whole lines only.
+    """Add a run and return when it is on the disk; a fragment at the end of the file is cut off first.
 
     Raises:
         NormPropError: when it can't be written.
@@ -130,7 +130,7 @@ def append(file: Path, record: Record) -> None:
 
 
 def drop_fragment(file: Path) -> bool:
-    """Cut off the part of a line that a killed process left at the end; whether there was one."""
+    """Cut off the part of a line that a killed process left at the end; True if there was one."""
     if not file.is_file():
         return False
     with _lock(file), file.open("ab+") as opened:

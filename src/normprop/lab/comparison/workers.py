@@ -1,4 +1,4 @@
-"""Processes that work through a list of runs together: each takes the next one that nobody has done or is doing."""
+"""Processes that share a list of runs: each does the next one that is neither done nor being done."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ from normprop.lab.training.observer import Watcher
 from normprop.lab.training.processes import processes
 from normprop.lab.training.recipe import Recipe
 
-# Who is to watch a run; it may be sent to other processes.
+# Chooses the watcher of a run; it can be sent to other processes.
 Watch = Callable[[Recipe, Images], Watcher]
 
-# Seconds between two looks at what has been finished.
+# Seconds between two calls of `finished`.
 _POLL = 0.5
 
 
 def unwatched(_recipe: Recipe, _images: Images) -> Watcher:
-    """Nobody."""
+    """A watcher that notes nothing."""
     return Watcher()
 
 
@@ -52,14 +52,14 @@ def work(
 ) -> None:
     """Do the runs that `folder` lacks, in order, and add each to its runs.jsonl.
 
-    Any number of processes may do so at once: a run is claimed by a lock that ends with the process that holds it.
+    Any number of processes may do so at once: a run is claimed by a lock that ends with its process.
 
     Args:
-        recipes: Resolved, all on one data set.
-        folder: Where the results are.
-        images: That data set.
-        device: Where to compute.
-        watch: Who notes findings in each run.
+        recipes: Resolved, all for one data set.
+        folder: The folder of the results.
+        images: The data set.
+        device: The device to compute on.
+        watch: Chooses who notes findings in each run.
         finished: Called after each run.
 
     Raises:
@@ -79,14 +79,14 @@ def work(
 def work_in_step(
     recipes: Sequence[Recipe], folder: Path, *, images: Images, device: str, watch: Watch = unwatched
 ) -> list[Recipe]:
-    """`work` in processes that torchrun started, all of them on one run at a time; what they can't share is left out.
+    """`work` in processes that torchrun started, which share one run at a time and leave out what they can't share.
 
     Args:
-        recipes: Resolved, all on one data set.
-        folder: Where the results are; the first process writes them.
-        images: That data set.
-        device: Where to compute, as for `train`.
-        watch: Who notes findings in each run.
+        recipes: Resolved, all for one data set.
+        folder: The folder of the results, which the first process writes.
+        images: The data set.
+        device: The device to compute on, as for `train`.
+        watch: Chooses who notes findings in each run.
 
     Returns:
         The runs left out, whose batches can't be divided evenly.
@@ -104,7 +104,7 @@ def work_in_step(
 
 
 def measured(recipe: Recipe, images: Images, device: str, watch: Watch = unwatched) -> Record:
-    """Train once."""
+    """Train and record one run."""
     began = time.process_time()
     watcher = watch(recipe, images)
     run = train(recipe, images=images, device=device, observer=watcher)
@@ -121,10 +121,10 @@ def work_together(
     watch: Watch = unwatched,
     finished: Callable[[], None],
 ) -> None:
-    """`work` in so many processes of one thread each; small networks don't fill two cores with one run.
+    """`work` in `jobs` processes of one thread each: one run of a small network doesn't fill two cores.
 
     Raises:
-        NormPropError: what one of them raised, or that it was killed; the others are then stopped.
+        NormPropError: what one of them raised, or that it was killed; the others are stopped.
     """
     others = multiprocessing.active_children()
     # Forking a process that has used torch's threads can hang.
@@ -168,7 +168,7 @@ def _load_and_work(recipes: Sequence[Recipe], folder: Path, device: str, watch: 
 
 @contextmanager
 def _claimed(recipe: Recipe, folder: Path) -> Iterator[bool]:
-    """Whether this process may do the run; others may not until it is done."""
+    """Claim a run for the time of this block: True, or False if another process holds it."""
     key = hashlib.blake2b(json.dumps(asdict(recipe)).encode(), digest_size=16).hexdigest()
     claims = folder / ".claims"
     claims.mkdir(parents=True, exist_ok=True)

@@ -1,1 +1,1 @@
-"""What normalising costs: training, inference and memory of one network under several normalisers, in turns."""
+"""The cost of normalising: training, inference and memory of one network under several normalisers, in turns."""

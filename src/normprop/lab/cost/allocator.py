@@ -1,4 +1,4 @@
-"""Freed memory kept by the process, so that no step pays for pages that another one gave back."""
+"""An allocator that keeps freed memory, so that no step pays for pages that another one gave back."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ _NEVER = 2**31 - 1
 
 
 def keep_freed_memory() -> bool:
-    """Tell glibc's malloc to return nothing to the system from now on; whether there is such an allocator.
+    """Tell glibc's malloc to return nothing to the system from now on; True if there is such an allocator.
 
-    By default it returns large blocks, and a step pays for some thousand page faults when it asks for them again: how many
-    depends on what ran before, by a tenth of a step's time and more. An allocator that keeps its memory, as CUDA's does,
-    has none.
+    By default it returns large blocks, and a step that asks for them again pays for some thousand page faults. How many
+    depends on what ran before, which can change the time of a step by a tenth and more. An allocator that keeps its memory,
+    as CUDA's does, causes none.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt

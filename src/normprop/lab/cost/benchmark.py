@@ -1,4 +1,4 @@
-"""Measure what NormProp costs beside other normalisers and beside none."""
+"""The measurement of NormProp's cost beside other normalisers and none."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ def measure_cost(
     """Time a converted network and its rivals in turns: training, inference, the moment lane, conversion; and their memory.
 
     Args:
-        workload: What each contender does.
-        batch_sizes: To measure at.
-        against: Names of contenders; the first is what conversion and compilation are measured by.
-        seconds: For each of training, inference and conversion at each batch size, warm-up aside.
-        memory: Whether to measure peak memory, each in a process of its own; on other devices than CPU and CUDA it isn't.
-        tell: Is told what is being done.
-        least: Rounds of each measurement, however long they take.
+        workload: The work of each contender.
+        batch_sizes: The batch sizes to measure at.
+        against: Names of contenders; conversion and compilation are measured in units of the first.
+        seconds: Time for training, inference and conversion, each at each batch size, without warm-up.
+        memory: Whether to measure peak memory, which takes a process per contender; only on CPU and CUDA.
+        tell: Told what is being done.
+        least: The least number of rounds of each measurement, whatever they take.
 
     Raises:
         NormPropError: for an unknown contender or network, a network without BatchNorm or that doesn't run on such samples,
@@ -131,7 +131,7 @@ class _Benchmark:
             start = time.perf_counter()
             try:
                 step()
-            except ValueError as error:  # BatchNorm's, at one value a channel
+            except ValueError as error:  # from BatchNorm with one value per channel
                 if name == SUBJECT:
                     raise
                 failures[name] = str(error).splitlines()[0]

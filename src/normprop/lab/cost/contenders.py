@@ -1,4 +1,4 @@
-"""What is compared: the networks that one BatchNorm network becomes."""
+"""The contenders: the networks that one BatchNorm network becomes."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ class Contender:
     """One of the networks.
 
     Attributes:
-        name: What `--against` calls it.
-        title: What tables and figures call it.
-        build: From the BatchNorm network and the shape of a sample to the network to measure.
+        name: Its name for `--against`.
+        title: Its name in tables and figures.
+        build: Makes the network to measure from the BatchNorm network and the shape of a sample.
     """
 
     name: str
@@ -37,7 +37,7 @@ def _converted(name: str) -> Callable[[nn.Module, Shape], nn.Module]:
 
 
 def _calibrated(network: nn.Module, shape: Shape) -> nn.Module:
-    """With directions, whatever they are: how many there are is what costs."""
+    """Directions of random samples: the cost depends on their number alone."""
     return calibrate(realize(network, normalizer("normprop"), shape), torch.randn(32, *shape))
 
 
@@ -65,10 +65,10 @@ SUBJECT = "normprop"
 
 
 def rivals(names: list[str]) -> list[str]:
-    """The names, each once, if there is such a contender for NormProp.
+    """The names of NormProp's rivals, each once.
 
     Raises:
-        NormPropError: for an unknown name, with the nearest ones; for none at all.
+        NormPropError: for an unknown name, with the nearest ones; for no name at all.
 
     Example:
         >>> rivals(["plain", "batch", "plain"])

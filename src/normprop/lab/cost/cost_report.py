@@ -1,4 +1,4 @@
-"""What was measured, whole: every sample, the machine, the command."""
+"""The report of a measurement: every sample, the machine, the command."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from normprop.lab.cost.workload import Workload
 
 _FORMAT = "normprop bench 1"
 
-# What is timed besides the contenders.
+# Names of what is timed besides the contenders.
 LANE, READING, CONVERT, FOLD, STEP = "lane", "reading", "convert", "fold", "step"
 
 
 @dataclass(frozen=True)
 class BatchCost:
-    """What contenders cost at one batch size.
+    """The cost of contenders at one batch size.
 
     Attributes:
-        batch_size: Samples in a batch.
+        batch_size: Samples per batch.
         training: Steps of the contenders, of the moment lane alone (`lane`) and of one reading of its weights (`reading`).
-        inference: Forwards of the contenders, converted ones folded.
-        memory: Peak of training, by contender; empty if it wasn't measured.
-        failures: Why a contender can't train at this batch size, by contender.
+        inference: Forwards of the contenders; converted ones are folded.
+        memory: Peak memory of training by contender; empty if it wasn't measured.
+        failures: The reason by contender that can't train at this batch size.
         first_step: Seconds of each contender's first training step, with compilation where there is any.
     """
 
@@ -44,17 +44,17 @@ class BatchCost:
 
 @dataclass(frozen=True)
 class CostReport:
-    """What `measure_cost` found.
+    """The results of `measure_cost`.
 
     Attributes:
-        machine: That it ran on.
+        machine: The machine that was measured on.
         workload: The setting of all contenders.
-        rivals: What NormProp was compared with.
-        seconds: That each measurement was given.
-        weight_bytes: One copy of the plain network's parameters.
-        batches: By batch size.
+        rivals: The contenders that NormProp was compared with.
+        seconds: The time for each measurement.
+        weight_bytes: Size of the plain network's parameters.
+        batches: The cost at each batch size.
         construction: Conversion, folding, and a training step of the first rival at `construction_batch`.
-        construction_batch: The smallest batch size that this rival trains at.
+        construction_batch: The smallest batch size at which this rival trains.
     """
 
     machine: Machine
@@ -68,7 +68,7 @@ class CostReport:
 
     @property
     def command(self) -> str:
-        """What measures the same again."""
+        """The command that measures the same again."""
         work = self.workload
         sizes = " ".join(str(batch.batch_size) for batch in self.batches)
         options = {
@@ -95,7 +95,7 @@ class CostReport:
         return {"format": _FORMAT, **asdict(self), **derived}
 
     def to_json(self) -> str:
-        """As `to_dict`."""
+        """`to_dict` as JSON."""
         return json.dumps(self.to_dict())
 
     @classmethod
@@ -103,7 +103,7 @@ class CostReport:
         """Read a file that `normprop bench --out` wrote.
 
         Raises:
-            NormPropError: it is missing, damaged, or something else.
+            NormPropError: for a file that is missing, damaged, or no such report.
         """
         try:
             return cls.from_dict(json.loads(path.read_text()))
@@ -114,7 +114,7 @@ class CostReport:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> CostReport:
-        """The report of what `to_dict` returned.
+        """The report that `to_dict` returned.
 
         Raises:
             ValueError: for another format.

@@ -1,4 +1,4 @@
-"""A cost report as tables: ratios with their quartiles, never a time alone."""
+"""The tables of a cost report: ratios with their quartiles, never a time alone."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def tables(report: CostReport) -> list[Table]:
 
 
 def caption(report: CostReport) -> str:
-    """What was measured where, in two lines."""
+    """The network and the machine, in two lines."""
     work, machine = report.workload, report.machine
     options = ("compiled " if work.compiled else "") + ("channels-last " if work.channels_last else "")
     batches = f", {work.accumulate} batches to a step" if work.accumulate > 1 else ""
@@ -75,7 +75,7 @@ def _lane(report: CostReport) -> Table:
 
 
 def _beyond_plain(rounds: Rounds) -> Quartiles | None:
-    """What part of a step the network without normaliser doesn't have."""
+    """The share of a step that the network without normaliser doesn't have."""
     if "plain" not in rounds.wall:
         return None
     share = rounds.ratio("plain", SUBJECT)

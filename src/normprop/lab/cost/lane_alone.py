@@ -1,4 +1,4 @@
-"""The moment lane of a converted network alone, forward and backward, and one reading of what it reads."""
+"""The moment lane of a converted network without the network, and one reading of its weights."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ _RENEWED = 16
 
 
 class LaneAlone(nn.Module):
-    """The moment lane of a converted network alone: no input; effective weights and biases as a tuple of tensors.
+    """The moment lane of a converted network as a module without input; it returns effective weights and biases.
 
     Args:
-        model: what `normprop.convert` returned; parameters are shared with it.
+        model: The result of `normprop.convert`, with which it shares its parameters.
 
     Example:
         >>> import normprop
@@ -35,20 +35,20 @@ class LaneAlone(nn.Module):
         self.parts = nn.ModuleList(model.get_submodule(path) for path in paths)
 
     def forward(self) -> tuple[Tensor, ...]:
-        """Weights, factors and offsets of every site, as far as it has them."""
+        """The weight, factor and offset of every site, as far as it has them."""
         values = self.lane.evaluate(self.lane.root, self.entries).values()
         return tuple(t for value in values for t in value if t is not None)
 
 
 def lane_step(lane: LaneAlone, *, compiled: bool = False) -> Step:
-    """Forward of the lane, and backward with a random gradient for each of its results."""
+    """A step that runs the lane forward, and backward with a random gradient for each of its results."""
     run = torch.compile(lane, fullgraph=True, dynamic=False) if compiled else lane
     given = [torch.randn_like(t) for t in run() if t.requires_grad]
     cotangents = [t.clone() for t in given]
     steps = itertools.count()
 
     def step() -> None:
-        # A weight's gradient is written into its cotangent: seldom enough to cost nothing, that is what it was again.
+        # A weight's gradient is written into its cotangent; resetting that now and then costs nothing.
         if next(steps) % _RENEWED == 0:
             torch._foreach_copy_(cotangents, given)
         lane.zero_grad()
@@ -59,6 +59,6 @@ def lane_step(lane: LaneAlone, *, compiled: bool = False) -> Step:
 
 
 def reading_step(lane: LaneAlone) -> Step:
-    """One reading of every parameter of the lane, as a sum: what memory bandwidth alone asks of any work on weights."""
+    """A step that sums every parameter of the lane: the least that memory bandwidth lets any work on weights cost."""
     parameters = [p.detach() for p in lane.parameters()]
     return lambda: [p.sum() for p in parameters]

@@ -1,4 +1,4 @@
-"""Where something was measured."""
+"""The machine that something was measured on."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ _CPUS = Path("/proc/cpuinfo")
 
 @dataclass(frozen=True)
 class Machine:
-    """A computer and what it ran.
+    """A computer and its software.
 
     Attributes:
-        processor: Its CPU's name.
-        cores: How many the system shows.
-        device: The accelerator's name, or cpu.
+        processor: Name of the CPU.
+        cores: Number of cores that the system shows.
+        device: Name of the accelerator, or cpu.
         system: Operating system and architecture.
-        python: Version.
-        torch: Version.
-        arithmetic: What the moment lane computes with.
-        load: Processes that ran or waited on average over the last minute, before anything was measured; None if unknown.
+        python: Version of Python.
+        torch: Version of torch.
+        arithmetic: The engine of the moment lane.
+        load: Mean number of processes that ran or waited in the minute before the measurement; None if unknown.
     """
 
     processor: str
@@ -60,7 +60,7 @@ class Machine:
         )
 
     def is_too_busy(self, threads: int) -> bool:
-        """Whether other programs leave fewer cores than so many threads need, which then wait for one another.
+        """Whether other programs leave fewer cores than there are threads, which then wait for one another.
 
         Example:
             >>> from dataclasses import replace

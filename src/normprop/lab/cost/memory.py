@@ -1,4 +1,4 @@
-"""Peak memory of training, each contender's in a process of its own."""
+"""Peak memory of training, measured in a process per contender."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 @dataclass(frozen=True)
 class PeakMemory:
-    """The most that training holds at any moment, beyond the network as it was built and its input, in bytes.
+    """The most memory that training holds at any moment beyond the network as built and its input, in bytes.
 
     Attributes:
-        allocated: In tensors, counted by torch's allocator: activations, gradients, momentum and whatever operations take
-            for themselves. It repeats to the byte.
-        resident: In the process, as the system counts pages, or on CUDA what torch reserved; with what the allocator
-            keeps for later, and a few megabytes of noise. None where the system doesn't say.
+        allocated: Memory of tensors, counted by torch's allocator: activations, gradients, momentum and the workspaces of
+            operations. It repeats to the byte.
+        resident: Memory of the process, as the system counts pages, or on CUDA what torch reserved; including what the
+            allocator keeps for later, and a few megabytes of noise. None where the system doesn't tell.
     """
 
     allocated: int
@@ -40,19 +40,19 @@ class PeakMemory:
 
 
 def peak_memory(workload: Workload, name: str, batch_size: int) -> PeakMemory:
-    """Peak memory of a contender's training, in a fresh process."""
+    """Peak memory of a contender's training, measured in a fresh process."""
     # Spawned: a forked process would begin with its parent's memory.
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         return pool.submit(measured, workload, name, batch_size).result()
 
 
 def measured(workload: Workload, name: str, batch_size: int) -> PeakMemory:
-    """Peak memory of a contender's training, in this process, which should have done nothing else.
+    """Peak memory of a contender's training, measured in this process, which should have done nothing else.
 
     Args:
-        workload: What is trained.
-        name: Of the contender.
-        batch_size: Samples in a batch.
+        workload: The training.
+        name: Name of the contender.
+        batch_size: Samples per batch.
     """
     torch.set_num_threads(workload.threads)
     network = workload.contender(name)
@@ -88,7 +88,7 @@ def _on_cuda(step: Step) -> PeakMemory:
 
 
 def _allocated(step: Step) -> int:
-    """The peak over two steps, the first of which makes the optimizer's state, from the profiler's record of allocations."""
+    """The peak in the profiler's record of two steps; the first of them makes the optimizer's state."""
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or it notes on stderr that there is no GPU
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         step()
@@ -114,6 +114,6 @@ def _resident(field: str) -> int | None:
 
 
 def _forget_peak() -> None:
-    """Let the highest count begin anew: building a network may have taken more than training it."""
+    """Reset the highest count: building a network may have taken more than training it."""
     with contextlib.suppress(OSError):
         _CLEAR.write_text("5")

@@ -1,4 +1,4 @@
-"""The middle of a sample and how far its middle half reaches."""
+"""The median and the quartiles of a sample."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 @dataclass(frozen=True)
 class Quartiles:
-    """Median, with the lower and the upper quartile."""
+    """The median with the lower and the upper quartile."""
 
     low: float
     median: float
@@ -21,7 +21,7 @@ class Quartiles:
         """The quartiles of a sample, by linear interpolation between its order statistics.
 
         Args:
-            values: One or more.
+            values: One value or more.
 
         Example:
             >>> Quartiles.of([4.0, 1.0, 2.0, 3.0, 5.0])

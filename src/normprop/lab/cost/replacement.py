@@ -1,4 +1,4 @@
-"""A network with something else, or nothing, where its BatchNorm was."""
+"""A network with another normaliser, or none, in place of its BatchNorm."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ _LAYERS = (_ConvNd, nn.Linear)
 
 
 def without_batchnorm(model: nn.Module, example: Tensor) -> nn.Module:
-    """A copy in which no BatchNorm is left: the layer before one has a bias, and that is all.
+    """A copy without BatchNorm, in which a layer before one has a bias.
 
-    What a BatchNorm that follows anything but a convolution or a linear layer did is left out altogether, so that the
-    network is never more than layers, biases and activations. An activation inside a BatchNorm module stays.
+    A BatchNorm that follows anything but a convolution or a linear layer is left out without a replacement, so that the
+    network consists of layers, biases and activations. An activation inside a BatchNorm module stays.
 
     Args:
         model: A network with BatchNorm; it is not changed.
-        example: An input, to see what follows what.
+        example: An input, which shows what follows what.
 
     Example:
         >>> net = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU())
@@ -40,20 +40,20 @@ def without_batchnorm(model: nn.Module, example: Tensor) -> nn.Module:
 
 
 def with_layer(model: nn.Module, layer: Callable[[int, int], nn.Module]) -> nn.Module:
-    """A copy in which another normaliser stands where each BatchNorm was; a bias that a layer had stays.
+    """A copy with another normaliser in place of each BatchNorm; a bias that a layer has stays.
 
     Args:
         model: A network with BatchNorm; it is not changed.
-        layer: From the number of channels and of spatial dimensions (0 for vectors) to a module, as in `Normalizer`.
+        layer: Makes a module for a number of channels and of spatial dimensions (0 for vectors), as in `Normalizer`.
     """
     return _replaced(copy.deepcopy(model), lambda norm: layer(norm.num_features, _dims(norm)))
 
 
 def check_has_batchnorm(model: nn.Module, name: str) -> None:
-    """Pass a network that there is something to compare in.
+    """Check that a network has a BatchNorm to replace.
 
     Raises:
-        NormPropError: it has no BatchNorm.
+        NormPropError: if it has none.
     """
     if not any(isinstance(m, _NormBase) for m in model.modules()):
         raise NormPropError(f"{name} has no BatchNorm that could be replaced.\nChoose a network with BatchNorm.")

@@ -1,4 +1,4 @@
-"""Steps of several kinds timed in turns, so that whatever else the machine does meets all of them alike."""
+"""Steps of several kinds timed in turns, so that other work on the machine slows all of them alike."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Clock = Literal["wall", "cpu"]
 
 LEAST_ROUNDS = 5
 _WARM_UP = 2
-# The first step of a turn finds the caches full of others' data, which is nothing beside a step of this length.
+# The first step of a turn finds the caches full of others' data, which doesn't matter to a step of this length.
 _COUNTED_FROM_THE_FIRST = 0.2
 _TURN_SECONDS = 0.02
 _LONGEST_TURN = 100
@@ -27,13 +27,13 @@ _LONGEST_TURN = 100
 
 @dataclass(frozen=True)
 class Rounds:
-    """Seconds a step took, `wall[name][round]` by the clock on the wall and `cpu[name][round]` summed over processors."""
+    """Seconds per step: `wall[name][round]` is wall-clock time, `cpu[name][round]` is summed over processors."""
 
     wall: dict[str, list[float]]
     cpu: dict[str, list[float]]
 
     def seconds(self, name: str, clock: Clock = "wall") -> Quartiles:
-        """Of one step.
+        """The seconds of one step.
 
         Example:
             >>> Rounds({"a": [2.0, 2.0], "b": [1.0, 4.0]}, {}).seconds("a").median
@@ -42,7 +42,7 @@ class Rounds:
         return Quartiles.of(self._clock(clock)[name])
 
     def ratio(self, name: str, to: str, clock: Clock = "wall") -> Quartiles:
-        """One step's time over another's, taken in each round before the quartiles are.
+        """The ratio of one step's time to another's in the same round.
 
         Example:
             >>> Rounds({"a": [2.0, 2.0], "b": [1.0, 4.0]}, {}).ratio("a", "b").median
@@ -63,14 +63,14 @@ def measure(
 ) -> Rounds:
     """Time every step in every round, each round beginning with another one.
 
-    Each step is warmed up first. A turn lasts 20 ms at least: a shorter step is repeated. Where steps are shorter than
-    0.2 s, a turn begins with one that isn't counted. Python collects garbage between rounds only.
+    Each step is warmed up first. A turn lasts at least 20 ms: a shorter step is repeated. If steps are shorter than 0.2 s,
+    a turn begins with one that isn't counted. Python collects garbage only between rounds.
 
     Args:
-        steps: By name; one call is one step.
-        seconds: Rounds are added until this time has passed.
-        device: Waited for before a clock is read.
-        least: Rounds, however long they take.
+        steps: The steps by name; one call is one step.
+        seconds: Time after which no more rounds are added.
+        device: The device to wait for before a clock is read.
+        least: The least number of rounds, whatever they take.
 
     Example:
         >>> len(measure({"nothing": lambda: None}, seconds=0, least=3))
@@ -92,7 +92,7 @@ def measure(
 
 @contextmanager
 def _garbage_kept() -> Iterator[None]:
-    """No collection but on request, and that of new objects only, which takes no time."""
+    """Collect garbage on request only, and of new objects only, which takes no time."""
     collecting = gc.isenabled()
     gc.disable()
     gc.freeze()
@@ -111,7 +111,7 @@ def _rotated(names: Sequence[str], by: int) -> list[str]:
 
 @dataclass(frozen=True)
 class _Turn:
-    """Steps in a row: those that aren't counted, then those that are."""
+    """Steps in a row, of which the first ones aren't counted."""
 
     step: Step
     uncounted: int
@@ -119,7 +119,7 @@ class _Turn:
     wait: Callable[[], None]
 
     def run(self) -> tuple[float, float]:
-        """Seconds on the wall and of processors, of one step."""
+        """Wall-clock and processor seconds of one step."""
         for _ in range(self.uncounted):
             self.step()
         self.wait()
@@ -131,14 +131,14 @@ class _Turn:
 
 
 def _turn_of(step: Step, wait: Callable[[], None]) -> _Turn:
-    """A turn of the right length, after a warm-up."""
+    """A turn of the right length; the step is warm afterwards."""
     once, _ = _Turn(step, _WARM_UP, 1, wait).run()
     counted = min(_LONGEST_TURN, max(1, math.ceil(_TURN_SECONDS / max(once, 1e-9))))
     return _Turn(step, int(once < _COUNTED_FROM_THE_FIRST), counted, wait)
 
 
 def _waiting(device: torch.device) -> Callable[[], None]:
-    """What returns when the device has done all it was given."""
+    """A function that returns when the device has done all its work."""
     if device.type == "cpu":
         return lambda: None
     return lambda: torch.accelerator.synchronize(device)

@@ -1,4 +1,4 @@
-"""What every contender has to do: train and infer on samples of one shape, under one setting of the machine."""
+"""The work of every contender: training and inference on samples of one shape, in one setting of the machine."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from normprop.lab.networks.memory_format import overrunning
 from normprop.lab.networks.models import build
 from normprop.lab.networks.normalizers import normalizer
 
-# Moves no weight by more than its rounding, and costs what any rate costs.
+# Changes no weight by more than its rounding, and costs what any rate costs.
 _RATE = 1e-9
 
 
@@ -32,15 +32,15 @@ class Workload:
     """The setting that all contenders share.
 
     Attributes:
-        model: A network by name, as in `normprop train`.
-        shape: Of a sample.
+        model: Name of the network, as in `normprop train`.
+        shape: Shape of a sample.
         classes: Number of outputs.
         width: Width factor of the built-in networks.
         device: A torch device.
         threads: Threads for CPU arithmetic.
         compiled: Whether networks are compiled, as one graph each.
         channels_last: Memory format of images and filters.
-        accumulate: Batches to a step of the optimizer.
+        accumulate: Batches per step of the optimizer.
     """
 
     model: str
@@ -69,18 +69,18 @@ class Workload:
         return network
 
     def contender(self, name: str) -> nn.Module:
-        """The network of that contender, where and as it is to be measured."""
+        """The network of a contender, ready to be measured."""
         return self._placed(CONTENDERS[name].build(self.original(), self.shape))
 
     def deployed(self, name: str) -> nn.Module:
-        """The network that a contender infers with, in evaluation mode: converted ones are folded."""
+        """The network with which a contender infers, in evaluation mode; converted ones are folded."""
         network = CONTENDERS[name].build(self.original(), self.shape)
         if lane_of(network) is not None:
             network = fold(network)
         return self._placed(network).eval()
 
     def lane(self) -> LaneAlone:
-        """The moment lane of a converted network of its own."""
+        """The moment lane of another converted network."""
         network: Any = self.contender(SUBJECT)
         return LaneAlone(network)
 
@@ -91,7 +91,7 @@ class Workload:
         return x.contiguous(memory_format=torch.channels_last) if self.channels_last and x.dim() == 4 else x
 
     def run(self, network: nn.Module) -> nn.Module:
-        """The network as it is called: itself, or compiled."""
+        """The network, compiled if the workload asks for it."""
         if not self.compiled:
             return network
         # For a CPU the compiler would lay images channels last, whatever format they have.
@@ -99,7 +99,7 @@ class Workload:
         return torch.compile(network, fullgraph=True, dynamic=False, options=options)  # type: ignore[return-value]  # torch types it as any callable
 
     def training_step(self, network: nn.Module, batch_size: int) -> Step:
-        """A whole step: gradients to zero, forward, cross-entropy, backward, SGD with momentum and weight decay."""
+        """A whole step: zeroed gradients, forward, cross-entropy, backward, SGD with momentum and weight decay."""
         run, x = self.run(network.train()), self.inputs(batch_size)
         y = torch.arange(batch_size, device=self.device) % self.classes
         trainable = [p for p in network.parameters() if p.requires_grad]
@@ -115,12 +115,12 @@ class Workload:
         return step
 
     def _shared(self, network: nn.Module) -> contextlib.AbstractContextManager[Any]:
-        """What lets micro-batches share a converted network's moment lane."""
+        """The context in which micro-batches share a converted network's moment lane."""
         several = self.accumulate > 1 and lane_of(network) is not None and not self.compiled
         return accumulate(network) if several else contextlib.nullcontext()
 
     def inference_step(self, network: nn.Module, batch_size: int) -> Step:
-        """A forward without gradients of a network in evaluation mode."""
+        """A forward of a network in evaluation mode, without gradients."""
         run, x = self.run(network), self.inputs(batch_size)
 
         @torch.no_grad()
@@ -156,7 +156,7 @@ class Workload:
 
 
 def _tensors(output: Any) -> Iterable[Tensor]:
-    """The scores of a network, those of auxiliary heads with them."""
+    """The scores of a network, including those of auxiliary heads."""
     if isinstance(output, Tensor):
         return [output]
     values = output.values() if isinstance(output, dict) else output

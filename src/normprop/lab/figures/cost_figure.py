@@ -1,4 +1,4 @@
-"""What one network costs over others, by batch size."""
+"""The figure of one network's cost over that of others, by batch size."""
 
 from __future__ import annotations
 

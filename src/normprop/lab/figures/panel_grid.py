@@ -1,4 +1,4 @@
-"""Panels side by side in which a normaliser always looks the same."""
+"""Panels side by side, in all of which a normaliser looks the same."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
 from normprop.lab.networks.normalizers import NORMALIZERS
 
-# Okabe & Ito's palette in three rounds of line styles: a normaliser looks the same in every figure, whatever is beside it.
+# Okabe & Ito's palette in three rounds of line styles: a normaliser looks the same in every figure.
 COLOURS = ("#0072B2", "#E69F00", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#555555")
 _STYLES = ("-", "--", ":")
 _MARKERS = "os^DvPX<>phd*8"
 
 
 def look_of(norm: str) -> dict[str, Any]:
-    """Label, colour, line style and marker of a normaliser."""
+    """The label, colour, line style and marker of a normaliser."""
     place = list(NORMALIZERS).index(norm)
     return {
         "label": norm,
@@ -40,7 +40,7 @@ def make_panels(rows: int, columns: int, title: str) -> tuple[Figure, list[list[
 
 
 def logarithmic(axes: Axes, ticks: Sequence[float], base: int) -> None:
-    """Mark the places on an axis of factors."""
+    """Make the axis logarithmic, with ticks at these places."""
     if len(ticks) > 1 and math.log(ticks[-1] / ticks[0]) > 0:
         axes.set_xscale("log", base=base)
     axes.set_xticks(list(ticks))

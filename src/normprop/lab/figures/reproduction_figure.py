@@ -1,4 +1,4 @@
-"""The paper's figures with what was found, and what the paper reports as black marks."""
+"""The paper's figures with what was found; black marks are what the paper reports."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""What other normalisers are made of: torch's and timm's layers, brought to one form.
+"""The layers of other normalisers, from torch and timm, with one signature.
 
-A layer is made for a number of channels and of spatial dimensions (0 for vectors, 2 for images). timm is imported where
-it is needed: the normalisers of torch do without it.
+A layer is made for a number of channels and a number of spatial dimensions (0 for vectors, 2 for images). timm is imported
+where it is needed, because torch's normalisers work without it.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ def batch(channels: int, dims: int) -> nn.Module:
 
 
 class FrozenBatchNorm(_BatchNorm):
-    """Batch normalisation by the statistics of one batch, that of `measure_once`; γ and β are trained."""
+    """Batch normalisation with the statistics of one batch, given to `measure_once`; γ and β are trained."""
 
     def __init__(self, channels: int) -> None:
         super().__init__(channels, momentum=1.0)
         self.training = False
 
     def _check_input_dim(self, input: Tensor) -> None:
-        """Any number of spatial dimensions will do."""
+        """Allow any number of spatial dimensions."""
 
     def train(self, mode: bool = True) -> Self:  # noqa: ARG002  torch's signature
-        """Stay in evaluation mode, whatever the rest of the network does."""
+        """Stay in evaluation mode, whatever mode the network is in."""
         return super().train(False)
 
 
@@ -88,7 +88,7 @@ def nothing(_channels: int, _dims: int) -> nn.Module:
 
 
 def zero_gain(channels: int, _dims: int) -> nn.Module:
-    """A gain for each channel that starts at 0: the residual branch it ends is empty at first (De & Smith 2020)."""
+    """A gain per channel that starts at 0, so that the residual branch it ends is empty at first (De & Smith 2020)."""
     from timm.layers.layer_scale import LayerScale2d
 
     scale: nn.Module = LayerScale2d(channels, init_values=0.0)
@@ -112,7 +112,7 @@ def filter_response_act(channels: int, _dims: int) -> nn.Module:
 
 
 def evonorm_affine(channels: int, _dims: int) -> nn.Module:
-    """γ and β alone: what EvoNorm-S0 leaves where no activation follows, at the end of a residual branch."""
+    """γ and β alone: EvoNorm-S0 without activation, for the end of a residual branch."""
     from timm.layers.evo_norm import EvoNorm2dS0
 
     norm: nn.Module = EvoNorm2dS0(channels, groups=_groups(channels), apply_act=False)
@@ -128,12 +128,12 @@ def evonorm_act(channels: int, _dims: int) -> nn.Module:
 
 
 def convolution(inside: int, outside: int, size: int, stride: int, bias: bool) -> nn.Conv2d:
-    """torch's convolution, padded to keep the image's size at stride 1."""
+    """torch's convolution, padded so that stride 1 keeps the size of the image."""
     return nn.Conv2d(inside, outside, size, stride, size // 2, bias=bias)
 
 
 def standardized_convolution(inside: int, outside: int, size: int, stride: int, bias: bool) -> nn.Conv2d:
-    """Weight standardisation (Qiao et al. 2019): each filter with mean 0 and variance 1."""
+    """Weight standardisation (Qiao et al. 2019): every filter has mean 0 and variance 1."""
     from timm.layers.std_conv import StdConv2d
 
     conv: nn.Conv2d = StdConv2d(inside, outside, size, stride, size // 2, bias=bias)

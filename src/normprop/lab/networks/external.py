@@ -1,4 +1,4 @@
-"""Networks that were written elsewhere: torchvision's, timm's, the user's own."""
+"""Networks from elsewhere: torchvision's, timm's and the user's own."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from normprop.lab.networks.normalizers import Normalizer
 
 
 def build_external(name: str, *, shape: tuple[int, ...], classes: int, norm: Normalizer) -> nn.Module:
-    """The untrained network that `torchvision:NAME`, `timm:NAME` or `MODULE:FUNCTION` stands for.
+    """The untrained network that `torchvision:NAME`, `timm:NAME` or `MODULE:FUNCTION` names.
 
     `FUNCTION(channels=…, classes=…)` returns a module; `MODULE` is looked for in the current directory too.
 
     Raises:
-        NormPropError: for an unknown name, or a normaliser that would have to be built into the network.
+        NormPropError: for an unknown name, or a normaliser that only built-in networks can have.
     """
     if not norm.fits_any_network:
         raise NormPropError(

@@ -29,12 +29,12 @@ def build(name: str, *, shape: tuple[int, ...], classes: int, norm: Normalizer, 
             `timm:NAME`, `MODULE:FUNCTION` (called with `channels=` and `classes=`).
         shape: Shape of a sample, `(channels, height, width)` or `(features,)`.
         classes: Number of outputs.
-        norm: What normalises it.
+        norm: Its normaliser.
         width: Factor on the number of channels of the built-in networks.
 
     Raises:
-        NormPropError: for an unknown name, samples that don't suit the network, or a foreign network with a
-            normaliser that has to be built in.
+        NormPropError: for an unknown name, samples that don't suit the network, or a network from elsewhere with a
+            normaliser that only built-in networks can have.
 
     Example:
         >>> from normprop.lab.networks.normalizers import normalizer
@@ -110,7 +110,7 @@ def _conv(inside: int, outside: int, size: int, norm: Normalizer, stride: int = 
 
 
 def _nin(channels: int, classes: int, norm: Normalizer, width: float) -> nn.Module:
-    """Section 5 of the paper; the last pooling spans whatever is left of the image, 8×8 for CIFAR."""
+    """The network of Arpit et al. (2016), section 5; the last pooling spans the remaining image, 8×8 for CIFAR."""
     c192, c160, c96 = (_scaled(c, width) for c in (192, 160, 96))
     return nn.Sequential(
         *_conv(channels, c192, 5, norm),

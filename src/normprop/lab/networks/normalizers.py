@@ -1,4 +1,4 @@
-"""The normalisers a network can be built with, and how each is realised."""
+"""The normalisers that a network can be built with."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ Layer = Callable[[int, int], nn.Module]
 
 @dataclass(frozen=True)
 class Normalizer:
-    """One way to normalise, or to do without: what stands between linear operations, and what these are.
+    """One way to normalise or to do without: the layers between linear operations, and the linear operations.
 
-    A layer is made from the number of channels and of spatial dimensions (0 for vectors, 2 for images).
+    A layer is made for a number of channels and a number of spatial dimensions (0 for vectors, 2 for images).
 
     Attributes:
-        name: What `--norm` calls it.
-        layer: Stands between a linear operation and its ReLU.
-        act: Layer and activation in one, where they can't be told apart; None for `layer`, then ReLU.
+        name: Its name for `--norm`.
+        layer: The layer between a linear operation and its ReLU.
+        act: Layer and activation where they are one; None for `layer`, then ReLU.
         ending: In place of `layer` at the end of a residual branch; None for `layer`.
-        conv: Makes a convolution of (channels in, channels out, size, stride, bias).
-        bias: Whether the linear operation before the layer needs a bias of its own.
+        conv: Makes a convolution from (channels in, channels out, size, stride, bias).
+        bias: Whether the linear operation before the layer needs a bias.
         branches: `scaled` for the residual blocks of NF-ResNets, `plain` for those of He et al. 2016.
         weight_norm: Whether weights are split into length and direction.
-        method: How `normprop.convert` is to rewrite the network built with `layer`; None leaves it.
-        rate: Learning rate that suits it at batch size 64.
-        clip: Adaptive gradient clipping that suits it at batch size 64; 0 for none.
-        calibrate: From how many training samples its constants are best set before the first step; 0 for none.
-        smallest_batch: What it can train at.
+        method: The method by which `normprop.convert` converts the network built with `layer`; None if it doesn't.
+        rate: Default learning rate at batch size 64.
+        clip: Default adaptive gradient clipping at batch size 64; 0 for none.
+        calibrate: Default number of training samples from which its constants are set; 0 if it has none.
+        smallest_batch: The smallest batch size that it can train at.
         images_only: Whether it needs spatial dimensions.
     """
 
@@ -66,11 +66,11 @@ class Normalizer:
         return self.layer(channels, dims), nn.ReLU()
 
     def branch_end(self, channels: int) -> nn.Module:
-        """What a residual branch of images ends with, before it joins its skip."""
+        """The last layer of a residual branch of images, before the branch joins its skip."""
         return (self.ending or self.layer)(channels, 2)
 
     def convolution(self, inside: int, outside: int, size: int, stride: int = 1) -> nn.Conv2d:
-        """A hidden convolution, padded to keep the image's size at stride 1."""
+        """A hidden convolution, padded so that stride 1 keeps the size of the image."""
         return self.conv(inside, outside, size, stride, self.bias)
 
 

@@ -54,16 +54,16 @@ class ScaledBlock(nn.Module):
 
 
 class ResNet(nn.Module):
-    """A 3×3 convolution, stages of blocks that halve the image but for the first, global average pooling, a linear layer.
+    """A 3×3 convolution, stages of blocks, all but the first of which halve the image, average pooling, a linear layer.
 
     He et al. 2016, section 4.2, with three stages of n blocks: depth 6n + 2.
 
     Args:
-        blocks: Blocks in each stage.
+        blocks: Number of blocks per stage.
         widths: Channels of each stage.
         channels: Channels of the images.
         classes: Number of outputs.
-        norm: What normalises it.
+        norm: Its normaliser.
     """
 
     def __init__(self, blocks: int, widths: tuple[int, ...], channels: int, classes: int, norm: Normalizer) -> None:

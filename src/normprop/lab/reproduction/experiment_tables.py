@@ -1,4 +1,4 @@
-"""Each experiment's table: what was found, beside what the paper reports."""
+"""The table of each experiment: what was found, beside what the paper reports."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def fig3(found: Found, scale: Scale) -> Table:
 
 
 def shown_epochs(scale: Scale) -> list[int]:
-    """The paper's own where they are reached; else 1, 2, 4 … and the last.
+    """The paper's epochs if a run reaches them, else 1, 2, 4 …; and the last one.
 
     Example:
         >>> from normprop.lab.reproduction.scale import SCALES
@@ -110,7 +110,7 @@ def _at(records: Sequence[Record], epoch: int) -> list[float]:
 
 
 def _reached(records: Sequence[Record], epoch: int) -> str:
-    """Mean and spread after an epoch, with a word on runs that had diverged by then and are left out."""
+    """Mean and spread after an epoch, with the number of runs that had diverged by then and are left out."""
     lost = len(records) - len(_at(records, epoch))
     return spread(_at(records, epoch)) + (f" ({lost} diverged)" if lost else "")
 
@@ -209,7 +209,7 @@ def bound(found: Found, _scale: Scale) -> Table:
 
 
 def _lasts(records: Sequence[Record]) -> bool:
-    """Whether there is a run with findings that didn't diverge."""
+    """Whether the first run has findings and didn't diverge."""
     return bool(records) and not records[0].diverged and bool(records[0].findings)
 
 

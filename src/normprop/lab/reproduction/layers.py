@@ -1,4 +1,4 @@
-"""What the probes of a run say, epoch by epoch."""
+"""The hidden layers of a run as probes found them, epoch by epoch."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ Layers = Sequence[dict[str, Any]]
 
 
 def epochs(record: Record) -> list[int]:
-    """When hidden layers were measured; 0 is before training."""
+    """The epochs after which hidden layers were measured; 0 is before training."""
     return [entry["epoch"] for entry in record.findings]
 
 
 def tracks(record: Record, *names: str) -> list[list[float]]:
-    """One number of every hidden layer over the epochs, such as `tracks(record, "preactivation", "unit_mean")`."""
+    """A number of every hidden layer over the epochs, such as `tracks(record, "preactivation", "unit_mean")`."""
     return [list(track) for track in zip(*(_read(entry["layers"], names) for entry in record.findings), strict=True)]
 
 
 def average(record: Record, *names: str) -> list[float]:
-    """The mean over hidden layers of that number's size, at each epoch."""
+    """The absolute value of that number at each epoch, averaged over hidden layers."""
     return [statistics.mean(abs(value) for value in _read(entry["layers"], names)) for entry in record.findings]
 
 
 def movement(record: Record, *names: str) -> list[float]:
-    """By how much that number changed since the epoch before, mean over hidden layers; from the first epoch on."""
+    """The change of that number in each epoch, averaged over hidden layers."""
     lines = tracks(record, *names)
     return [statistics.mean(abs(line[i] - line[i - 1]) for line in lines) for i in range(1, len(record.findings))]
 

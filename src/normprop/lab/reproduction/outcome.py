@@ -1,4 +1,4 @@
-"""What the finished runs of an experiment come to: curves, means and intervals, in percent."""
+"""The outcome of an experiment's finished runs: curves, means and intervals, in percent."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ Found = Mapping[Key, Sequence[Record]]
 
 
 def found(cells: Cells, records: Sequence[Record]) -> Found:
-    """The records of each cell's runs, those that are finished."""
+    """The records of each cell's finished runs."""
     done = {record.recipe: record for record in records}
     return {key: [done[run] for run in runs if run in done] for key, runs in cells.items()}
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
-    """Mean, and half the width of its 95 % confidence interval by Student's t; infinite for one value.
+    """Mean, and half the width of its 95 % confidence interval by Student's t, which is infinite for one value.
 
     Example:
         >>> mean, half = interval([1.0, 2.0, 3.0])
@@ -42,22 +42,22 @@ def bands(records: Sequence[Record]) -> list[tuple[float, float]]:
 
 
 def best(record: Record) -> float:
-    """Highest validation accuracy of a run, %; a guess for one that diverged at once."""
+    """Highest validation accuracy of a run in %; that of a guess if it diverged at once."""
     return max(record.curve(), default=100 / record.classes)
 
 
 def last(record: Record) -> float:
-    """Validation accuracy after the last epoch, %; a guess after divergence."""
+    """Validation accuracy after the last epoch in %; that of a guess after divergence."""
     return 100 * record.validation_accuracy
 
 
 def error_rate(record: Record) -> float:
-    """Share of test images classified wrong after the last epoch, %; that of a guess after divergence."""
+    """Test error after the last epoch in %; that of a guess after divergence."""
     return 100 * (1 - record.test_accuracy)
 
 
 def shown(records: Sequence[Record], value: Callable[[Record], float]) -> str:
-    """Mean and spread over runs as text, with a word on those that diverged, which count as guesses."""
+    """Mean and spread over runs as text, with the number of those that diverged, which count as guesses."""
     diverged = sum(record.diverged for record in records)
     return spread([value(record) for record in records]) + (f" ({diverged} diverged)" if diverged else "")
 

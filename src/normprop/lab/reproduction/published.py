@@ -1,4 +1,4 @@
-"""What Arpit et al. 2016 report, typed from the paper; readings off its plots are good to half a percent point."""
+"""The results of Arpit et al. (2016), typed from the paper; readings from its plots are good to half a percent point."""
 
 from __future__ import annotations
 

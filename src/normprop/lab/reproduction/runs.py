@@ -1,4 +1,4 @@
-"""The runs of each experiment. Experiments share runs: a recipe that several of them name is trained once."""
+"""The runs of each experiment. A recipe that several experiments name is trained once."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ TITLES = {
 }
 
 BATCH_SIZES = (1, 50, 100, 250)
-# "Without normalisation" in figure 2 is trained at this rate.
+# Figure 2 trains "without normalisation" at this rate.
 SLOW_RATE = 1e-4
 
 Key = tuple[Any, ...]
-# A cell of an experiment, and its runs over seeds.
+# The runs of each cell of an experiment, over seeds.
 Cells = Mapping[Key, Sequence[Recipe]]
 
 
@@ -48,10 +48,10 @@ def norm_of(name: str) -> Normalizer:
 
 
 def recipe(scale: Scale, name: str, *, batch_size: int = 50, seed: int = 0, **changes: Any) -> Recipe:
-    """A contender's run at the paper's settings, which know no gradient clipping.
+    """A contender's run at the paper's settings, which have no gradient clipping.
 
-    Exact moments keep this library's default clipping, and so does the printed form where it says so; the covariance of
-    inputs they count whole. Without normaliser the rate is lower by the factor that the library's default is.
+    Exact moments and `paper-clip` keep this library's default clipping; exact moments count the covariance of inputs whole.
+    Without a normaliser the rate is lower by the same factor as the library's default rate.
     """
     schedule = scale.single if batch_size == 1 else scale.usual
     lr = rate(batch_size) * norm_of(name).rate / normalizer("batch").rate
@@ -137,7 +137,7 @@ _CELLS: dict[str, Callable[[Scale, int], Cells]] = {
 
 
 def cells(part: str, scale: Scale, seeds: int) -> Cells:
-    """The cells of an experiment with their runs; none for `speed`, which times steps instead.
+    """The cells of an experiment with their runs; none for `speed`, which times steps.
 
     Example:
         >>> from normprop.lab.reproduction.scale import SCALES
@@ -148,11 +148,11 @@ def cells(part: str, scale: Scale, seeds: int) -> Cells:
 
 
 def runs(parts: Iterable[str], scale: Scale, seeds: int) -> list[Recipe]:
-    """The runs of several experiments, each once; those first that say most: seed by seed, batch size 1 last."""
+    """The runs of several experiments, each once: seed by seed, batch size 1 last."""
     found = dict.fromkeys(run for part in parts for cell in cells(part, scale, seeds).values() for run in cell)
     return sorted(found, key=lambda run: (scale.data.index(run.data), run.seed, run.batch_size == 1))
 
 
 def probed(scale: Scale) -> frozenset[Recipe]:
-    """Runs whose hidden layers are measured after each epoch, whichever experiment asks for them."""
+    """The runs whose hidden layers are measured after each epoch."""
     return frozenset(runs(("fig2", "bound"), scale, 1))

@@ -1,4 +1,4 @@
-"""How much of the paper's setting is run: all of it, a quarter of the width for two cores, or enough to see it work."""
+"""The scale of a reproduction: the paper's own, a quarter of the width for two cores, or enough to see it work."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from normprop.errors import NormPropError
 
 @dataclass(frozen=True)
 class Schedule:
-    """Epochs of a run, and between two halvings of the rate."""
+    """The number of epochs of a run, and between two halvings of the rate."""
 
     epochs: int
     halve_every: int
@@ -17,21 +17,21 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Scale:
-    """Settings that depend on the time there is.
+    """Settings that depend on the time at hand.
 
     Attributes:
-        name: What `--scale` calls it.
-        data: Data sets of table 1; everything else is on the first.
+        name: Its name for `--scale`.
+        data: Data sets of table 1; all other experiments use the first.
         width: Factor on the channels of the paper's network.
-        train_images: Training images after the validation split; None for all.
-        validation: Images held out of the training set.
-        usual: The schedule of all experiments but these:
-        data_norm: That of figure 1.
-        single: That of batch size 1.
-        svhn: That of SVHN.
-        seeds: Runs of each setting in figures 3 and 4 and table 1; the other experiments have one.
-        probed: Validation images on which hidden layers are measured.
-        speed_seconds: For how long steps are timed.
+        train_images: Number of training images after the validation split; None for all.
+        validation: Number of images held out of the training set.
+        usual: The schedule of all runs except those of the next three.
+        data_norm: The schedule of figure 1.
+        single: The schedule of batch size 1.
+        svhn: The schedule of SVHN.
+        seeds: Number of runs per setting in figures 3 and 4 and table 1; the other experiments have one.
+        probed: Number of validation images on which hidden layers are measured.
+        speed_seconds: Seconds for which steps are timed.
     """
 
     name: str
@@ -48,7 +48,7 @@ class Scale:
     speed_seconds: float
 
     def with_seeds(self, seeds: int | None) -> int:
-        """The number asked for, or this scale's own.
+        """The number of seeds asked for, by default this scale's own.
 
         Raises:
             NormPropError: below 1.

@@ -1,4 +1,4 @@
-"""How long an epoch takes with each normaliser: training steps of the whole recipe, timed in turns."""
+"""The time of an epoch with each normaliser: training steps of the whole recipe, timed in turns."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ RIVAL = "batch"
 
 
 def measure_speed(scale: Scale, images: Images, device: str) -> dict[str, Any]:
-    """Processor seconds of an epoch and the ratio to BatchNorm's for each normaliser, each with its quartiles.
+    """Processor seconds of an epoch per normaliser, and their ratio to BatchNorm's, both with quartiles.
 
     A step is that of the paper's recipe at batch size 50: standardising the input, forward, backward, SGD, clipping and
-    projection where the recipe has them. On a GPU it is time on the clock.
+    projection where the recipe has them. On a GPU it is wall-clock time.
     """
     recipes = {name: recipe(scale, name) for name in CONTENDERS}
     images = prepared(images, recipes[RIVAL])

@@ -1,4 +1,4 @@
-"""Measures hidden layers while a run trains, and keeps what it finds with the run."""
+"""A watcher that measures hidden layers while a run trains."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from normprop.lab.training.recipe import Recipe
 
 @dataclass(frozen=True)
 class ProbeSome:
-    """Chooses the runs to watch; it can be sent to other processes.
+    """A choice of the runs to watch; it can be sent to other processes.
 
     Attributes:
-        recipes: Those that are watched.
-        samples: Validation images to measure on.
+        recipes: The recipes of the runs.
+        samples: Number of validation images to measure on.
     """
 
     recipes: frozenset[Recipe]
     samples: int
 
     def __call__(self, recipe: Recipe, images: Images) -> Watcher:
-        """Who watches the run."""
+        """The watcher of a run."""
         if recipe not in self.recipes:
             return Watcher()
         held_out = prepared(images, recipe).x_validation
@@ -44,7 +44,7 @@ class ProbeWatcher(Watcher):
     """Probes the network before the first epoch and after each.
 
     Args:
-        samples: As they come from the data set.
+        samples: Images in their own units.
     """
 
     def __init__(self, samples: Tensor) -> None:
@@ -63,7 +63,7 @@ class ProbeWatcher(Watcher):
             self._note(row.epoch)
 
     def findings(self) -> tuple[Any, ...]:
-        """One entry for each time: the epoch and its layers."""
+        """One entry per measurement: the epoch and the layers."""
         return tuple(self.found)
 
     def _note(self, epoch: int) -> None:
@@ -79,6 +79,6 @@ class ProbeWatcher(Watcher):
 
 
 def _finite(values: dict[str, Any]) -> dict[str, Any]:
-    """None in place of what JSON has no number for."""
+    """The values with None for numbers that JSON lacks."""
     plain = {key: _finite(value) if isinstance(value, dict) else value for key, value in values.items()}
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in plain.items()}

@@ -1,4 +1,4 @@
-"""The mini-batches of an epoch: their order and augmentation depend on (seed, epoch) alone."""
+"""The mini-batches of an epoch, whose order and augmentation depend on (seed, epoch) alone."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from normprop.lab.samples.seeds import derived
 class Batches:
     """An epoch over images `(n, channels, height, width)` or vectors `(n, features)`, without an incomplete last batch.
 
-    Everything random is drawn at once for the epoch, so that a batch is the same whether or not those before it were
-    seen: a run continues where it stopped, and processes share a batch without talking.
+    All random numbers of the epoch are drawn at once, so that a batch doesn't depend on those before it: a run continues
+    where it stopped, and processes share a batch without communication.
 
     Args:
         x: Samples.
         y: Their classes.
-        batch_size: Samples in a batch, at most as many as there are.
-        seed: Of the run.
-        epoch: Of the run.
+        batch_size: Samples per batch, at most as many as there are.
+        seed: The run's seed.
+        epoch: The epoch, from 0.
         flips: Mirror each image with probability ½.
         crops: Shift each image by up to this many pixels, zeros moving in.
 
@@ -52,7 +52,7 @@ class Batches:
         return x, self.y[chosen]
 
     def _augmented(self, x: Tensor, places: slice) -> Tensor:
-        """The images as the draws for these places of the epoch mirror and shift them."""
+        """The images mirrored and shifted by the random numbers for these places in the epoch."""
         # Not v2.RandomCrop and RandomHorizontalFlip: they draw from the global generator, once for a whole batch, and image
         # by image they take six times as long.
         from torchvision.transforms.v2 import functional as F  # slow to import, and needed here only

@@ -1,4 +1,4 @@
-"""The named data sets: where each is found, and how it is loaded."""
+"""The data sets that have names: where each is found and how it is loaded."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from normprop.lab.samples.images import Images, from_arrays, read_folder, read_n
 
 @dataclass(frozen=True)
 class Source:
-    """What is known of a named data set before it is loaded.
+    """A named data set before it is loaded.
 
     Attributes:
         title: One line for a listing.
-        train: Training images.
-        test: Test images.
+        train: Number of training images.
+        test: Number of test images.
         shape: Channels, height, width.
         classes: Number of classes.
-        licence: What its authors say.
-        layout: What torchvision keeps it in under the root folder.
-        fetch: Loads it by torchvision from a root folder, downloading if told to; None where it is bundled.
+        licence: As its authors state it.
+        layout: The file or folder in which torchvision keeps it under the root folder.
+        fetch: Loads it with torchvision from a root folder and may download it; None for a bundled one.
     """
 
     title: str
@@ -40,14 +40,14 @@ class Source:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a data set is: `bundled` in a dependency, an `npz` file, `torchvision`'s files, or yet to `download`."""
+    """The place of a data set: `bundled` with a dependency, an `npz` file, `torchvision`'s files, or yet to `download`."""
 
     kind: Literal["bundled", "npz", "torchvision", "download"]
     path: Path | None
 
 
 def _two_sets(dataset: str) -> Callable[[Path, bool], tuple[Any, Any, Any, Any]]:
-    """A loader by torchvision's class of that name, whose sets are chosen by `train=`."""
+    """A loader for torchvision's class of that name, which chooses the set by `train=`."""
 
     def fetch(root: Path, download: bool) -> tuple[Any, Any, Any, Any]:
         import torchvision.datasets
@@ -87,7 +87,7 @@ def data_root() -> Path:
 
 
 def locate(name: str, root: Path | None = None) -> Place:
-    """Where the named set would be loaded from, without loading it.
+    """The place from which the named set would be loaded.
 
     Example:
         >>> locate("digits").kind
@@ -110,7 +110,7 @@ def load(data: str, *, root: Path | None = None, image_size: int | None = None) 
 
     Args:
         data: `digits`, `mnist`, `fashion-mnist`, `cifar10`, `cifar100`, `svhn`, a path that ends in .npz, or a folder.
-        root: Where named sets are kept; by default `data_root()`.
+        root: The folder for named sets; by default `data_root()`.
         image_size: Height and width to which the images of a folder are resized.
 
     Raises:
@@ -154,7 +154,7 @@ def _load_named(name: str, root: Path) -> Images:
 
 
 def _digits() -> Images:
-    """scikit-learn's digits, four fifths to train, split by a fixed permutation."""
+    """scikit-learn's digits, four fifths of them for training, split by a fixed permutation."""
     import torch
     from sklearn.datasets import load_digits
 

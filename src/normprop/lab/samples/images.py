@@ -1,4 +1,4 @@
-"""A labelled data set in memory, and how files and folders become one."""
+"""A labelled data set in memory, and its making from files and folders."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ class Images:
     """Training and test set in uint8 or float32: images `(n, channels, height, width)` or vectors `(n, features)`.
 
     Attributes:
-        name: What it was loaded as.
-        x_train: Samples in their own units; `Standardize` brings them to mean 0 and variance 1.
+        name: The name it was loaded by.
+        x_train: Samples in their own units; `Standardize` gives them mean 0 and variance 1.
         y_train: Class of each sample, int64 from 0.
         x_test: As `x_train`.
         y_test: As `y_train`.
         classes: Number of classes.
-        x_validation: Held out of the training set, as `x_train`; none at first.
+        x_validation: Samples held out of the training set, as `x_train`; None at first.
         y_validation: Their classes.
     """
 
@@ -46,10 +46,10 @@ class Images:
         return tuple(self.x_train.shape[1:])
 
     def subset(self, train_images: int) -> Images:
-        """The same set with fewer training images: a fixed random choice that is the same for every seed.
+        """The same set with fewer training images, chosen at random but the same for every seed.
 
         Raises:
-            NormPropError: for fewer than two or more than there are.
+            NormPropError: for fewer than two, or more than there are.
         """
         total = len(self.x_train)
         if not 2 <= train_images <= total:
@@ -58,10 +58,10 @@ class Images:
         return replace(self, x_train=self.x_train[chosen], y_train=self.y_train[chosen])
 
     def hold_out(self, validation: int) -> Images:
-        """The same set with some training images set aside: a fixed random choice that is the same for every seed.
+        """The same set with some training images held out, chosen at random but the same for every seed.
 
         Raises:
-            NormPropError: where fewer than two images are left to train on, or none is held out.
+            NormPropError: if fewer than two images are left to train on, or none is held out.
         """
         total = len(self.x_train)
         if not 1 <= validation <= total - 2:
@@ -83,7 +83,7 @@ def from_arrays(name: str, x_train: Any, y_train: Any, x_test: Any, y_test: Any)
     """Images from arrays in any usual layout: `(n, h, w)`, `(n, h, w, c)`, `(n, c, h, w)` or `(n, features)`.
 
     Raises:
-        NormPropError: for lengths that differ, empty sets, labels that aren't classes, or an ambiguous layout.
+        NormPropError: for different lengths, empty sets, labels that aren't classes, or an ambiguous layout.
 
     Example:
         >>> x, y = np.zeros((4, 8, 8), np.uint8), np.array([0, 1, 2, 1])
@@ -140,15 +140,15 @@ def read_npz(path: Path, name: str) -> Images:
 def read_folder(folder: Path, image_size: int | None = None) -> Images:
     """RGB images from a folder with one subfolder per class, by `torchvision.datasets.ImageFolder`, held in memory.
 
-    With subfolders `train` and `test` (or `val`) these are the two sets. Otherwise every class is split one to four, in
-    a way that depends on the files' names alone.
+    Subfolders `train` and `test` (or `val`) are the two sets. Otherwise every fifth image of a class, in the order of file
+    names, is a test image.
 
     Args:
-        folder: Where the images are.
-        image_size: Resize to this height and width; needed when sizes differ.
+        folder: The folder with the images.
+        image_size: Height and width to resize them to; needed if sizes differ.
 
     Raises:
-        NormPropError: without images, for classes that differ between the sets, or for sizes that differ.
+        NormPropError: without images, or if classes or sizes differ.
     """
     from torchvision.datasets import ImageFolder  # slow to import, and needed here only
 

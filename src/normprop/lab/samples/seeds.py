@@ -1,4 +1,4 @@
-"""Seeds derived from places in a run."""
+"""Seeds for places in a run."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import hashlib
 
 
 def derived(*place: int) -> int:
-    """A 63-bit seed that depends on every number of `place`, unrelated to that of its neighbours.
+    """A 63-bit seed that depends on every number of `place` and is unrelated to those of its neighbours.
 
     Example:
         >>> derived(0, 1) == derived(0, 1), derived(0, 1) == derived(1, 0)

@@ -1,4 +1,4 @@
-"""What a run reports: one row per epoch, in memory and as lines of JSON."""
+"""The report of a run: one row per epoch, in memory and as lines of JSON."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from normprop.lab.training.recipe import Recipe
 
 @dataclass(frozen=True)
 class Row:
-    """One epoch, or the part of it before the run diverged.
+    """One epoch, or its part before the run diverged.
 
     Attributes:
         epoch: From 1.
         step: Optimiser steps so far.
         lr: Learning rate of the last step.
-        train_loss: Cross-entropy in nats, mean over the epoch's steps, each before its update; None if none was finite.
-        train_accuracy: Share of training samples classified right, likewise.
-        test_accuracy: Share of test samples classified right after the epoch; None after divergence and, where there
+        train_loss: Cross-entropy in nats, averaged over the epoch's steps, each before its update; None if none was finite.
+        train_accuracy: Share of training samples classified correctly, measured in the same way.
+        test_accuracy: Share of test samples classified correctly after the epoch; None after divergence and, where there
             are validation samples, before the last epoch.
-        validation_accuracy: Share of validation samples classified right after the epoch; None without them or after
+        validation_accuracy: Share of validation samples classified correctly after the epoch; None without them or after
             divergence.
-        seconds: Spent on training steps in this epoch, evaluation and checkpoints left out.
+        seconds: Time spent on the training steps of this epoch, without evaluation and checkpoints.
         images_per_second: Training samples per second, over all processes.
         diverged: Whether the loss became infinite or NaN here.
     """
@@ -58,12 +58,12 @@ class Run:
 
     @property
     def test_accuracy(self) -> float | None:
-        """Share of test samples classified right at the end; None without an epoch or after divergence."""
+        """Share of test samples classified correctly at the end; None without an epoch or after divergence."""
         return self.rows[-1].test_accuracy if self.rows else None
 
 
 def to_json_lines(rows: Sequence[Row]) -> bytes:
-    """The rows as JSON, one to a line.
+    """The rows as JSON, one per line.
 
     Example:
         >>> to_json_lines([Row(1, 10, 0.1, 2.0, 0.5, 0.5, 1.0, 10.0)])[:24]

@@ -43,23 +43,23 @@ def train(
     images: Images | None = None,
     observer: Observer | None = None,
 ) -> Run:
-    """Train as the recipe says: SGD on cross-entropy, in this process or shared with those torchrun started.
+    """Train as the recipe says: SGD on cross-entropy, in this process or shared with the others that torchrun started.
 
     Order, augmentation and dropout depend on (seed, epoch, step) alone. So a run that was killed and resumed ends with
     the very weights of one that wasn't, and processes see together the batches that one alone would see.
 
     Args:
         recipe: What to train and how.
-        out: Folder for checkpoint.pt, metrics.jsonl and recipe.json; nothing is written without one.
+        out: Folder for checkpoint.pt, metrics.jsonl and recipe.json; without one nothing is written.
         resume: Continue from the checkpoint in `out`.
         overwrite: Start again although `out` holds a run.
         device: `auto` or a torch device.
         checkpoint_every: Steps between checkpoints within an epoch; 0 for one after each epoch only.
-        images: The data, if it is at hand; by default `recipe.data` is loaded.
-        observer: Is told how it goes, in the process that writes.
+        images: The data; by default `recipe.data` is loaded.
+        observer: Told how the run goes, in the process that writes.
 
     Returns:
-        The run. It ends early, its last row marked, when the loss is no longer finite; the checkpoint is from before.
+        The run. When the loss is no longer finite, it ends early and its last row says so; the checkpoint is from before.
 
     Raises:
         NormPropError: for a recipe that can't be followed, an `out` that holds another run, a checkpoint that can't be
@@ -84,7 +84,7 @@ def train(
 
 
 def _seed_dropout(seed: int, group: Processes) -> None:
-    # torch.manual_seed also notes a stack trace for every kind of device, which at batch size 1 takes its time.
+    # torch.manual_seed also records a stack trace per kind of device, which is slow beside a step at batch size 1.
     if group.device.type == "cpu":
         torch.default_generator.manual_seed(seed)
     else:
@@ -93,7 +93,7 @@ def _seed_dropout(seed: int, group: Processes) -> None:
 
 @torch.no_grad()
 def accuracy(model: nn.Module, x: Tensor, y: Tensor, group: Processes, *, batch_size: int = 128) -> float:
-    """Share of the samples `x` that the model, in evaluation mode, gives their classes `y`."""
+    """Share of the samples `x` for which the model, in evaluation mode, finds their classes `y`."""
     model.eval()
     right = 0.0
     for xs, ys in zip(*(part[group.rank :: group.world].split(batch_size) for part in (x, y)), strict=True):
@@ -186,7 +186,7 @@ class _Trainer:
         return Run(recipe, self.rows, self.model)
 
     def _recalibrate(self, steps: int) -> bool:
-        """Do so if it is time after so many steps, on samples that depend on their number alone; False if it can't be."""
+        """Recalibrate if that is due after so many steps, on samples that depend on the step alone; False if it fails."""
         recipe = self.recipe
         if not recipe.recalibrate or steps == 0 or steps % max(1, recipe.recalibrate // recipe.batch_size):
             return True
@@ -202,7 +202,7 @@ class _Trainer:
         return True
 
     def _take_step(self, parallel: nn.Module, batches: Batches, step: int) -> float:
-        """Loss of one step over all processes; where it isn't finite the weights are left as they were."""
+        """The loss of one step over all processes; if it isn't finite, the weights stay as they were."""
         recipe, group = self.recipe, self.group
         began = time.perf_counter()
         x, y = batches.batch(step, rank=group.rank, world=group.world)
@@ -244,7 +244,7 @@ class _Trainer:
         self.observer.ended_epoch(row, self.recipe.epochs)
 
     def _test_accuracy(self) -> float | None:
-        """None while validation images say how it goes: the test set isn't looked at before the end."""
+        """None before the last epoch where there are validation images: the test set waits until the end."""
         images = self.images
         if images.x_validation is not None and self.epoch + 1 < self.recipe.epochs:
             return None
@@ -255,6 +255,6 @@ class _Trainer:
         return None if x is None or y is None else accuracy(self.model, x, y, self.group)
 
     def _write_metrics(self, out: Path | None) -> None:
-        # Whole, from the checkpoint's rows: a file that was appended to would hold some epochs twice after --resume.
+        # Written whole: a file that is appended to would hold some epochs twice after --resume.
         if out:
             write_whole(out / METRICS, to_json_lines(self.rows))

@@ -1,4 +1,4 @@
-"""The optimizer of a recipe, with what its normaliser asks for besides."""
+"""The optimizer of a recipe, with the clipping and projection that its normaliser needs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from normprop.optim import AdaptiveGradientClipping, UnitNormProjection
 
 
 def build_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
-    """SGD with momentum, weight decay on weights alone, and what the normaliser asks for besides."""
+    """SGD with momentum, weight decay on weights alone, and the clipping and projection that the normaliser needs."""
     assert recipe.lr is not None
     trainable = [p for p in model.parameters() if p.requires_grad]
     # Some layers shape their gains as filters of one number.

@@ -1,4 +1,4 @@
-"""What a recipe trains: its data and its network, before the first step."""
+"""The data and the network of a recipe before the first step."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from normprop.lab.samples.seeds import derived
 from normprop.lab.training.processes import Processes
 from normprop.lab.training.recipe import Recipe
 
-# Training samples from which statistics that are frozen before training are measured.
+# Number of training samples from which frozen statistics are measured.
 _MEASURED = 512
 
 
 def prepared(images: Images, recipe: Recipe) -> Images:
-    """The data set as the recipe divides it: validation images held out first, then the subset to train on.
+    """The data set as the recipe divides it: first validation images are held out, then the training subset is taken.
 
     Raises:
         NormPropError: where there are too few images.
@@ -35,7 +35,7 @@ def prepared(images: Images, recipe: Recipe) -> Images:
 
 
 def build_model(recipe: Recipe, images: Images, group: Processes) -> nn.Module:
-    """The recipe's network behind a `Standardize` that knows the training set, on the group's device."""
+    """A `Standardize` with the statistics of the training set, then the recipe's network, on the group's device."""
     torch.manual_seed(recipe.seed)
     norm = normalizer(recipe.norm)
     network = build(recipe.model, shape=images.shape, classes=images.classes, norm=norm, width=recipe.width)
@@ -56,10 +56,10 @@ def build_model(recipe: Recipe, images: Images, group: Processes) -> nn.Module:
 
 @torch.no_grad()
 def start_beta(network: nn.Module, beta: float) -> None:
-    """Set β of every normaliser: the bias, a vector, of whatever has a vector of weights.
+    """Set β of every normaliser: the bias of every module whose weight and bias are vectors.
 
     Raises:
-        NormPropError: where there is none.
+        NormPropError: if there is none.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
@@ -84,6 +84,6 @@ def placed(x: Tensor, group: Processes) -> Tensor:
 
 
 def some(images: Images, seed: int, count: int) -> Tensor:
-    """So many random training samples, or all."""
+    """`count` random training samples, or all if there are fewer."""
     chosen = torch.randperm(len(images.x_train), generator=torch.Generator().manual_seed(seed))
     return images.x_train[chosen[:count]]

@@ -1,4 +1,4 @@
-"""The processes that share a run: one, or as many as torchrun starts."""
+"""The processes that share a run: one, or those that torchrun starts."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from normprop.errors import NormPropError
 
 @dataclass(frozen=True)
 class Processes:
-    """This process's place among those of the run, and the device it computes on."""
+    """The place of this process among those of the run, and its device."""
 
     device: torch.device
     rank: int = 0
@@ -26,11 +26,11 @@ class Processes:
 
     @property
     def writes(self) -> bool:
-        """Whether this process is the one that writes files and reports."""
+        """Whether this is the process that writes files and reports."""
         return self.rank == 0
 
     def parallel(self, model: nn.Module) -> nn.Module:
-        """The model whose gradients are averaged over the processes."""
+        """The model, with its gradients averaged over the processes."""
         if self.world == 1:
             return model
         return DistributedDataParallel(model, device_ids=[self.device] if self.device.type == "cuda" else None)
@@ -44,20 +44,20 @@ class Processes:
         return [float(value) for value in sums]
 
     def wait(self) -> None:
-        """Return when every process has come here."""
+        """Return when every process has called this."""
         if self.world > 1:
             dist.barrier()
 
 
 @contextmanager
 def processes(device: str = "auto") -> Iterator[Processes]:
-    """Join the processes that torchrun started, or be alone; within another such block, stay joined.
+    """Join the processes that torchrun started, if it did; within another such block, stay joined.
 
     Args:
         device: `auto` (CUDA where there is one, else CPU) or a torch device.
 
     Raises:
-        NormPropError: for a device that isn't there.
+        NormPropError: for a device that this machine lacks.
     """
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     name = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device

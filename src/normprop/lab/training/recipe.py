@@ -1,4 +1,4 @@
-"""Everything that determines what a run learns, and the defaults that depend on each other."""
+"""All that determines what a run learns, with defaults that depend on each other."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ _LEAST = (
     ("recalibrate", 0),
     ("shrinkage", 0.0),
 )
-# The rate at batch size 64 above which clipping gets tighter, so that steps get no longer.
+# The rate at batch size 64 above which clipping gets tighter, so that steps don't get longer.
 CLIP_UP_TO = 0.1
-# How many directions in which inputs vary are measured, how far what they say is shrunk where gradients are clipped and
-# needn't be restrained, and after how many samples all is measured again, if nobody says.
+# Defaults of calibration: principal directions of inputs, their shrinkage where clipping restrains the gradients already,
+# and samples between two calibrations.
 _DIRECTIONS = 8
 _SHRINKAGE = 0.9
 _RECALIBRATE = 6400
@@ -40,7 +40,7 @@ class _Covariance(TypedDict):
 
 @dataclass(frozen=True)
 class Setting:
-    """What the runs of a comparison have in common: data, network and all of the training but what is compared."""
+    """The settings that all runs of a comparison share: data, network and training, except for what is compared."""
 
     data: str = "digits"
     """digits, mnist, fashion-mnist, cifar10, cifar100, svhn, FILE.npz, or a folder of images."""
@@ -51,26 +51,26 @@ class Setting:
     epochs: int = 10
     """Passes over the training set."""
     train_images: int | None = None
-    """Use a fixed random subset of the training set."""
+    """Size of a fixed random subset of the training set to use instead of all of it."""
     validation: int | None = None
-    """Hold so many training images out, the same in every run, to choose settings by. Test accuracy is then measured
-    after the last epoch only. By default 0, and a tenth of the training set where settings are compared."""
+    """Number of training images to hold out for the choice of settings, the same in every run. Test accuracy is then
+    measured after the last epoch only. By default 0, and a tenth of the training set where settings are compared."""
     image_size: int | None = None
-    """Resize the images of a folder to this height and width."""
+    """Height and width to which the images of a folder are resized."""
     schedule: Schedule = "onecycle"
-    """How the learning rate moves; halving is the paper's."""
+    """How the learning rate changes; halving is the paper's schedule."""
     halve_every: int | None = None
     """Epochs between two halvings; by default an eighth of the run, as in the paper."""
     momentum: float = 0.9
-    """Of SGD."""
+    """Momentum of SGD."""
     weight_decay: float = 5e-4
-    """On weights; never on gains and biases."""
+    """Weight decay of weights; gains and biases have none."""
     flips: bool = False
     """Mirror training images at random."""
     crops: int = 0
     """Shift training images at random by up to this many pixels."""
     data_norm: Literal["global", "batch"] = "global"
-    """Standardise the input by statistics of the training set or of the mini-batch."""
+    """Standardise the input by the statistics of the training set or of the mini-batch."""
     dtype: Literal["float32", "bf16"] = "float32"
     """bf16 computes under autocast; weights stay float32."""
 
@@ -87,27 +87,27 @@ class Recipe(Setting):
     norm: str = "normprop"
     """normprop, paper, batch, frozen, group, layer, instance, ws, frn, evonorm-s0, nf, weight, none or none-zero."""
     batch_size: int = 50
-    """Samples in a step, over all processes together."""
+    """Samples per step, over all processes together."""
     lr: float | None = None
     """Highest learning rate; by default one that suits the normaliser at batch size 64, times (batch size / 64)^¾."""
     clip: float | None = None
     """Adaptive gradient clipping at this ratio of gradient to weight, 0 for none; by default 0.05·√(64 / batch size)
     for normprop, paper and nf, none for the others. Above a rate of 0.1·(batch size / 64)^¾ the ratio falls as 1/rate."""
     calibrate: int | None = None
-    """Set the constants of normprop from so many training samples before the first step; 0 leaves it at what is computed
-    for independent inputs. By default 256; nothing else has such constants."""
+    """Number of training samples from which normprop's constants are set before the first step; 0 keeps those that are
+    computed for independent inputs. By default 256; other normalisers have no such constants."""
     directions: int | None = None
-    """Measure so many principal directions of every layer's input at that; by default 8."""
+    """Number of principal directions of every layer's input that calibration measures; by default 8."""
     shrinkage: float | None = None
     """Shrink their covariance towards independence: 0 counts it whole, 1 not at all. By default 0.9 where gradients are
     clipped, 0 where only directions restrain them."""
     recalibrate: int | None = None
-    """Calibrate again whenever so many samples have been seen, keeping the function; 0 for never. By default 6400."""
+    """Number of samples between two calibrations, which keep the function; 0 for none after the first. By default 6400."""
     beta: float | None = None
-    """Where β of every normaliser starts: above 0 a ReLU cuts off less. By default 0, and for normprop that is calibrated
-    the first of 0, ½ and 1 that keeps the network from stretching small differences too much."""
+    """Initial β of every normaliser; above 0 a ReLU cuts off less. By default 0, and for a calibrated normprop the first of
+    0, ½ and 1 with which the network doesn't stretch small differences too much."""
     seed: int = 0
-    """Of initialisation, order, augmentation, dropout and samples to calibrate with."""
+    """Seed of initialisation, order, augmentation, dropout and the samples for calibration."""
 
     def resolved(self) -> Recipe:
         """The same recipe with its dependent defaults filled in, checked.
@@ -156,11 +156,11 @@ class Recipe(Setting):
         )
 
     def covariance(self) -> _Covariance:
-        """How `normprop.calibrate` is to measure the covariance of inputs."""
+        """The arguments with which `normprop.calibrate` is to measure the covariance of inputs."""
         return {"directions": self.directions or 0, "shrinkage": self.shrinkage or 0.0}
 
     def check_fits(self, images: Images, *, world: int = 1) -> None:
-        """Refuse data, or a number of processes, that this recipe can't be followed with.
+        """Raise if this recipe can't be followed with such data or so many processes.
 
         Raises:
             NormPropError: for batches larger than the data or not divisible by `world`; flips or crops of vectors.
@@ -178,9 +178,9 @@ class Recipe(Setting):
             raise NormPropError(f"--flips and --crops need images, not samples of shape {images.shape}.\nLeave them out.")
 
     def changes_from(self, earlier: dict[str, Any]) -> list[str]:
-        """What keeps a run recorded with the `earlier` recipe from being continued with this one: `field: old → new`.
+        """The changes that keep a run with the `earlier` recipe from being continued with this one, as `--field old → new`.
 
-        More epochs are no obstacle under a schedule that doesn't look at the end.
+        More epochs are no obstacle under a schedule that doesn't depend on the end.
         """
         open_ended = self.schedule in ("constant", "halving")
         return [
@@ -191,7 +191,7 @@ class Recipe(Setting):
 
 
 def rate_at(batch_size: int, rate: float) -> float:
-    """The learning rate that goes with `rate` at batch size 64.
+    """The learning rate that corresponds to `rate` at batch size 64.
 
     Between the √ of independent noise and the proportionality of a noiseless gradient; on Fashion-MNIST at batch size 1
     with a narrow `nin` it beat √ for both forms of NormProp.
@@ -204,7 +204,7 @@ def rate_at(batch_size: int, rate: float) -> float:
 
 
 def clip_at(batch_size: int, clip: float) -> float:
-    """The adaptive clipping that goes with `clip` at batch size 64: the noise in a gradient falls as 1/√batch.
+    """The adaptive clipping that corresponds to `clip` at batch size 64: the noise in a gradient falls as 1/√batch.
 
     Example:
         >>> clip_at(4, 0.05)

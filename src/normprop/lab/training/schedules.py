@@ -1,4 +1,4 @@
-"""Learning-rate schedules: torch's schedulers, moved on after every training step."""
+"""Learning-rate schedules: torch's schedulers, stepped after every training step."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ def build_schedule(optimizer: Optimizer, schedule: Schedule, *, total_steps: int
     """A scheduler that starts from the optimizer's rate as the highest one.
 
     Args:
-        optimizer: Whose rate it sets, now and after every `step()`.
+        optimizer: The optimizer whose rate it sets, now and after every `step()`.
         schedule: `onecycle` rises linearly for a quarter of the run and falls as a cosine; `cosine` only falls; `halving`
             is that of Arpit et al. (2016); `constant` leaves the rate as it is.
-        total_steps: Steps in the run.
-        halve_every: Steps between two halvings.
+        total_steps: Number of steps in the run.
+        halve_every: Number of steps between two halvings.
 
     Example:
         >>> import torch
