@@ -8,11 +8,12 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.progress import track
 
 from normprop.errors import NormPropError
 from normprop.lab.commands.console import console, on_screen
@@ -59,16 +60,11 @@ def demo(*, out: Path = Path("normprop-demo.png"), epochs: int = 3, seeds: int =
         f"constants are set from {recipes[0].resolved().calibrate} training images before the first step.",
         soft_wrap=True,
     )
-    columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("runs"))
+    bar = partial(track, total=len(recipes), console=screen, transient=True, disable=not screen.is_terminal)
     runs: list[list[Row]] = []
-    with (
-        Progress(*columns, console=screen, transient=True, disable=not screen.is_terminal) as bar,
-        _pool(workers) as run,
-    ):
-        task = bar.add_task("", total=len(recipes))
-        for rows in run(recipes):
+    with _pool(workers) as run:
+        for rows in bar(run(recipes), "training"):
             runs.append(rows)
-            bar.advance(task)
             if not screen.is_terminal:
                 screen.print(f"run {len(runs)} of {len(recipes)} done", soft_wrap=True)
     by_setting = [runs[i * seeds : (i + 1) * seeds] for i in range(len(SETTINGS))]
