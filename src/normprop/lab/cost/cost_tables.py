@@ -46,7 +46,7 @@ def _costs(report: CostReport) -> Table:
                 cells += [_cell(ratio(batch.training, rival)), _cell(ratio(batch.training, rival, "cpu"))]
             cells += [_cell(ratio(batch.inference, rival)), _cell(ratio(batch.inference, rival, "cpu"))]
             cells.append(_memory_ratio(batch, rival))
-            rows.append(cells)
+            rows.append(tuple(cells))
     times = ("training, time", "training, CPU time", "inference, time", "inference, CPU time")
     columns = ("batch", "NormProp over", *times, "memory")
     title = "NormProp's cost over that of others: median of paired rounds [quartiles]"
