@@ -23,7 +23,7 @@ from normprop.lab.cost.cost_report import BatchCost, CostReport, ratio
 from normprop.lab.cost.cost_tables import caption, tables
 from normprop.lab.cost.quartiles import Quartiles
 from normprop.lab.pages.marked_page import filled
-from normprop.lab.pages.table import Table
+from normprop.lab.pages.text_table import Table
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path("benchmarks", "results", "cost")

@@ -23,7 +23,7 @@ from normprop.lab.cost.lane_alone import LaneAlone, lane_step, reading_step
 from normprop.lab.cost.machine import Machine
 from normprop.lab.cost.quartiles import Quartiles
 from normprop.lab.cost.rounds import measure
-from normprop.lab.pages.table import Table
+from normprop.lab.pages.text_table import Table
 
 RESULTS = Path(__file__).resolve().parent / "results" / "lane_growth.json"
 DEPTHS = (4, 16, 64)

@@ -22,7 +22,7 @@ from normprop.lab.figures.image import image
 from normprop.lab.networks.models import build
 from normprop.lab.networks.normalizers import normalizer
 from normprop.lab.pages.html_page import html_page
-from normprop.lab.pages.table import Table
+from normprop.lab.pages.text_table import Table
 from normprop.lab.samples.datasets import load
 from normprop.lab.samples.images import Images
 from normprop.lab.training.preparation import prepared

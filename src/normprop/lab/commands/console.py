@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table as TerminalTable
 
-from normprop.lab.pages.table import Table
+from normprop.lab.pages.text_table import Table
 
 _PIPE_WIDTH = 120
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from normprop.lab.commands.console import console, on_screen
-from normprop.lab.pages.table import Table
+from normprop.lab.pages.text_table import Table
 from normprop.lab.samples.datasets import SOURCES, Place, data_root, locate
 
 

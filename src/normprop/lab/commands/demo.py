@@ -19,7 +19,7 @@ from normprop.errors import NormPropError
 from normprop.lab.commands.console import console, on_screen
 from normprop.lab.figures.curves import Curve, plot_curves
 from normprop.lab.figures.image import image
-from normprop.lab.pages.table import Table
+from normprop.lab.pages.text_table import Table
 from normprop.lab.training.history import Row
 from normprop.lab.training.loop import train
 from normprop.lab.training.recipe import Recipe, clip_at, rate_at

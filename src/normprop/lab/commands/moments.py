@@ -15,7 +15,7 @@ from normprop.activations.activation_moments import ActivationMoments
 from normprop.activations.activation_moments import moments as moments_of
 from normprop.errors import NormPropError
 from normprop.lab.commands.console import console, on_screen
-from normprop.lab.pages.table import Table
+from normprop.lab.pages.text_table import Table
 
 _COLUMNS = ("mean", "std", "second", "slope", "gain", "jacobian", "error")
 

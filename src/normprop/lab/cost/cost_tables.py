@@ -6,7 +6,7 @@ from normprop.lab.cost.contenders import CONTENDERS, SUBJECT
 from normprop.lab.cost.cost_report import CONVERT, FOLD, LANE, READING, STEP, BatchCost, CostReport, ratio
 from normprop.lab.cost.quartiles import Quartiles
 from normprop.lab.cost.rounds import Rounds
-from normprop.lab.pages.table import Table
+from normprop.lab.pages.text_table import Table
 
 _NONE = "–"
 _MEGABYTE = 1e6

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from jinja2 import Environment, PackageLoader
 
-from normprop.lab.pages.table import Table
+from normprop.lab.pages.text_table import Table
 
 _TEMPLATES = Environment(
     loader=PackageLoader("normprop.lab.pages", ""), autoescape=True, trim_blocks=True, keep_trailing_newline=True

@@ -8,7 +8,7 @@ from typing import Any
 
 from normprop.lab.comparison.records import Record
 from normprop.lab.pages.spread import spread
-from normprop.lab.pages.table import Table
+from normprop.lab.pages.text_table import Table
 from normprop.lab.reproduction import layers, published
 from normprop.lab.reproduction.outcome import Found, best, error_rate, last, shown
 from normprop.lab.reproduction.runs import BATCH_SIZES, CONTENDERS, TITLES, rate
