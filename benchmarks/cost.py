@@ -142,7 +142,7 @@ def _copies_row(name: str, batch: BatchCost, weight_bytes: int) -> tuple[str, ..
 
 def bars(found: dict[str, CostReport]) -> str:
     columns = ("what", "bar", "median [quartiles]", "met", "by CPU time", "met")
-    return Table(columns, [*bar_rows(found), *memory_rows(found)], "Bars").markdown()
+    return Table(columns, [*bar_rows(found), *memory_rows(found)], "Bars", words=(0, 1, 3, 5)).markdown()
 
 
 def section(report: CostReport) -> str:
