@@ -101,6 +101,7 @@ def test_piecewise_polynomials_to_twelve_digits_tails_included(name):
             expected = piecewise_oracle(pieces, knots, *point)
             for field, true in zip(FIELDS, expected, strict=True):
                 value = getattr(result, field)[i].item()
+                assert value == float("inf") or abs(value - true) <= result.error[i].item() + 1e-299, (point, field)
                 if field == "slope" and name in JUMPING:
                     assert value == float("inf")
                 elif field == "mean":
@@ -196,6 +197,10 @@ def test_smooth_activations_against_high_precision_quadrature(name):
                 floor = size if field == "mean" else mpmath.mpf(0)
                 # Below 1e-37 both the oracle and float32 run out of digits.
                 floor = max(floor, mpmath.mpf(10) ** -37)
+                assert abs(getattr(double, field)[i].item() - true) <= double.error[i].item() + 1e-299, (point, field)
+                if abs(true32) < 3e38:
+                    off = abs(getattr(single, field)[i].item() - true32)
+                    assert off <= single.error[i].item() + 1e-37, (point, field, "single")
                 assert abs(getattr(double, field)[i].item() - true) <= 1e-12 * max(abs(true), floor), (point, field)
                 if abs(true32) < 3e38:
                     assert abs(getattr(single, field)[i].item() - true32) <= 1e-5 * max(abs(true32), floor), (

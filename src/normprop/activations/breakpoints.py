@@ -217,9 +217,9 @@ def _resolved(fn: Function, panels: Tensor, scale: float, checks: Tensor | None 
         series = y[:, :_ORDER] @ torch.cos(k[:, None] * angles).T * (2 / _ORDER)
         series[:, 0] /= 2
         off = ((at_checks @ series[:, :, None])[:, :, 0] - y[:, _ORDER:]).abs().amax(1)
-        misfit = torch.maximum(series[:, -3:].abs().amax(1), 1e-4 * off)
-        noise = rounding * (y.amax(1) - y.amin(1))
-        smooth &= misfit <= noise.clamp(tolerance, _NOISE)
+        noise = (rounding * (y.amax(1) - y.amin(1))).clamp(max=_NOISE)
+        smooth &= series[:, -3:].abs().amax(1) <= noise.clamp(min=tolerance)
+        smooth &= off <= (10 * noise).clamp(min=1e4 * tolerance)
     return torch.where(undefined.any(1), undefined.all(1), smooth)
 
 

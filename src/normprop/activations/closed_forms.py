@@ -80,4 +80,4 @@ def pow(mean: Tensor, std: Tensor, exponent: float) -> Expectations:
 
 def _packed(mean: Tensor, var: Tensor, second: Tensor, slope: Tensor, mean_slope: Tensor) -> Expectations:
     size = (mean.abs() + second + slope).detach()
-    return Expectations(mean, var, second, slope, mean_slope, 1e-13 * size)
+    return Expectations(mean, var, second, slope, mean_slope, 1e-12 * size)

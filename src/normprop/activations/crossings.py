@@ -133,7 +133,8 @@ class _Watch(TorchFunctionMode):
         given = pytree.tree_leaves((args, kwargs) if place is None else args[place : place + 1])
         values = [a for a in given if isinstance(a, Tensor) and id(a) in self.data and a.numel() == self.size]
         values = [t.detach().reshape(-1).to(torch.float64) for t in values]
-        numbers = {float(a) for a in given if isinstance(a, int | float) or (isinstance(a, Tensor) and a.numel() == 1)}
+        numbers = {float(a) for a in given if isinstance(a, int | float)}
+        numbers |= {float(a) for a in given if isinstance(a, Tensor) and id(a) not in self.data and a.numel() == 1}
         levels = (numbers or {0.0}) if name in _BENT else {*_LEVELS, *numbers, *(-c for c in numbers)}
         found: list[Tensor] = []
         for i, value in enumerate(values):
@@ -199,7 +200,7 @@ def _at(fn: Function, u: Tensor, keys: list[tuple[int, int]]) -> Tensor:
     """The trace of each key at its own place."""
     if not keys:
         return u
-    found = _Watch(fn, u).traces
+    found = _Watch(fn, torch.cat([u, u[:1], u[:1]])).traces  # three at least, so that one number is told from them
     none = torch.full_like(u, math.nan)
     return torch.stack([found.get(key, none)[i] for i, key in enumerate(keys)])
 

@@ -188,7 +188,7 @@ def _narrow(start: Tensor, width: Tensor, order: int) -> Tensor:
 
 def _packed(mean: Tensor, var: Tensor, second: Tensor, slope: Tensor, mean_slope: Tensor) -> Expectations:
     size = mean.abs() + second + torch.where(slope.isinf(), 0.0, slope)
-    return Expectations(mean, var, second, slope, mean_slope, 1e-13 * size.detach())
+    return Expectations(mean, var, second, slope, mean_slope, 1e-12 * size.detach())
 
 
 def _column(values: Sequence[Scalar], like: Tensor) -> Tensor:

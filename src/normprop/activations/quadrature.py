@@ -203,8 +203,8 @@ def integrate_slope(
     mean_slope = torch.where(narrow, mean_slope.detach() + (at_mean - at_mean.detach()), mean_slope)
     energy = torch.where(narrow, energy.detach() + (at_mean.square() - at_mean.square().detach()), energy)
     second = var + average.square()
-    accuracy = 1e-12 if order >= 10 else 1e-6
-    size = (second + average.abs() + energy).detach()
+    accuracy = 1e-12 if order >= 10 else 1e-5
+    size = (second.sqrt() + second + energy).detach()
     return Expectations(average, var, second, energy, mean_slope, accuracy * size)
 
 
