@@ -237,7 +237,7 @@ def test_a_converted_network_keeps_its_function(name, method):
         kinds["preserved"] = normprop.convert(randomise(make()).double().eval())
     for kind, model in kinds.items():
         before, expected = copy.deepcopy(model), outputs(model(x))
-        entries = model.meta["normprop"]["filters"]
+        entries = normprop.lane(model).filters
         shifts = [m.shift for m in model.modules() if isinstance(m, Site)]
         assert any(shift.any() for shift in shifts) == (kind != "fresh")
         assert project_unit_norm_(model) > 0
