@@ -162,8 +162,7 @@ class _Settings:
         if self.keep:
             preserve_(root, lane, statistics, biases)
         attach(root, lane)
-        for sites in lane.entries.values():  # written now: torch.compile can't trace the writing of a program
-            lane.program(sites)
+        lane.prepare()
         for path, module in root.named_modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 module.register_forward_pre_hook(Unrecorded(path))

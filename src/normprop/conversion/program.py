@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from normprop.channel_moments import Moments
-from normprop.graph.node import HERE, Node, map_nodes
+from normprop.graph.node import HERE, Function, Node, map_nodes
 from normprop.rules.composed import Program as Composition
 from normprop.rules.composed import composed
 from normprop.rules.elementwise import module_activation, module_slope, named_activation, named_slope, natively_rectified
@@ -35,6 +35,19 @@ class Program:
     code: str
     globals: dict[str, Any]
     function: Callable[[nn.Module], tuple[Any, ...]]
+
+    @classmethod
+    def of(cls, code: str, names: Mapping[str, Any]) -> Program:
+        """The program of some code, functions among what it names as such or by the names that import them."""
+        loaded = {name: value.load() if isinstance(value, Function) else value for name, value in names.items()}
+        space = dict(loaded)
+        exec(compile(code, "<moment lane>", "exec"), space)
+        return cls(code, loaded, space["lane"])
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """What a pickle keeps: code, and what it names."""
+        names = {name: Function.of(value) if callable(value) else value for name, value in self.globals.items()}
+        return Program.of, (self.code, names)
 
 
 def written(outputs: Sequence[Node], root: nn.Module) -> Program:
@@ -233,9 +246,7 @@ class _Writer:
         returned = ", ".join(self.names[node] for node in outputs)
         body = [*self.lines, f"return ({returned},)" if outputs else "return ()"]
         code = "\n    ".join(["def lane(root):", *body]) + "\n"
-        names = dict(self.globals)
-        exec(compile(code, "<moment lane>", "exec"), names)
-        return Program(code, self.globals, names["lane"])
+        return Program.of(code, self.globals)
 
     def _write(self, node: Node) -> None:
         """Write a node behind everything it reads; not by recursion, for lanes may be deep."""
