@@ -50,11 +50,13 @@ def test_gradients_of_each_sample(name: str, reduction: str) -> None:
         torch.testing.assert_close(model.get_parameter(path).grad_sample, gradient, rtol=1e-8, atol=1e-10, msg=path)
 
 
-def test_without_it_opacus_finds_nothing() -> None:
-    model = normprop.convert(Residual())
+@pytest.mark.parametrize("affine", [True, False])
+def test_without_it_opacus_is_refused(affine: bool) -> None:
+    """Its hooks on layers would take the gradients of effective weights for those of the parameters."""
+    model = normprop.convert(nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8, affine=affine), nn.ReLU(), nn.Linear(8, 2)))
     bare = opacus.GradSampleModule(model)
-    with pytest.raises(RuntimeError):  # its hooks would differentiate effective weights, not the parameters
-        nn.functional.cross_entropy(bare(torch.randn(3, 3, 8, 8)), torch.tensor([0, 1, 2])).backward()
+    with pytest.raises(NormPropError, match="WholeNetwork"):
+        bare(torch.randn(3, 4))
 
 
 def test_the_engine_trains_the_network_itself() -> None:

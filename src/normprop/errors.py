@@ -18,7 +18,7 @@ class UnsupportedOpError(NormPropError):
 
 
 class TracingError(NormPropError):
-    """torch.fx could not turn a network into a graph; the message names the line and the way around it."""
+    """A network's forward could not be recorded; the message says on what input, and the way around it."""
 
 
 class NotFiniteError(NormPropError):

@@ -113,13 +113,13 @@ class Lane:
         self.programs: dict[Any, Program] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        """All but what can be found again."""
-        return vars(self) | {"runs": {}, "programs": {}, "observer": None, "shared": None}
+        """All but what belongs to the process."""
+        return vars(self) | {"runs": {}, "observer": None, "shared": None}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Lane:
         copied = Lane.__new__(Lane)
         memo[id(self)] = copied
-        for name, value in self.__getstate__().items():
+        for name, value in (self.__getstate__() | {"programs": {}}).items():
             setattr(copied, name, copy.deepcopy(value, memo))
         copied.programs = dict(self.programs)  # which name modules by their paths
         return copied
@@ -139,10 +139,24 @@ class Lane:
 
     def program(self, entries: Sequence[Entry]) -> Program:
         """The program for some entries, written when it is first asked for."""
-        keys = tuple(entry.key for entry in entries)
-        if keys not in self.programs:
-            self.programs[keys] = written([entry.scale for entry in entries], self.root)
-        return self.programs[keys]
+        return self._written(tuple(entry.key for entry in entries), [entry.scale for entry in entries])
+
+    def prepare(self) -> None:
+        """Write the programs that forwards need: when torch.compile traces the first of them it is too late."""
+        for mode, entries in self.entries.items():
+            self.program([entry for entry in entries if self.is_attached(self.root, entry)])
+            for entry in entries:
+                if entry.moments is not None and not self.is_attached(self.root, entry):
+                    self._written(("moments", entry.key), [entry.moments])
+            for path, calls in self.standards[mode].items():
+                for call, node in enumerate(calls):
+                    if node is not None:
+                        self._written(("standard", path, call, mode), [node])
+
+    def _written(self, key: Any, nodes: Sequence[Node]) -> Program:
+        if key not in self.programs:
+            self.programs[key] = written(nodes, self.root)
+        return self.programs[key]
 
     @unrecorded
     def evaluate(self, root: nn.Module, entries: Sequence[Entry]) -> dict[Key, Scale]:
@@ -206,6 +220,7 @@ class Lane:
         if scale is None:
             root = run.root or self.root
             if self.observer is not None or not self.is_plain(root, entry, layer):
+                _refuse_sample_gradients(layer, entry)
                 filters, factor, offset = self.parts(root, entry, layer)
                 bias = raw(layer, "bias")
                 return filters, bias, (factor, offset if bias is None else offset - factor * bias)
@@ -235,10 +250,7 @@ class Lane:
     @unrecorded
     def standard(self, root: nn.Module, path: str, call: int, node: Any) -> tuple[Tensor, Tensor]:
         """Mean and 1/std by which an input is standardised."""
-        key = ("standard", path, call, root.training)
-        if key not in self.programs:
-            self.programs[key] = written([node], self.root)
-        (moments,) = self.programs[key].function(root)
+        (moments,) = self._written(("standard", path, call, root.training), [node]).function(root)
         return moments.mean, 1.0 / moments.std
 
     @staticmethod
@@ -316,10 +328,7 @@ class Lane:
         site: Any = root.get_submodule(entry.site)
         moments = None
         if entry.moments is not None:
-            key = ("moments", entry.key)
-            if key not in self.programs:
-                self.programs[key] = written([entry.moments], self.root)
-            (moments,) = self.programs[key].function(root)
+            (moments,) = self._written(("moments", entry.key), [entry.moments]).function(root)
         weight = None if entry.layer is None else raw(layer or root.get_submodule(entry.layer), "weight")
         return weight, site, moments, entry.options
 
@@ -430,6 +439,16 @@ def _found(root: nn.Module, path: str) -> nn.Module | None:
     for name in path.split("."):
         module = None if module is None else module._modules.get(name)
     return module
+
+
+def _refuse_sample_gradients(layer: nn.Module, entry: Entry) -> None:
+    """Refuse hooks that take the gradient of a layer's weight for themselves: they would take that of the effective one."""
+    owners = (type(getattr(hook, "__self__", None)).__module__ for hook in layer._forward_hooks.values())
+    if any(owner.startswith("opacus.") for owner in owners):
+        raise NormPropError(
+            f"Opacus takes the gradients of {entry.layer} by hooks, and would take those of its effective weight.\n"
+            "Give it normprop.integrations.opacus.WholeNetwork(model) instead of the model."
+        )
 
 
 def _unrecorded(path: str, call: int) -> NormPropError:

@@ -17,9 +17,9 @@ _RANDOM = (nn.modules.dropout._DropoutNd,)
 class WholeNetwork(nn.Module):
     """A network that Opacus treats as a single layer with all of its trainable parameters.
 
-    Opacus takes the gradients of each sample by hooks on the modules that are called. A converted network calls few of its
-    layers: its graph reads their parameters. Seen as one layer its gradients are those of `torch.func`, exact because no
-    sample sees another; the network is run a second time for them.
+    Opacus takes the gradients of each sample by hooks on the modules that are called. Those of a converted network's layers
+    are called with effective weights, and hooks would take the gradients of these. Seen as one layer its gradients are those
+    of `torch.func`, exact because no sample sees another; the network is run a second time for them.
 
     Parameters are shared with the network: training this trains it. Save ``whole.network.state_dict()``, whose keys are the
     model's own.
