@@ -17,6 +17,7 @@ RUN = [page for page in PAGES if "```python" in page.read_text()]
 EXAMPLES = {
     "finetune_batch_size_1.py": ["--quick"],
     "convert_timm.py": ["test_resnet", "--no-onnx"],
+    "convert_detectors.py": ["lraspp_mobilenet_v3_large"],
     "moments.py": [],
     "paper_layers.py": ["--quick"],
 }
