@@ -75,7 +75,7 @@ class Uncentred:
                 site = network.get_submodule(entry.site)
                 assert isinstance(site, Site)
                 site.center = False
-                site.centered.data.zero_()
+                site.record.data[0] = 0
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,8 @@ def learned_proxies(network: nn.Module, optimizer: Optimizer) -> None:
             like = network.get_submodule(site.target).get_parameter("weight")
             proxies[name] = nn.ParameterDict({n: nn.Parameter(torch.zeros_like(like)) for n in ("weight", "bias")})
             network.add_module(name, proxies[name])
-        node.target, node.args = proxied_moments, (site, Node("module", name), rank, channel)
+        proxy = Node("module", name, (nn.ParameterDict,))
+        node.target, node.args = proxied_moments, (site, proxy, rank, channel)
     lane.programs.clear()
     parameters = [parameter for proxy in proxies.values() for parameter in proxy.parameters()]
     optimizer.param_groups[-1]["params"] += parameters  # the group without weight decay; the schedule knows it already

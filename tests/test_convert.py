@@ -77,7 +77,7 @@ def test_keys_are_the_models_own(name: str) -> None:
     before, after = set(model.state_dict()), set(converted.state_dict())
     assert before - after == statistics
     constants = {k.rpartition(".")[2] for k in after - before}
-    assert {"shift", "scale", "centered"} <= constants <= {"shift", "scale", "centered", "directions"}
+    assert {"shift", "scale", "record"} <= constants <= {"shift", "scale", "record", "directions"}
     for key in before & after:
         assert converted.state_dict()[key].shape == model.state_dict()[key].shape
     assert not any(converted.get_parameter(key).requires_grad for key in after - before)

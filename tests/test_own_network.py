@@ -89,6 +89,44 @@ def test_hooks_act_as_in_the_network(name: str, kind: str, when: str) -> None:
         close(converted(x), original(x), 1e-10)
 
 
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("kind", ["register_full_backward_hook", "register_full_backward_pre_hook"])
+@pytest.mark.parametrize("name", ["residual", "pre-activation", "mlp", "video"])
+def test_hooks_of_the_backward_see_what_they_see_in_the_network(name: str, kind: str, when: str) -> None:
+    torch.manual_seed(0)
+    make, shape = SMALL[name]
+    original = randomise(make()).double().eval()
+    x = torch.randn(3, *shape, dtype=torch.float64, requires_grad=True)
+    for module in original.modules():
+        if isinstance(module, nn.ReLU):
+            module.inplace = False  # which torch refuses behind such a hook
+    for path, _ in original.named_modules():
+        model = copy.deepcopy(original)
+        seen: list[tuple[str, list[Tensor]]] = []
+        if when == "before":
+            getattr(model.get_submodule(path), kind)(_noting(seen))
+        converted = normprop.convert(model)
+        if when == "after":
+            for network in (model, converted):
+                getattr(network.get_submodule(path), kind)(_noting(seen))
+        for network in (model, converted):
+            gradients(network, x)
+        assert seen
+        theirs, mine = seen[: len(seen) // 2], seen[len(seen) // 2 :]
+        assert [kind for kind, _ in mine] == [kind for kind, _ in theirs]
+        for (_, a), (_, b) in zip(mine, theirs, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+def _noting(seen: list[tuple[str, list[Tensor]]]) -> Callable[..., None]:
+    def note(module: nn.Module, *grads: Any) -> None:
+        flat = [t for g in grads for t in (g if isinstance(g, tuple) else (g,)) if t is not None]
+        is_norm = isinstance(module, Site | nn.modules.batchnorm._NormBase)
+        seen.append(("norm" if is_norm else type(module).__name__, [t.clone() for t in flat]))
+
+    return note
+
+
 def test_hooks_see_what_a_layer_gives() -> None:
     model, converted, x = pair("residual")
     seen: dict[str, list[Tensor]] = {"model": [], "converted": []}

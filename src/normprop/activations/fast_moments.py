@@ -14,6 +14,7 @@ from normprop.activations.catalogue import outline
 from normprop.activations.panels import DOUBLE, SINGLE, Panels, lane_panels
 from normprop.activations.small_variance import continued
 from normprop.double_backward import gradients_again
+from normprop.native.operands import is_traced
 from normprop.precision import working_dtype
 
 # Nodes of one pass on a CPU: their vectors stay in the cache, and the allocator has blocks of that size at hand.
@@ -74,7 +75,7 @@ def _plain(name: str, parameters: Mapping[str, Any], mean: Tensor, var: Tensor) 
 
 def eager(x: Tensor) -> bool:
     """Whether no compiler, transform or mode (fake tensors) looks on, and no subclass has operations of its own."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack():
+    if is_traced() or torch._C._len_torch_dispatch_stack():
         return False
     return type(x) in (Tensor, nn.Parameter)
 

@@ -15,7 +15,9 @@ _ROOT_TWO_PI = 2.5066282746310002
 
 def rectified_moments(mean: Tensor, var: Tensor, slope: float) -> tuple[Tensor, Tensor]:
     """E f and Var f for u ~ N(mean, var) and f(u) = max(u, 0) + slope · min(u, 0); see `LeakyRectifierMoments`."""
-    first, second, *_ = LeakyRectifierMoments.apply(mean, var, slope)
+    tracing = torch._C._get_tracing_state() is not None  # torch.jit.trace can't save functions of autograd
+    evaluate = LeakyRectifierMoments.forward if tracing else LeakyRectifierMoments.apply
+    first, second, *_ = evaluate(mean, var, slope)
     return first, second
 
 

@@ -78,6 +78,7 @@ class Cover:
         run = self.lane.run()
         ready = run.ready.pop(self.path, None)
         if ready is not None:
+            run.calls[self.path] = 1
             entry, weight, bias = ready
             if weight.dtype is not (kind := raw(layer, "weight").dtype):
                 weight, bias = weight.to(kind), bias.to(kind)

@@ -71,18 +71,19 @@ def calibrate(
         raise NormPropError(f"directions is {directions}.\nUse 0 or more.")
     if not 0 <= shrinkage <= 1:
         raise NormPropError(f"shrinkage is {shrinkage}.\nUse a number from 0 to 1.")
-    batches = samples(data, next(model.parameters()).device, lane.example)
+    batches = samples(data, next(model.parameters()).device, lane.example, model)
     _Calibration(model, lane, batches, directions if shrinkage < 1 else 0, shrinkage, preserve).run()
     return model
 
 
-def samples(data: Any, device: torch.device, example: Inputs) -> list[Inputs]:
+def samples(data: Any, device: torch.device, example: Inputs, model: nn.Module) -> list[Inputs]:
     """The batches of a tensor or loader as a network's inputs, checked, on a device.
 
     Args:
         data: see `calibrate`.
         device: to bring them to.
         example: what the network takes.
+        model: the network.
 
     Raises:
         NormPropError: no samples.
@@ -92,7 +93,7 @@ def samples(data: Any, device: torch.device, example: Inputs) -> list[Inputs]:
         data = [data]
     if not isinstance(data, Iterable):
         raise NormPropError(f"samples are measured, and {type(data).__name__} holds none.\nPass a tensor or a loader.")
-    batches = [batch_inputs(batch, example).map(lambda t: t.to(device)) for batch in data]
+    batches = [batch_inputs(batch, example, model).map(lambda t: t.to(device)) for batch in data]
     tensors = [t for batch in batches for t in batch.tensors()]
     if not tensors or any(t.numel() == 0 for t in tensors):
         raise NormPropError("there is no data to measure.")

@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from normprop.conversion.agreement import Agreement
 from normprop.conversion.attachment import Unrecorded, attach
 from normprop.conversion.calibration import Statistics, preserve_
+from normprop.conversion.fingerprint import set_fingerprints_
 from normprop.conversion.lane import Entry, Lane, lanes_in
 from normprop.conversion.lane_writer import LaneWriter
 from normprop.conversion.paper_form import start_as_printed_
@@ -161,6 +162,7 @@ class _Settings:
             start_as_printed_(root, self.walks[False], self.plans[False])
         if self.keep:
             preserve_(root, lane, statistics, biases)
+        set_fingerprints_(root, lane)
         attach(root, lane)
         lane.prepare()
         for path, module in root.named_modules():
@@ -190,6 +192,10 @@ class _Settings:
 
 
 def _check_options(model: nn.Module, method: str, center: Any, preserve: Any, normalize: str) -> None:
+    if isinstance(model, torch.export.ExportedProgram):
+        raise NormPropError(
+            "convert takes the network itself, not an ExportedProgram of it.\nConvert it first, and export the result."
+        )
     if not isinstance(model, nn.Module):
         raise NormPropError(f"convert takes a torch.nn.Module, not a {type(model).__name__}.")
     if isinstance(model, _WRAPPERS) or hasattr(model, "_orig_mod"):
@@ -288,6 +294,11 @@ def _walks(root: nn.Module, rules: Any, leaf_modules: Sequence[Leaf], shape: Any
 
 
 def _refuse_nothing(root: nn.Module) -> None:
+    if isinstance(root, torch.fx.GraphModule) and any("batch_norm" in str(node.target) for node in root.graph.nodes):
+        raise NormPropError(
+            f"this {type(root).__name__} is a graph whose BatchNorms are operations: there are no modules to convert.\n"
+            "Convert the network that was exported or traced, and export the result."
+        )
     left = [path for path, m in root.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     if left:
         raise NormPropError(

@@ -6,12 +6,12 @@ import copy
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from normprop.conversion.program import Program, raw, written
+from normprop.conversion.program import Program, raw, site_at, written
 from normprop.errors import NormPropError
 from normprop.graph.example_inputs import Inputs
 from normprop.graph.node import Node
@@ -54,6 +54,29 @@ class Entry:
         return self.site, self.call
 
 
+class Handed(NamedTuple):
+    """What a layer gave to its site.
+
+    Attributes:
+        entry: of that call.
+        output: of the layer.
+        rest: factor and offset if the layer ran with bare filters, so that they are still to come.
+        version: of the output when it was given; None where torch doesn't count.
+    """
+
+    entry: Entry
+    output: Tensor
+    rest: tuple[Tensor, Tensor] | None
+    version: int | None
+
+    def is_intact(self, x: Tensor) -> bool:
+        """Whether a tensor is the output as it was given, or holds the same numbers in the same memory."""
+        output = self.output
+        if self.version is not None and output._version != self.version:
+            return False
+        return x is output or _same_memory(x, output)
+
+
 @dataclass(eq=False)
 class Run:
     """What one thread is doing in a converted network.
@@ -63,14 +86,14 @@ class Run:
         values: scales by entry, as far as they are known.
         calls: how often every layer and site has run.
         ready: entry, weight and bias of layers that run once in a forward, with nothing in between, until they run.
-        handed: for each site, what layers before it gave: entry, output, and factor and offset if these are still to come.
+        handed: for each site, what layers before it gave.
     """
 
     root: nn.Module | None = None
     values: dict[Key, Scale] = field(default_factory=dict)
     calls: dict[str, int] = field(default_factory=dict)
     ready: dict[str, tuple[Entry, Tensor, Tensor]] = field(default_factory=dict)
-    handed: dict[str, list[tuple[Entry, Tensor, tuple[Tensor, Tensor] | None]]] = field(default_factory=dict)
+    handed: dict[str, list[Handed]] = field(default_factory=dict)
 
 
 class Lane:
@@ -160,9 +183,17 @@ class Lane:
 
     @unrecorded
     def evaluate(self, root: nn.Module, entries: Sequence[Entry]) -> dict[Key, Scale]:
-        """The scales of some entries with a network's present parameters."""
+        """The scales of some entries with a network's present parameters.
+
+        Raises:
+            NormPropError: parts of the network are sharded by themselves.
+        """
         with torch.autograd.graph.saved_tensors_hooks(_same, _same) if _hooked() else _NOTHING:
-            values = self.program(entries).function(root)
+            try:
+                values = self.program(entries).function(root)
+            except RuntimeError:
+                _refuse_shards(root)
+                raise
         return {entry.key: value for entry, value in zip(entries, values, strict=True)}
 
     def run(self) -> Run:
@@ -256,7 +287,8 @@ class Lane:
     @staticmethod
     def leave(run: Run, entry: Entry, output: Tensor, rest: tuple[Tensor, Tensor] | None) -> None:
         """A layer has given its output to its site."""
-        given = entry, output, rest
+        counts = not (torch.compiler.is_compiling() or output.is_inference())
+        given = Handed(entry, output, rest, output._version if counts else None)
         if run.root is None or entry.site not in run.handed:
             run.handed[entry.site] = [given]
         else:
@@ -270,20 +302,14 @@ class Lane:
                 gave since the conversion; the site was not recorded, or its call can't be told from others.
         """
         run = self.run()
-        waiting = run.handed.get(site.path)
-        if waiting and waiting[0][1] is x and waiting[0][2] is None:
-            del waiting[0]
+        if waiting := run.handed.get(site.path):
+            given = waiting.pop(next((i for i, given in enumerate(waiting) if given.output is x), 0))
             run.calls[site.path] = run.calls.get(site.path, 0) + 1
-            return x
-        if waiting:
-            at = next((i for i, (_, y, _) in enumerate(waiting) if y is x), 0)
-            entry, output, rest = waiting.pop(at)
-            run.calls[site.path] = run.calls.get(site.path, 0) + 1
-            if rest is not None:
-                return self._affine(x, *rest, 1)
-            if output is not x:
+            if given.rest is not None:
+                return self._affine(x, *given.rest, 1)
+            if not given.is_intact(x):
                 raise NormPropError(
-                    f"something changed what {entry.layer} gives to {site.path} since the conversion.\n"
+                    f"something changed what {given.entry.layer} gives to {site.path} since the conversion.\n"
                     "Convert again, from the network with that change in it."
                 )
             return x
@@ -325,7 +351,8 @@ class Lane:
         self, root: nn.Module, entry: Entry, layer: nn.Module | None = None
     ) -> tuple[Tensor | None, Site, Any, Mapping[str, Any]]:
         """What `site_scales` takes for one entry."""
-        site: Any = root.get_submodule(entry.site)
+        parent, _, name = entry.site.rpartition(".")
+        site: Any = site_at(root.get_submodule(parent), name, entry.site) if name else root
         moments = None
         if entry.moments is not None:
             (moments,) = self._written(("moments", entry.key), [entry.moments]).function(root)
@@ -341,7 +368,8 @@ class Lane:
     def is_attached(self, root: nn.Module, entry: Entry) -> bool:
         """Whether a layer is where it was, so that its effective weight will be asked for as such."""
         if entry.layer is None:
-            return True
+            site = _found(root, entry.site)
+            return isinstance(site, Site) and site.path == entry.site
         layer = _found(root, entry.layer)
         return layer is not None and self.is_plain(root, entry, layer)
 
@@ -353,7 +381,12 @@ class Lane:
             return False
         if layer._backward_hooks or layer._backward_pre_hooks or "forward" in layer.__dict__:
             return False
-        return all(getattr(hook, "unrecorded", False) for hook in layer._forward_hooks.values())
+        if not _are_ours(layer._forward_hooks):
+            return False
+        site = None if entry.bare else _found(root, entry.site)
+        if site is None:
+            return True
+        return not (site._backward_hooks or site._backward_pre_hooks) and _are_ours(site._forward_pre_hooks)
 
     def _called(self, run: Run, path: str) -> Entry | None:
         """The entry of a layer's present call."""
@@ -434,11 +467,35 @@ def is_covered(layer: nn.Module) -> bool:
     return layer._parameters.get("weight") is not None or "_is_replica" in layer.__dict__
 
 
+def _are_ours(hooks: Mapping[int, Any]) -> bool:
+    return all(getattr(hook, "unrecorded", False) for hook in hooks.values())
+
+
 def _found(root: nn.Module, path: str) -> nn.Module | None:
     module: nn.Module | None = root
-    for name in path.split("."):
+    for name in path.split(".") if path else ():
         module = None if module is None else module._modules.get(name)
     return module
+
+
+def _same_memory(x: Tensor, y: Tensor) -> bool:
+    """Whether two tensors are the same numbers in the same memory, as a tensor and what `Tensor.view_as` makes of it."""
+    if torch.compiler.is_compiling() or x.shape != y.shape or x.stride() != y.stride() or x.dtype != y.dtype:
+        return False
+    try:
+        return x.data_ptr() == y.data_ptr()
+    except RuntimeError:  # within the transforms of torch.func a tensor has no address
+        return False
+
+
+def _refuse_shards(root: nn.Module) -> None:
+    """Refuse parts whose parameters FSDP gathers for their own forward only: the lane needs those of all at once."""
+    shards = [path for path, m in root.named_modules() if path and type(m).__mro__[1].__name__ == "FSDPModule"]
+    if shards:
+        raise NormPropError(
+            f"{', '.join(shards[:3])} {'is' if len(shards) == 1 else 'are'} sharded apart from the network, whose lane runs before "
+            "they are gathered.\nUse fully_shard on the whole network, and on layers without a site."
+        )
 
 
 def _refuse_sample_gradients(layer: nn.Module, entry: Entry) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 
 from normprop.channel_moments import Moments
 from normprop.conversion.lane import Entry
@@ -15,6 +16,7 @@ from normprop.conversion.site_plan import SitePlan, argument, is_site, linear_la
 from normprop.graph.node import Node, map_nodes
 from normprop.graph.walk import Walk
 from normprop.sites import site as sites
+from normprop.sites.site import Site
 
 
 class LaneWriter:
@@ -154,10 +156,20 @@ class LaneWriter:
         return Node("call", node.target, args, kwargs)
 
     def _module(self, path: str) -> Node:
-        return self.modules.setdefault(path, Node("module", path))
+        """A module, and of which class it is, so that one that takes its place later is noticed."""
+        if path not in self.modules:
+            self.modules[path] = Node("module", path, (self._kind(path),))
+        return self.modules[path]
 
     def _tensor(self, path: str) -> Node:
-        return self.tensors.setdefault(path, Node("tensor", path))
+        """A parameter or buffer, and the class of the module that holds it."""
+        if path not in self.tensors:
+            self.tensors[path] = Node("tensor", path, (self._kind(path.rpartition(".")[0]),))
+        return self.tensors[path]
+
+    def _kind(self, path: str) -> type[nn.Module]:
+        is_planned = any(plan.path == path for plan in self.plans.values())
+        return Site if is_planned else type(self.walk.model.get_submodule(path))
 
 
 def detached(moments: Any) -> Any:

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from normprop.channel_moments import Moments
+from normprop.errors import NormPropError
 from normprop.graph.node import HERE, Function, Node, map_nodes
 from normprop.rules.composed import Program as Composition
 from normprop.rules.composed import composed
 from normprop.rules.elementwise import module_activation, module_slope, named_activation, named_slope, natively_rectified
-from normprop.sites.site import site_moments, site_scales
+from normprop.sites.site import Site, site_moments, site_scales
 
 # Sites are computed together until their weights hold this many numbers. From there on a site costs more than its calls,
 # and the gradients of large weights had better not wait for each other.
@@ -68,11 +69,57 @@ def raw(module: nn.Module, name: str) -> Any:
     return getattr(module, name) if found is None else found
 
 
-def module_activations(module: nn.Module, *xs: Moments) -> list[Moments]:
-    """`module_activation` of several tensors."""
-    slope = module_slope(module)
+def site_at(parent: nn.Module, name: str, path: str) -> nn.Module:
+    """The site of a path.
+
+    Raises:
+        NormPropError: something else is there now.
+    """
+    found = parent._modules.get(name)
+    if isinstance(found, Site) and (found.path == path or path.endswith(f".{found.path}")):  # of a part with its own lane
+        return found
+    raise _replaced(path, Site, found)
+
+
+def module_at(parent: nn.Module, name: str, path: str, kind: type[nn.Module]) -> nn.Module:
+    """The module of a path, which runs the forward that was recorded.
+
+    Raises:
+        NormPropError: something else is there now.
+    """
+    found = parent._modules.get(name)
+    if found is None or (type(found) is not kind and type(found).forward is not kind.forward):
+        raise _replaced(path, kind, found)
+    return found
+
+
+def _replaced(path: str, kind: type, found: nn.Module | None) -> NormPropError:
+    now = "nothing" if found is None else f"what was {found.path}" if isinstance(found, Site) else type(found).__name__
+    return NormPropError(
+        f"{path} was a {kind.__name__} that moments flow through when the network was converted; now it is {now}.\n"
+        "Convert again, from the network with that change in it."
+    )
+
+
+def module_activations(modules: Sequence[nn.Module], *xs: Moments) -> list[Moments]:
+    """`module_activation` of several tensors, each by its own module; these were equal when they were recorded."""
+    first = modules[0]
+    if not _equal_settings(modules):
+        return [module_activation(m, x) for m, x in zip(modules, xs, strict=True)]
+    slope = module_slope(first)
     natively = None if slope is None else natively_rectified(xs, slope)
-    return natively or _apart(module_activation(module, _together(xs)), xs)
+    return natively or _apart(module_activation(first, _together(xs)), xs)
+
+
+def _equal_settings(modules: Sequence[nn.Module]) -> bool:
+    if type(modules[0]) is nn.ReLU:  # the one that has none, and small networks do little else
+        return True
+    first = _settings(modules[0])
+    return all(_settings(m) == first for m in modules[1:])
+
+
+def _settings(module: nn.Module) -> dict[str, Any]:
+    return {k: v for k, v in vars(module).items() if not k.startswith("_") and k not in ("training", "inplace")}
 
 
 def named_activations(
@@ -139,7 +186,7 @@ class _Group:
         if first.target in (site_scales, site_moments):
             return first.target, tuple(a[0] for a in args), {}
         if first.target is module_activation:
-            return module_activations, (args[0][0], *(a[1] for a in args)), {}
+            return module_activations, (tuple(a[0] for a in args), *(a[1] for a in args)), {}
         if first.target is composed:
             return composed_activations, (tuple(a[0] for a in args), *args[0][1:]), {}
         name, parameters, _, *rest = args[0]
@@ -203,8 +250,7 @@ def _activation_key(node: Node, root: nn.Module) -> Hashable:
         module = root.get_submodule(node.args[0].target)
         if next(module.parameters(), None) is not None or next(module.buffers(), None) is not None:
             return None
-        settings = {k: v for k, v in vars(module).items() if not k.startswith("_") and k not in ("training", "inplace")}
-        return type(module), repr(sorted(settings.items()))
+        return type(module), repr(sorted(_settings(module).items()))
     if node.target is named_activation and len(node.inputs) == 1:
         return "", repr((*node.args[:2], *node.args[3:], sorted(node.kwargs.items())))
     if node.target is composed and len(node.inputs) == 1:
@@ -234,6 +280,7 @@ class _Writer:
         self.lines: list[str] = []
         self.names: dict[Node, str] = {}
         self.paths: dict[str, str] = {"": "root"}
+        self.checked: dict[str, str] = {}
         self.tensors: dict[str, str] = {}
         self.globals: dict[str, Any] = {"raw": raw, "attribute": operator.attrgetter}
         self.known: dict[int, str] = {}
@@ -272,9 +319,9 @@ class _Writer:
 
     def _single(self, node: Node) -> str:
         if node.op == "module":
-            return self._module(node.target)
+            return self._found(node.target, node.args[0])
         if node.op == "tensor":
-            return self._tensor(node.target)
+            return self._tensor(node.target, node.args[0])
         if node.op == "constant":
             return self._assign(f"{self._name(node.target)}.to({self._device()})")
         if node.target in (site_scales, site_moments):
@@ -286,17 +333,34 @@ class _Writer:
         self.lines.append(f"{name} = {code}")
         return name
 
+    def _found(self, path: str, kind: type[nn.Module]) -> str:
+        """The variable of a module that is looked at whether it is what it was."""
+        if not path:
+            return "root"
+        if path not in self.checked:
+            parent, _, name = path.rpartition(".")
+            if kind is Site:
+                code = f"{self._name(site_at, 'site_at')}({self._module(parent)}, {name!r}, {path!r})"
+            else:
+                code = f"{self._name(module_at, 'module_at')}({self._module(parent)}, {name!r}, {path!r}, "
+                code += f"{self._name(kind, kind.__name__)})"
+            self.checked[path] = self._assign(code)
+        return self.checked[path]
+
     def _module(self, path: str) -> str:
         """A module's variable; every module on the way there has one of its own."""
+        if path in self.checked:
+            return self.checked[path]
         if path not in self.paths:
             parent, _, name = path.rpartition(".")
             self.paths[path] = self._assign(f"{self._module(parent)}._modules[{name!r}]")
         return self.paths[path]
 
-    def _tensor(self, path: str) -> str:
+    def _tensor(self, path: str, kind: type[nn.Module]) -> str:
         if path not in self.tensors:
             parent, _, name = path.rpartition(".")
-            self.tensors[path] = self._assign(f"raw({self._module(parent)}, {name!r})")
+            holder = self._found(parent, kind) if kind is Site else self._module(parent)
+            self.tensors[path] = self._assign(f"raw({holder}, {name!r})")
         return self.tensors[path]
 
     def _device(self) -> str:

@@ -51,7 +51,7 @@ def stretch(model: nn.Module, data: Any) -> float:
     """
     lane = lane_of(model)
     example = Inputs((None,) * len(required(model))) if lane is None else lane.example
-    found = _ratio(model, samples(data, next((p.device for p in model.parameters()), torch.device("cpu")), example))
+    found = _ratio(model, samples(data, next((p.device for p in model.parameters()), torch.device("cpu")), example, model))
     if found is None:
         raise NormPropError("the network gives every sample the same output.\nPass different samples.")
     return found
@@ -115,7 +115,7 @@ def init_beta_(model: nn.Module, data: Any, *, limit: float = 2.5, directions: i
     biases = [site.bias for site in sites_of([lane]) if site.bias is not None]
     if not biases:
         raise NormPropError("no site of the network has a β to start with.\nCall calibrate instead.")
-    batches = samples(data, biases[0].device, lane.example)
+    batches = samples(data, biases[0].device, lane.example, model)
     tried: dict[float, float] = {}
 
     def start(beta: float) -> None:

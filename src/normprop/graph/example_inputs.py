@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 from torch.utils import _pytree as pytree
 
-from normprop.errors import TracingError
+from normprop.errors import NormPropError, TracingError
 from normprop.graph.node import Node
 
 EXAMPLE_BATCH = 2
@@ -79,23 +79,43 @@ class Inputs:
         return self.map(real)
 
 
-def batch_inputs(batch: Any, example: Inputs) -> Inputs:
+def batch_inputs(batch: Any, example: Inputs, model: nn.Module) -> Inputs:
     """What a batch of a loader gives to each input of a network.
 
     A tensor is the first input; of a tuple the first entries are the inputs, what follows are labels; a mapping holds
-    keyword arguments by name.
+    arguments by name, beside what the forward has no argument for.
 
     Args:
         batch: as a loader yields it.
         example: what the network takes.
+        model: the network.
+
+    Raises:
+        NormPropError: a mapping lacks an argument that the forward can't do without.
     """
     if isinstance(batch, Inputs):
         return batch
     if isinstance(batch, Mapping) and not any(isinstance(a, Mapping) for a in example.args):
-        return Inputs((), {name: batch[name] for name in example.kwargs or batch})
+        return _named_inputs(batch, example, model)
     if isinstance(batch, tuple | list) and not isinstance(example.args[0] if example.args else None, tuple | list):
         return Inputs(tuple(batch[: max(1, len(example.args))]))
     return Inputs((batch,))
+
+
+def _named_inputs(batch: Mapping[str, Any], example: Inputs, model: nn.Module) -> Inputs:
+    parameters = inspect.signature(model.forward).parameters.values()
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    known = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    names = list(example.kwargs) or (list(batch) if takes_any else [name for name in known if name in batch])
+    needed = [p.name for p in required(model) if p.name in known]
+    missing = [name for name in dict.fromkeys((*example.kwargs, *needed)) if name not in batch]
+    if missing or not names:
+        raise NormPropError(
+            f"a batch has no {', '.join(missing) or 'argument of the forward'}: it holds {', '.join(map(str, batch))}.\n"
+            f"Name its entries as the forward of {type(model).__name__} names its arguments ({', '.join(known)}), or yield "
+            "tuples."
+        )
+    return Inputs((), {name: batch[name] for name in names})
 
 
 def required(model: nn.Module) -> list[inspect.Parameter]:

@@ -32,7 +32,8 @@ class Node:
             of nothing or holds; "module", a module kept whole; "call", a function or tensor method; "unseen", whatever made
             a tensor that nobody saw being made.
         target: path of the parameter or module, the function, the name of the method, or the constant itself.
-        args: positional arguments, nodes among them.
+        args: positional arguments, nodes among them; in a lane, of a module the class that it had, of a tensor the class of
+            the module that holds it.
         kwargs: keyword arguments, nodes among them.
         value: tensors on the meta device in the structure that the operation returned.
         name: unique within the record, and the same whenever the network takes the same path.

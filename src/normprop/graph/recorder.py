@@ -9,7 +9,7 @@ import random
 import sys
 import types
 import warnings
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar, cast
@@ -160,7 +160,14 @@ class Recorder(TorchFunctionMode):
     # Modules
 
     def _watch(self, stack: contextlib.ExitStack, path: str, module: nn.Module) -> None:
-        """Hooks that keep the stack of modules and note the leaves, inside those of the user's own hooks."""
+        """Hooks that keep the stack of modules and note the leaves, inside those of the user's own hooks.
+
+        Hooks of the backward are out of the way meanwhile: for them torch wraps inputs and outputs where nobody sees it.
+        """
+        for name in ("_backward_hooks", "_backward_pre_hooks"):
+            if hooks := module.__dict__[name]:
+                module.__dict__[name] = OrderedDict()
+                stack.callback(module.__dict__.__setitem__, name, hooks)
         expansion = next((e for c, e in self.expansions.items() if type(module) is c), None)
         if expansion is not None:
             module.__dict__["forward"] = _Expanded(self, path, module, expansion)

@@ -85,7 +85,7 @@ def _measure(
     meter = _Meter(report)
     device = reference_tensor(walk.model).device
     for batch in batches:
-        inputs = batch_inputs(batch, walk.example).map(lambda t: t.to(device))
+        inputs = batch_inputs(batch, walk.example, walk.model).map(lambda t: t.to(device))
         recorder = recorder_for(walk.model, rules, leaf_modules, observer=meter.add)
         recorder.run(inputs.args, inputs.kwargs, argument_names(walk.model))
     if not meter.counts:

@@ -21,6 +21,15 @@ def prepare() -> None:
     _READY = not isinstance(library(), str)
 
 
+def is_traced() -> bool:
+    """Whether operations are being written down or transformed, so that they had better be torch's own."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state() is not None
+    )
+
+
 def handles(tensors: Iterable[Tensor | None], dtype: torch.dtype) -> bool:
     """Whether there are compiled functions and these tensors are ordinary memory of the CPU, all of the one dtype.
 
@@ -29,8 +38,7 @@ def handles(tensors: Iterable[Tensor | None], dtype: torch.dtype) -> bool:
     return (
         dtype in _DTYPES
         and all(t is None or (type(t) in _KNOWN and t.is_cpu and t.dtype is dtype) for t in tensors)
-        and not torch.compiler.is_compiling()
-        and not torch._C._are_functorch_transforms_active()
+        and not is_traced()
         and torch._C._len_torch_dispatch_stack() == 0
         and not isinstance(library(), str)
     )

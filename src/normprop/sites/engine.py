@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-
-from normprop.native.operands import handles, handles_whole
+from normprop.native.operands import handles, handles_whole, is_traced
 from normprop.sites.c_engine import native_scales
 from normprop.sites.reference import Scale
 from normprop.sites.rows import Form, Operands
@@ -30,7 +28,7 @@ def scales(forms: Sequence[Form], operands: Sequence[Operands]) -> list[Scale]:
     tensors = [t for one in operands for t in one]
     if handles_whole(tensors, operands[0].gamma.dtype) and _weights(operands) >= _WHOLE:
         return whole_scales(forms, operands)
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if is_traced():
         plain: Any = computed(buckets_of(forms, operands), operands)[0]
         return [Scale(*plain[i : i + 3]) for i in range(0, len(plain), 3)]
     if handles(tensors, operands[0].gamma.dtype):

@@ -10,10 +10,16 @@ from torch import Tensor, nn
 
 from normprop.channel_moments import Moments
 from normprop.errors import NormPropError
+from normprop.native.operands import is_traced
 from normprop.precision import full_precision, wide
 from normprop.sites.engine import scales
 from normprop.sites.reference import Scale, parts, plain_statistics
 from normprop.sites.rows import Form, Operands
+
+# What `Site.record` begins with, beside 0.
+CENTERED, PRINTED = 1, 2
+# Of fingerprints in units of 2⁻³²: machines round differently.
+_TOLERANCE = 1 << 8
 
 
 class Site(nn.Module):
@@ -31,7 +37,8 @@ class Site(nn.Module):
         directions: U, constant, or None: along what the input of the layer before the site varies most, as calibration
             found it, ``(groups · R, I/groups, …)``, as `Operands` has it; zeros before. ``(calls, groups · R, …)`` for
             several calls.
-        centered: 1 if the filters of the layer before are centred, else 0: constant, so that a state_dict holds it.
+        record: five numbers, constant, so that a state_dict holds them: 1 if the filters of the layer before are centred, 2
+            in the paper's form, else 0; and four bytes that tell apart moments of the site's input, see `fingerprint`.
         path: of the site in its network.
         lane: what computes effective weights; None for a site of no network.
     """
@@ -48,7 +55,7 @@ class Site(nn.Module):
         self.register_parameter("bias", bias)
         self.shift = nn.Parameter(shift, requires_grad=False)
         self.scale = nn.Parameter(scale, requires_grad=False)
-        self.centered = nn.Parameter(shift.new_full((), float(center)), requires_grad=False)
+        self.record = nn.Parameter(shift.new_tensor([float(center), 0.0, 0.0, 0.0, 0.0]), requires_grad=False)
         self.register_parameter("directions", None)
         self.center = center
         self.path = ""
@@ -78,21 +85,37 @@ class Site(nn.Module):
         return normalized
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
-        """Take directions as they come, and whether filters are centred."""
+        """Take directions as they come, and whether filters are centred; refuse what belongs to another function."""
         found = state_dict.get(f"{prefix}directions")
         if found is None and f"{prefix}scale" in state_dict:
             self.directions = None
         elif found is not None and (self.directions is None or self.directions.shape != found.shape):
             self.directions = nn.Parameter(self.scale.new_empty(found.shape), requires_grad=False)
+        record = state_dict.get(f"{prefix}record")
+        if isinstance(record, Tensor) and record.shape == self.record.shape and not record.is_meta:
+            if not self.record.is_meta and not _same_function(record.tolist(), self.record.tolist()):
+                args[-1].append(
+                    f"{prefix}record is that of another conversion: the moments before this site are others there. Convert "
+                    "with the same method, rules, and example= of the same size."
+                )
+                return
+            self.center = round(float(record[0])) == CENTERED
         super()._load_from_state_dict(state_dict, prefix, *args)
-        center = state_dict.get(f"{prefix}centered")
-        if center is not None:
-            self.center = bool(center > 0.5)
 
     def extra_repr(self) -> str:
         """Number of channels and of calls."""
         calls = f", calls={self.shift.shape[0]}" if self.shift.dim() == 2 else ""
         return f"{self.shift.shape[-1]}{calls}"
+
+
+def _same_function(mine: list[float], theirs: list[float]) -> bool:
+    """Whether two records are of sites that compute the same with the same parameters; averaging rounds their numbers."""
+    if (round(mine[0]) == PRINTED) != (round(theirs[0]) == PRINTED):
+        return False
+    first, second = (
+        sum(round(byte) << shift for byte, shift in zip(r[1:], (24, 16, 8, 0), strict=True)) for r in (mine, theirs)
+    )
+    return abs(first - second) <= _TOLERANCE
 
 
 def standard_normal(like: Tensor, shape: tuple[int, ...]) -> Moments:
@@ -118,7 +141,7 @@ def site_moments(*calls: tuple[Site, int, int]) -> list[Moments]:
         gammas.append(gamma)
         betas.append(beta)
         shapes.append([len(gamma) if d == channel % rank else 1 for d in range(rank)])
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if is_traced():
         return [Moments(b.reshape(s), g.square().reshape(s)) for b, g, s in zip(betas, gammas, shapes, strict=True)]
     flat = _SiteMoments.apply(shapes, *gammas, *betas)
     return [Moments(*pair) for pair in zip(flat[len(calls) :], flat[: len(calls)], strict=True)]
