@@ -493,8 +493,8 @@ def _refuse_shards(root: nn.Module) -> None:
     shards = [path for path, m in root.named_modules() if path and type(m).__mro__[1].__name__ == "FSDPModule"]
     if shards:
         raise NormPropError(
-            f"{', '.join(shards[:3])} {'is' if len(shards) == 1 else 'are'} sharded apart from the network, whose lane runs before "
-            "they are gathered.\nUse fully_shard on the whole network, and on layers without a site."
+            f"{', '.join(shards[:3])}: sharded apart from the network, whose lane runs before they are gathered.\n"
+            "Use fully_shard on the whole network, and on layers without a site."
         )
 
 
