@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -67,6 +68,11 @@ class Moments:
         var = self.var * other.var + self.mean.square() * other.var + other.mean.square() * self.var
         return Moments(self.mean * other.mean, var)
 
+    def moved(self, move: Callable[[Tensor], Tensor]) -> Self:
+        """The same moments in other places: mean and variance at their common shape, both moved."""
+        mean, var = torch.broadcast_tensors(self.mean, self.var)
+        return type(self)(move(mean), move(var))
+
     def pooled(self, dims: Sequence[int], *, keepdim: bool = True) -> Moments:
         """Moments of the mixture over `dims`: the mean of the means; the mean variance plus the variance of the means."""
         dims = tuple(dims)
@@ -76,9 +82,9 @@ class Moments:
             mean, var = mean.squeeze(dims), var.squeeze(dims)
         return Moments(mean, var)
 
-    def expanded(self, shape: Sequence[int]) -> Moments:
+    def expanded(self, shape: Sequence[int]) -> Self:
         """The same moments as tensors of the given shape (views, no memory); -1 keeps a dimension."""
-        return Moments(self.mean.expand(*shape), self.var.expand(*shape))
+        return type(self)(self.mean.expand(*shape), self.var.expand(*shape))
 
     def channels(self, dim: int = 1) -> Moments:
         """Vectors ``(C,)`` along `dim`; what varies along other dimensions is pooled.

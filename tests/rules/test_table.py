@@ -17,10 +17,21 @@ from normprop.graph.walk import Walk
 from normprop.rules import TABLE
 from normprop.rules.shape import regroup
 from normprop.rules.table import Rule, RuleTable, describe
-from tests.rules import activations, arithmetic, attention, libraries, linear, normalization, pooling, shape, stochastic
+from tests.rules import (
+    activations,
+    arithmetic,
+    attention,
+    drawn,
+    libraries,
+    linear,
+    normalization,
+    pooling,
+    shape,
+    stochastic,
+)  # fmt: skip
 from tests.rules.case import Case, evaluate, flat, measured
 
-FAMILIES = (activations, arithmetic, attention, libraries, linear, normalization, pooling, shape, stochastic)
+FAMILIES = (activations, arithmetic, attention, drawn, libraries, linear, normalization, pooling, shape, stochastic)
 CASES: dict[str, Case] = {
     f"{family.__name__.rpartition('.')[2]}-{name}": case for family in FAMILIES for name, case in family.CASES.items()
 }
@@ -115,6 +126,37 @@ def test_form(case: Case) -> None:
         for m, (mean, var) in zip(given, before, strict=True):
             assert torch.equal(m.mean, mean)
             assert torch.equal(m.var, var)
+
+
+def varied(case: Case) -> list[Moments]:
+    """Input moments of a case that differ from position to position."""
+    generator = torch.Generator().manual_seed(1)
+    draw = lambda shape: torch.rand(1, *shape, generator=generator, dtype=torch.float64)
+    return [
+        Moments(m.mean + 0.3 * draw(s), m.var * (0.5 + draw(s))) for m, s in zip(case.inputs(), case.shapes, strict=True)
+    ]
+
+
+@each_case
+def test_positions_of_their_own(case: Case) -> None:
+    """Where the input's moments differ by position, the output's have its sizes."""
+    walk = case.walk()
+    shapes = [v.shape for v in flat(map_nodes(walk.record.output, lambda n: n.value)) if numeric(v)]
+    for moments, size in zip(flat(evaluate(walk, varied(case))), shapes, strict=True):
+        for tensor in (moments.mean, moments.var):
+            assert tensor.dim() == len(size)
+            assert all(had in (1, full) for had, full in zip(tensor.shape, size, strict=True))
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if name.startswith("shape-") and case.exact])
+def test_moved_positions(name: str) -> None:
+    """What moves elements moves the moments of every position with them."""
+    case = CASES[name]
+    given = varied(case)
+    torch.manual_seed(4)
+    samples = [m.mean + m.std * torch.randn(4000, *s, dtype=torch.float64) for m, s in zip(given, case.shapes, strict=True)]
+    for moments, y in zip(flat(evaluate(case.walk(), given)), flat(case.network()(*samples)), strict=True):
+        compare(case, moments, y.detach())
 
 
 def keys_met(walk: Walk) -> Iterator[Any]:

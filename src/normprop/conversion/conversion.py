@@ -15,7 +15,7 @@ from normprop.conversion.attachment import Unrecorded, attach
 from normprop.conversion.calibration import Statistics, preserve_
 from normprop.conversion.fingerprint import set_fingerprints_
 from normprop.conversion.lane import Entry, Lane, lanes_in
-from normprop.conversion.lane_writer import LaneWriter
+from normprop.conversion.lane_writer import LaneWriter, passing_noise
 from normprop.conversion.paper_form import start_as_printed_
 from normprop.conversion.site_plan import SitePlan, nodes_behind, plan_sites, refuse_batch_statistics, united
 from normprop.errors import NormPropError, TracingError
@@ -179,7 +179,8 @@ class _Settings:
             wanted = [p for p in self.plans[mode] if p.key not in found]
             given = inputs if len(inputs) == len(walk.record.inputs) else [None] * len(walk.record.inputs)
             if wanted or (self.method == "paper" and self.plans[mode]):
-                writer = LaneWriter(walk, self.plans[mode], wanted, given, self.method)
+                passing = passing_noise(walk, self.walks[False])
+                writer = LaneWriter(walk, self.plans[mode], wanted, given, self.method, passing)
                 found |= {entry.key: entry for entry in writer.run()}
                 standards[mode] = writer.standards()
             by_call = {(p.layer.path, p.layer_call): found[p.key] for p in self.plans[mode] if p.layer is not None}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from normprop.conversion.lane import Entry
 from normprop.conversion.paper_form import POOLINGS, standardised
 from normprop.conversion.program import constant
 from normprop.conversion.site_plan import SitePlan, argument, is_site, linear_layer, nodes_behind
-from normprop.graph.node import Node, map_nodes
+from normprop.graph.node import HERE, Node, map_nodes
 from normprop.graph.walk import Walk
 from normprop.sites import site as sites
 from normprop.sites.site import Site
@@ -28,6 +29,7 @@ class LaneWriter:
         wanted: the sites to write.
         inputs: for every input of the network the paths of two parameters with its mean and variance, or None where it is
             standard normal.
+        passing: noise that this walk has and that of evaluation has not. As with dropout, a lane follows its mean alone.
     """
 
     def __init__(
@@ -37,8 +39,10 @@ class LaneWriter:
         wanted: Sequence[SitePlan],
         inputs: Sequence[tuple[str, str] | None],
         method: str = "exact",
+        passing: Collection[Node] = (),
     ) -> None:
         self.walk = walk
+        self.passing = passing
         self.plans = {plan.node: plan for plan in plans}
         self.wanted = wanted
         self.method = method
@@ -82,8 +86,13 @@ class LaneWriter:
         if rule.training_only or (self.method == "paper" and rule.function in POOLINGS):
             return self.lane[self.walk.data_arguments(node)[0]]
         module = self._module(node.target) if node.op == "module" else None
-        function, args, kwargs = self.walk.call(node, self.lane.__getitem__, self._known, module)
+        read = self.lane.__getitem__ if node in self.passing else self._certain
+        function, args, kwargs = self.walk.call(node, read, self._known, module, HERE)
         return Node("call", function, args, kwargs)
+
+    def _certain(self, node: Node) -> Node:
+        """The lane's side of a node for those who read it beside data: of passing noise its mean."""
+        return Node("call", certain, (self.lane[node],)) if node in self.passing else self.lane[node]
 
     def _entry(self, plan: SitePlan) -> Entry:
         site, layer = self._module(plan.path), plan.layer
@@ -172,11 +181,24 @@ class LaneWriter:
         return Site if is_planned else type(self.walk.model.get_submodule(path))
 
 
+def certain(moments: Moments) -> Moments:
+    """A number that is what it is on average."""
+    return Moments(moments.mean, torch.zeros_like(moments.mean))
+
+
+def passing_noise(walk: Walk, evaluation: Walk) -> set[Node]:
+    """Noise of training alone: what one walk has and that of evaluation hasn't."""
+    kept = {(node.name, node.source) for node in evaluation.record.noise()}
+    return {node for node in walk.record.noise() if (node.name, node.source) not in kept}
+
+
 def detached(moments: Any) -> Any:
     """The same moments without their gradients: of what runs where the network has none."""
     if isinstance(moments, tuple):
         return tuple(detached(m) for m in moments)
-    return Moments(moments.mean.detach(), moments.var.detach()) if isinstance(moments, Moments) else moments
+    if not isinstance(moments, Moments):
+        return moments
+    return replace(moments, mean=moments.mean.detach(), var=moments.var.detach())
 
 
 def run_module(module: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

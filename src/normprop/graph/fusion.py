@@ -75,6 +75,7 @@ class Fusion:
         self.record = record
         self.known = known
         self.rules = rules
+        self.noise = record.noise()
         self.reader = OperationReader(model, rules)
         self.operations: dict[Node, Operation] = {}
         self.roots: dict[Node, Node] = {}
@@ -93,7 +94,7 @@ class Fusion:
         return fused
 
     def _visit(self, node: Node) -> Fused | None:
-        found = self.reader.read(node)
+        found = None if node in self.noise else self.reader.read(node)  # its rules know better than that it is Gaussian
         sources = [] if found is None else [n for n in found.nodes() if n.data]
         roots = {self.roots[n] for n in sources}
         if found is None or len(roots) != 1 or self._shape(node) != self._shape(next(iter(roots))):

@@ -49,10 +49,12 @@ _REFLECTED = {
     "__rfloordiv__": operator.floordiv,
     "__rmod__": operator.mod,
 }
-_RANDOM = frozenset(
-    "rand randn rand_like randn_like randint randint_like randperm normal bernoulli multinomial poisson".split()
-)
+_RANDOM = frozenset("rand randn randint randperm normal bernoulli multinomial poisson".split())
+# These ask a tensor for its size alone: their values are made anew.
+_RANDOM_LIKE = frozenset("rand_like randn_like randint_like".split())
 _RANDOM_IN_PLACE = frozenset("bernoulli_ normal_ uniform_ random_ exponential_ geometric_ log_normal_ cauchy_".split())
+_RANDOM_OVER = _RANDOM_LIKE | _RANDOM_IN_PLACE
+_MEMORY = ("new_empty", "empty_like", torch.empty_like, torch.empty)  # of no values
 
 
 @dataclass
@@ -72,6 +74,14 @@ class Record:
     inputs: list[Node] = field(default_factory=list)
     output: Any = None
     called: set[str] = field(default_factory=set)
+
+    def noise(self) -> set[Node]:
+        """What is made of random numbers, and of no input."""
+        found: set[Node] = set()
+        for node in self.nodes:
+            if node.data and node.op in ("call", "module") and all(n in found for n in node.inputs if n.data):
+                found.add(node)
+        return found
 
 
 class Recorder(TorchFunctionMode):
@@ -138,8 +148,8 @@ class Recorder(TorchFunctionMode):
             stack.enter_context(self)
             output = self.record.model(*args, **kwargs)
         self.record.output = self._nodes_for(output)
-        used = set(_unused_entries(self.record))
-        self.record.nodes = [node for node in self.record.nodes if node not in used]
+        unused = set(_unused(self.record))
+        self.record.nodes = [node for node in self.record.nodes if node not in unused]
         for node in self.record.nodes:
             node.value = pytree.tree_map_only(Tensor, lambda t: t if t.is_meta else _on_meta(t), node.value)
         return self.record
@@ -291,6 +301,9 @@ class Recorder(TorchFunctionMode):
         if not _tensors(result):
             return
         with torch._C.DisableTorchFunction():
+            name = target if isinstance(target, str) else getattr(target, "__name__", "")
+            if op == "call" and _is_random(name):
+                args, kwargs = args[name in _RANDOM_OVER :], {**kwargs, "dtype": result.dtype, "device": HERE}
             node = self._add(op, target, self._nodes_for(args), self._nodes_for(kwargs), result)
             self._bind_all(result, node)
 
@@ -446,7 +459,7 @@ def _key(func: Any, args: tuple[Any, ...], table: RuleTable) -> tuple[Any, tuple
 
 
 def _is_random(name: str) -> bool:
-    return name in _RANDOM or name in _RANDOM_IN_PLACE
+    return name in _RANDOM or name in _RANDOM_OVER
 
 
 def _tensors(value: Any) -> list[Tensor]:
@@ -490,11 +503,15 @@ def _whole(other: Tensor, changed: Tensor) -> bool:
         return alike or (other.is_contiguous() and changed.is_contiguous())
 
 
-def _unused_entries(record: Record) -> Iterator[Node]:
-    """Entries of several results that nothing reads, and that aren't returned."""
+def _unused(record: Record) -> Iterator[Node]:
+    """Entries of several results, and memory, that nothing reads, and that aren't returned."""
     kept = {id(node) for node in _output_nodes(record.output)}
     for node in reversed(record.nodes):
-        if node.target is operator.getitem and node.args[0].op != "input" and not node.users and id(node) not in kept:
+        if node.target in _MEMORY and not node.users and id(node) not in kept:
+            for source in node.inputs:
+                source.users.pop(node, None)
+            yield node
+        elif node.target is operator.getitem and node.args[0].op != "input" and not node.users and id(node) not in kept:
             container = node.args[0]
             if not isinstance(container.value, Tensor):
                 container.users.pop(node, None)

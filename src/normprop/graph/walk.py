@@ -74,7 +74,12 @@ class Walk:
         return run(node.target, args, kwargs)
 
     def call(
-        self, node: Node, moments_of: Callable[[Node], Any], known: Callable[[Node], Any], module: Any = None
+        self,
+        node: Node,
+        moments_of: Callable[[Node], Any],
+        known: Callable[[Node], Any],
+        module: Any = None,
+        device: Any = None,
     ) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
         """The rule's call for a node: function, arguments, keyword arguments.
 
@@ -83,6 +88,7 @@ class Walk:
             moments_of: what stands for a node that depends on data (`Moments`, or the lane's node).
             known: what stands for one that is made of parameters (the tensor, or the lane's node).
             module: what stands for the module of a module's node.
+            device: what stands for the device that the network is on; by default that device.
         """
         if node in self.fused:
             f = self.fused[node]
@@ -96,6 +102,7 @@ class Walk:
             arguments = [t for n in self.data_arguments(node) for t in tensors_in(n.value)]
             kwargs["in_shapes"] = tuple(tuple(t.shape) for t in arguments)
             kwargs["out_shape"] = tuple(node.value.shape) if isinstance(node.value, Tensor) else None
+        kwargs = placed(kwargs, reference_tensor(self.model).device if device is None else device)
         first = (module,) if node.op == "module" else ()
         return rule.function, (*rule.leading, *first, *args), kwargs
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -132,7 +133,8 @@ def _change(
         return change[sources[0]] * (after.mean() / before.mean().clamp(min=torch.finfo(before.dtype).tiny))
     function, args, kwargs = call
     function = function.layer if isinstance(function, Claim) else function
-    step = min((_step(moments[source], change[source]) for source in sources), default=0.01)
+    step = min((_step(moments[source], change[source]) for source in sources), default=math.inf)
+    step = step if step < math.inf else 0.01  # noise: no change of the input arrives here
     larger = {source: _larger(moments[source], change[source], step) for source in sources}
     _, changed, changed_kwargs = walk.call(node, larger.__getitem__, known, module)
     return _difference(function(*changed, **changed_kwargs), function(*args, **kwargs), step)
@@ -141,9 +143,10 @@ def _change(
 def _step(moments: Any, change: Any) -> float:
     """The share of a change that adds a hundredth to the variance."""
     if moments is None:
-        return 1.0
+        return math.inf
     if isinstance(moments, Moments):
-        return 0.01 * float(moments.var.mean() / change.mean().clamp(min=torch.finfo(change.dtype).tiny))
+        growth = float(change.mean())
+        return 0.01 * float(moments.var.mean()) / growth if growth > 0 else math.inf
     return min(_step(m, c) for m, c in zip(moments, change, strict=True))
 
 

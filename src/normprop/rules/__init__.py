@@ -4,6 +4,7 @@ from normprop.rules import (  # the families register themselves
     arithmetic,
     attention,
     combine,
+    drawn,
     elementwise,
     linear,
     normalization,
@@ -18,6 +19,6 @@ from normprop.rules.table import TABLE, Rule, RuleTable, rule, unsupported
 
 __all__ = [
     "TABLE", "Rule", "RuleTable", "activation", "rule", "unsupported",
-    "arithmetic", "attention", "combine", "elementwise", "linear", "normalization", "pooling", "reduction", "select",
-    "shape", "stochastic",
+    "arithmetic", "attention", "combine", "drawn", "elementwise", "linear", "normalization", "pooling", "reduction",
+    "select", "shape", "stochastic",
 ]  # fmt: skip

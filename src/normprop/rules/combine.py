@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -120,13 +120,14 @@ def pad(
     x: Moments, pad: Sequence[int], mode: str = "constant", value: float | None = None, *, in_shapes: Sequence[Shape],
     out_shape: Shape,
 ) -> Moments:  # fmt: skip
-    """Constant padding is a mixture with the constant, along channels constant new channels; other modes repeat values.
+    """Constant padding is a mixture with the constant, along channels constant new channels; other modes repeat values,
+    with the moments that these have.
 
     With the share s of old positions: ``E = s m + (1−s) c``, ``E x² = s (v + m²) + (1−s) c²`` (definition; pooled over
     positions, where the extent is that of the example).
     """
     if mode != "constant":
-        return x
+        return _repeated(x, pad, in_shapes[0], lambda t: F.pad(t, list(pad), mode=mode))
     constant = float(value or 0.0)
     rank, share = len(in_shapes[0]), 1.0
     mean, var = torch.broadcast_tensors(x.mean, x.var)
@@ -151,8 +152,19 @@ def constant_pad_module(module: nn.ConstantPad2d, x: Moments, *, in_shapes: Sequ
     return pad(x, widths, "constant", value, in_shapes=in_shapes, out_shape=out_shape)
 
 
+def _repeated(x: Moments, widths: Sequence[int], shape: Shape, pad: Callable[[Tensor], Tensor]) -> Moments:
+    """Values at the borders are repeated, and their moments with them where these vary."""
+    padded = range(len(shape) - len(widths) // 2, len(shape))
+    full = [max(x.mean.shape[d], x.var.shape[d]) for d in range(len(shape))]
+    if all(full[d] == 1 for d in padded):
+        return x
+    full = [shape[d] if d in padded else size for d, size in enumerate(full)]
+    return x.expanded(full).moved(pad)
+
+
 @rule(nn.ReflectionPad1d, nn.ReflectionPad2d, nn.ReflectionPad3d, nn.ReplicationPad1d, nn.ReplicationPad2d,
-      nn.ReplicationPad3d, nn.CircularPad1d, nn.CircularPad2d, nn.CircularPad3d)  # fmt: skip
-def repeating_pad_module(module: nn.Module, x: Moments) -> Moments:
-    """Values are repeated: the moments stay."""
-    return x
+      nn.ReplicationPad3d, nn.CircularPad1d, nn.CircularPad2d, nn.CircularPad3d, shaped=True)  # fmt: skip
+def repeating_pad_module(module: nn.Module, x: Moments, *, in_shapes: Sequence[Shape], out_shape: Shape) -> Moments:
+    """As `pad` with another mode than "constant"."""
+    widths: Any = module.padding
+    return _repeated(x, widths, in_shapes[0], module)

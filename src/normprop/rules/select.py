@@ -43,11 +43,10 @@ def getitem(x: Any, index: Any) -> Any:
         if entry is None:
             adapted.append(None)
             continue
-        constant = x.mean.shape[dim] == 1
+        constant = max(x.mean.shape[dim], x.var.shape[dim]) == 1
         adapted.append(entry if not constant else slice(None) if isinstance(entry, slice | list) else 0)
         dim += 1
-    key = tuple(adapted)
-    return Moments(x.mean[key], x.var[key])
+    return x.moved(lambda t: t[tuple(adapted)])
 
 
 @rule(torch.narrow, "narrow")
@@ -69,10 +68,7 @@ def _at(x: Moments, dim: int, index: Any) -> tuple[Any, ...]:
 @rule("unfold", shaped=True)
 def unfold(x: Moments, dimension: int, size: int, step: int, *, in_shapes: Shapes, out_shape: Shape) -> Moments:
     """Windows along one dimension become a last one: elements keep their moments."""
-    mean, var = torch.broadcast_tensors(x.mean, x.var)
-    if mean.shape[dimension] == 1:
-        return Moments(mean.unsqueeze(-1), var.unsqueeze(-1))
-    return Moments(mean.unfold(dimension, size, step), var.unfold(dimension, size, step))
+    return x.moved(lambda t: t.unsqueeze(-1) if t.shape[dimension] == 1 else t.unfold(dimension, size, step))
 
 
 @rule(F.unfold, shaped=True)
@@ -80,7 +76,12 @@ def patches(
     x: Moments, kernel_size: Any, dilation: Any = 1, padding: Any = 0, stride: Any = 1, *, in_shapes: Shapes,
     out_shape: Shape,
 ) -> Moments:  # fmt: skip
-    """im2col: every tap of a channel has the channel's moments; padding is not counted."""
+    """im2col: every tap of a channel has the channel's moments, padding not counted, or those of its positions, zeros of the
+    padding among them, where these vary.
+    """
+    if x.mean.shape[2:].numel() > 1 or x.var.shape[2:].numel() > 1:
+        whole = x.expanded((x.mean.shape[0], *in_shapes[0][1:]))
+        return whole.moved(lambda t: F.unfold(t, kernel_size, dilation, padding, stride))
     taps = out_shape[1] // in_shapes[0][1]
     channels = x.channels().expanded((in_shapes[0][1],))
     return Moments(*(t.repeat_interleave(taps).reshape(1, -1, 1) for t in (channels.mean, channels.var)))
@@ -89,7 +90,8 @@ def patches(
 @rule(nn.Unfold, shaped=True)
 def patches_module(module: nn.Unfold, x: Moments, *, in_shapes: Shapes, out_shape: Shape) -> Moments:
     """As `patches`."""
-    return patches(x, module.kernel_size, in_shapes=in_shapes, out_shape=out_shape)
+    settings = module.kernel_size, module.dilation, module.padding, module.stride
+    return patches(x, *settings, in_shapes=in_shapes, out_shape=out_shape)
 
 
 _BORDERS = "borders and uneven overlaps are averaged; overlapping entries are taken as independent"

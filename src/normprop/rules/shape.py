@@ -25,17 +25,17 @@ def reshaped(x: Moments, before: Shape, after: Shape) -> Moments:
     """
     shape = _ones_where_constant(x, before)
     mean, var = x.mean.expand(shape), x.var.expand(shape)
-    target: list[int] = []
+    kind, target = type(x), list[int]()
     for old, new in _groups(before, after):
         varies = any(shape[d] != 1 for d in old)
         if varies and 0 in old and any(before[d] != 1 for d in old[1:]) and len(old) > 1:
             pooled = Moments(mean, var).pooled(list(old))
-            mean, var, varies = pooled.mean, pooled.var, False
+            mean, var, varies, kind = pooled.mean, pooled.var, False, Moments
         if varies:
             full = [before[d] if d in old else mean.shape[d] for d in range(len(before))]
             mean, var = mean.expand(full), var.expand(full)
         target += [after[d] if varies else 1 for d in new]
-    return Moments(mean.reshape(target), var.reshape(target))
+    return kind(mean.reshape(target), var.reshape(target))
 
 
 def _ones_where_constant(x: Moments, before: Shape) -> list[int]:
@@ -103,9 +103,20 @@ def _whole(x: Moments, dim: int, size: int) -> Moments:
     return x.expanded(shape)
 
 
+def _varies(x: Moments, dims: Sequence[int]) -> bool:
+    """Whether the moments differ along some of the dimensions."""
+    return any(max(x.mean.shape[d], x.var.shape[d]) != 1 for d in dims)
+
+
 @rule(F.pixel_shuffle, shaped=True)
 def pixel_shuffle(x: Moments, upscale_factor: int, *, in_shapes: Sequence[Shape], out_shape: Shape) -> Moments:
-    """r² channels become the phases of one: the mixture of their moments per channel (definition)."""
+    """r² channels become the phases of one: the mixture of their moments per channel (definition).
+
+    Where moments vary along positions, every position has its own.
+    """
+    if _varies(x, (-2, -1)):
+        whole = x.expanded((*x.mean.shape[:-3], *in_shapes[0][-3:]))
+        return whole.moved(lambda t: F.pixel_shuffle(t, upscale_factor))
     x = _whole(x, -3, in_shapes[0][-3])
     grouped = Moments(*(t.unflatten(-3, (-1, upscale_factor**2)) for t in (x.mean, x.var)))
     return grouped.pooled([-3], keepdim=False)
@@ -113,9 +124,12 @@ def pixel_shuffle(x: Moments, upscale_factor: int, *, in_shapes: Sequence[Shape]
 
 @rule(F.pixel_unshuffle, shaped=True)
 def pixel_unshuffle(x: Moments, downscale_factor: int, *, in_shapes: Sequence[Shape], out_shape: Shape) -> Moments:
-    """Each phase of a channel becomes a channel of its own with the same moments."""
+    """Each phase of a channel becomes a channel of its own with the same moments, or with those of its positions."""
+    if _varies(x, (-2, -1)):
+        whole = x.expanded((*x.mean.shape[:-3], *in_shapes[0][-3:]))
+        return whole.moved(lambda t: F.pixel_unshuffle(t, downscale_factor))
     x = _whole(x, -3, in_shapes[0][-3])
-    return Moments(*(t.repeat_interleave(downscale_factor**2, -3) for t in (x.mean, x.var)))
+    return x.moved(lambda t: t.repeat_interleave(downscale_factor**2, -3))
 
 
 @rule(F.channel_shuffle, torch.channel_shuffle, shaped=True)
@@ -145,8 +159,7 @@ def channel_shuffle_module(module: nn.ChannelShuffle, x: Moments, **shapes: Any)
 
 def move(method: str, x: Moments, *args: Any, **kwargs: Any) -> Moments:
     """Dimensions change places, or one of size 1 comes or goes: mean and variance follow."""
-    mean, var = torch.broadcast_tensors(x.mean, x.var)
-    return Moments(getattr(mean, method)(*args, **kwargs), getattr(var, method)(*args, **kwargs))
+    return x.moved(lambda t: getattr(t, method)(*args, **kwargs))
 
 
 _MOVES: dict[str, tuple[Callable[..., Any], ...]] = {
@@ -175,7 +188,7 @@ def squeeze(x: Moments, *_: Any, in_shapes: Sequence[Shape], out_shape: Shape, *
 def attribute(x: Any, name: str) -> Any:
     """``x.T``, ``x.mT``, ``x.H``, and the entries of torch's named results."""
     if name in ("T", "mT", "H", "mH"):
-        return Moments(*(getattr(t, name) for t in torch.broadcast_tensors(x.mean, x.var)))
+        return x.moved(lambda t: getattr(t, name))
     if name in ("data", "real") and isinstance(x, Moments):
         return x
     if name in ("values", "indices") and isinstance(x, tuple):
@@ -196,24 +209,23 @@ def same_module(module: nn.Module, x: Moments) -> Moments:
 for _key in ("contiguous", "clone", "to", "float", "type_as", "detach", "double", "half", "type", "bfloat16", "cpu",
              "requires_grad_", torch.clone, torch.detach):  # fmt: skip
     TABLE.add(_key, Rule(same))
-for _module in (nn.Identity, nn.UpsamplingNearest2d):
-    TABLE.add(_module, Rule(same_module))
+TABLE.add(nn.Identity, Rule(same_module))
 
 
 @rule("expand", "expand_as", torch.broadcast_to, "broadcast_to", shaped=True)
 def expand(x: Moments, *_: Any, in_shapes: Sequence[Shape], out_shape: Shape, **__: Any) -> Moments:
     """Repeated elements keep their moments; new leading dimensions have size 1."""
     extra = len(out_shape) - x.mean.dim()
-    return Moments(*(t.reshape(*(1,) * extra, *t.shape) for t in (x.mean, x.var)))
+    return x.moved(lambda t: t.reshape(*(1,) * extra, *t.shape))
 
 
 @rule("repeat", torch.tile, shaped=True)
 def repeat(x: Moments, *_: Any, in_shapes: Sequence[Shape], out_shape: Shape, **__: Any) -> Moments:
     """Repeated elements keep their moments."""
     shape = (1,) * (len(out_shape) - x.mean.dim()) + tuple(in_shapes[0])
-    full = Moments(*(t.reshape(*(1,) * (len(out_shape) - t.dim()), *t.shape) for t in (x.mean, x.var)))
+    full = x.moved(lambda t: t.reshape(*(1,) * (len(out_shape) - t.dim()), *t.shape))
     times = [1 if f == 1 else o // s for f, o, s in zip(full.mean.shape, out_shape, shape, strict=True)]
-    return Moments(full.mean.repeat(times), full.var.repeat(times))
+    return full.moved(lambda t: t.repeat(times))
 
 
 @rule(F.interpolate, nn.Upsample, nn.UpsamplingBilinear2d, standing="approximate",
@@ -225,7 +237,24 @@ def interpolate(*args: Any, **kwargs: Any) -> Moments:
     return found if all(found.mean.shape[d] == 1 for d in dims) else found.pooled(dims)
 
 
-@rule(torch.roll, "roll", torch.flip, "flip", shaped=True)
-def roll(x: Moments, *_: Any, in_shapes: Sequence[Shape], out_shape: Shape, **__: Any) -> Moments:
-    """Elements change places along dimensions over which the moments are taken not to vary."""
-    return x
+@rule(nn.UpsamplingNearest2d)
+def nearest(module: nn.UpsamplingNearest2d, x: Moments) -> Moments:
+    """Repeated elements keep their moments."""
+    if not _varies(x, (-2, -1)):
+        return x
+    ratio = module.scale_factor
+    return x.moved(module) if isinstance(ratio, int) or module.size is not None else x.pooled([2, 3])
+
+
+@rule(torch.roll, "roll", shaped=True)
+def roll(x: Moments, shifts: Any, dims: Any = (), *, in_shapes: Sequence[Shape], out_shape: Shape) -> Moments:
+    """Elements change places along some dimensions; along all of them together, from sample to sample, without any."""
+    if dims not in ((), None):
+        return x.moved(lambda t: t.roll(shifts, dims))
+    return x.expanded(in_shapes[0]).moved(lambda t: t.roll(shifts)).pooled([0]) if x.mean.numel() > 1 else x
+
+
+@rule(torch.flip, "flip")
+def flip(x: Moments, *dims: Any, **named: Any) -> Moments:
+    """Elements change places along some dimensions."""
+    return x.moved(lambda t: t.flip(*dims, **named))
