@@ -13,8 +13,8 @@ from torch import nn
 
 import normprop
 from normprop import Moments, NormPropError, Report
-from normprop.inspection.report import Row
 from normprop.inspection.report_page import colour
+from normprop.inspection.row import Row
 from normprop.lab.commands import main
 from tests.zoo import SMALL
 

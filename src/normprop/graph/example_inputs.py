@@ -201,7 +201,7 @@ def _tensors(
 ) -> Iterator[tuple[Tensor, ...]]:
     if shape is not None:
         known: list[Any] = list(shape) if shape and not isinstance(shape[0], int) else [shape]
-        known += [None] * (len(kinds) - len(known))
+        known = known[: len(kinds)] + [None] * (len(kinds) - len(known))
         yield tuple(_tensor(k, _samples(k, 32)[0] if s is None else s, dtype) for k, s in zip(kinds, known, strict=True))
         return
     if hint is not None:

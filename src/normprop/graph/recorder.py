@@ -530,7 +530,8 @@ def _source() -> str:
     frame: types.FrameType | None = sys._getframe(2)
     while frame is not None:
         name = frame.f_globals.get("__name__", "")
-        if not name.startswith(("normprop.", "torch.")) and name not in ("torch", "contextlib"):
+        own = name.startswith("normprop.") and not name.startswith("normprop.lab.")
+        if not own and not name.startswith("torch.") and name not in ("torch", "contextlib"):
             return f"{frame.f_code.co_filename}:{frame.f_lineno}"
         frame = frame.f_back
     return ""

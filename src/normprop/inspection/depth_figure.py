@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from normprop.inspection.report import Report, Row
+from normprop.inspection.report import Report
+from normprop.inspection.row import Row
 
 _PREDICTED, _MEASURED = "#0072B2", "#D55E00"  # of Okabe & Ito's palette
 _LABELS = 24  # paths that fit below the axis

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 from normprop.channel_moments import Moments
 from normprop.errors import NormPropError
-from normprop.graph.example_inputs import batch_inputs
+from normprop.graph.example_inputs import Inputs, batch_inputs, required
 from normprop.graph.input_moments import input_moments, sample_shapes
 from normprop.graph.recorder import Leaf
 from normprop.graph.walk import Walk, argument_names, recorder_for
+from normprop.inspection.histogram import Histogram
 from normprop.inspection.propagation import rows_of
 from normprop.inspection.report import Report
 from normprop.inspection.rewalk import walk_of
@@ -57,31 +58,38 @@ def inspect(
     """
     modes = {module: module.training for module in model.modules()}
     model.eval()
-    batches = [data] if isinstance(data, Tensor) else data
     try:
-        shape = sample_shapes(input) or _sample_shape(data)
+        shape = sample_shapes(input) or _sample_shapes(data, model)
         walk = walk_of(model, rules=rules, leaf_modules=leaf_modules, shape=shape, example=example)
         report = Report(rows_of(walk, input_moments(walk.shapes(), input, reference_tensor(model))), type(model).__name__)
-        return report if batches is None else report.with_measured(_measure(walk, report, batches, rules, leaf_modules))
+        return report if data is None else _measured(walk, report, data, rules, leaf_modules)
     finally:
         for module, mode in modes.items():
             module.training = mode
 
 
-def _sample_shape(data: Any) -> Any:
-    """Shape of a sample where data tell it: a tensor, or a list that can be looked into without using it up."""
-    if isinstance(data, list) and data:
-        first = data[0]
-        tensors = first if isinstance(first, tuple | list) else [first]
-        return [tuple(t.shape[1:]) for t in tensors if isinstance(t, Tensor)] or None
-    return tuple(data.shape[1:]) if isinstance(data, Tensor) else None
+def _sample_shapes(data: Any, model: nn.Module) -> Any:
+    """Shapes of a sample of each input where data tell them: a tensor, or what can be looked into without using it up."""
+    if isinstance(data, Tensor):
+        return tuple(data.shape[1:])
+    if not isinstance(data, Iterable) or isinstance(data, Iterator):
+        return None
+    with torch.random.fork_rng(devices=[]):  # a loader that shuffles draws
+        first = next(iter(data), None)
+    needed = required(model)
+    if isinstance(first, Mapping):
+        entries = [first.get(parameter.name) for parameter in needed]
+    else:
+        entries = list(first[: len(needed)]) if isinstance(first, tuple | list) else [first]
+    return [tuple(t.shape[1:]) if isinstance(t, Tensor) else None for t in entries] if entries else None
 
 
 @torch.no_grad()
-def _measure(
-    walk: Walk, report: Report, batches: Iterable[Any], rules: Any, leaf_modules: Sequence[Leaf]
-) -> dict[str, Moments]:
-    """Moments of every tensor of the report over all batches, by the name of the operation."""
+def _measured(walk: Walk, report: Report, data: Any, rules: Any, leaf_modules: Sequence[Leaf]) -> Report:
+    """The report with moments and histograms of every tensor over all batches."""
+    batches = [data] if isinstance(data, Tensor | Inputs) else data
+    if not isinstance(batches, Iterable):
+        raise NormPropError(f"samples are measured, and {type(data).__name__} holds none.\nPass a tensor or a loader.")
     meter = _Meter(report)
     device = reference_tensor(walk.model).device
     for batch in batches:
@@ -90,7 +98,7 @@ def _measure(
         recorder.run(inputs.args, inputs.kwargs, argument_names(walk.model))
     if not meter.counts:
         raise NormPropError("inspect got no data.")
-    return meter.moments()
+    return report.with_measured(meter.moments(), meter.histograms)
 
 
 class _Meter:
@@ -100,6 +108,7 @@ class _Meter:
         self.predicted = {row.name: row.predicted for row in report}
         self.counts: dict[str, int] = {}
         self.sums: dict[str, tuple[Tensor, Tensor]] = {}
+        self.histograms: dict[str, Histogram] = {}
 
     def add(self, name: str, value: Any) -> None:
         """Add an operation's tensor to the sums."""
@@ -111,6 +120,8 @@ class _Meter:
         if len(shape) != value.dim():
             return
         others = [d for d in range(value.dim()) if shape[d] == 1]
+        if name not in self.histograms and value.is_floating_point() and value.dim() > 1:
+            self.histograms[name] = Histogram.of(value, others)
         wide = value if value.device.type == "mps" else value.double()
         total, square = wide.sum(others, keepdim=True), wide.square().sum(others, keepdim=True)
         before = self.sums.get(name)

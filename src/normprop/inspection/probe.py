@@ -16,7 +16,8 @@ from normprop.conversion.lane import lanes_in
 from normprop.errors import NormPropError
 from normprop.inspection.bound import canonical_error_bound
 from normprop.inspection.measurement import inspect
-from normprop.inspection.report import Report, Row
+from normprop.inspection.report import Report
+from normprop.inspection.row import Row
 
 _LINEAR = (_ConvNd, nn.Linear)
 

@@ -14,8 +14,11 @@ from normprop.graph.input_moments import input_moments, sample_shapes
 from normprop.graph.node import Node
 from normprop.graph.recorder import Leaf
 from normprop.graph.walk import Walk, site_rule
-from normprop.inspection.report import Report, Row
+from normprop.inspection.report import Report
 from normprop.inspection.rewalk import Claim, walk_of
+from normprop.inspection.roles import role_of, rule_function, rule_text, sources_of
+from normprop.inspection.row import Row
+from normprop.inspection.source_lines import SourceLines
 from normprop.precision import reference_tensor
 from normprop.rules import arithmetic, elementwise, normalization, shape
 from normprop.rules.composed import composed, full_moments
@@ -81,6 +84,8 @@ def rows_of(walk: Walk, inputs: list[Moments]) -> list[Row]:
     moments: dict[Node, Any] = {}
     change: dict[Node, Any] = {}
     rows: list[Row] = []
+    names: dict[Node, str] = {}
+    lines = SourceLines(walk.model)
     given = iter(inputs)
 
     def value(node: Node) -> Any:
@@ -106,7 +111,8 @@ def rows_of(walk: Walk, inputs: list[Moments]) -> list[Row]:
         if isinstance(moments[node], Moments):
             if slope is not None:
                 slope = slope * moments[walk.data_arguments(node)[0]].var.mean() / moments[node].var.mean()
-            rows.append(_row(walk, node, moments[node], slope, change[node]))
+            rows.append(_row(walk, node, moments[node], slope, change[node], names, lines))
+            names[node] = node.name
     return rows
 
 
@@ -193,7 +199,15 @@ def _entangled(walk: Walk, node: Node) -> bool:
     return bool(_scalar_roots(walk, sources[0]) & _scalar_roots(walk, sources[1]))
 
 
-def _row(walk: Walk, node: Node, moments: Moments, slope: Tensor | None, change: Tensor) -> Row:
+def _row(
+    walk: Walk,
+    node: Node,
+    moments: Moments,
+    slope: Tensor | None,
+    change: Tensor,
+    names: Mapping[Node, str],
+    lines: SourceLines,
+) -> Row:
     rule = walk.rules.get(node)
     standing, reason = ("input", "") if rule is None else walk.standing(node)
     if rule is not None and _entangled(walk, node):
@@ -205,9 +219,12 @@ def _row(walk: Walk, node: Node, moments: Moments, slope: Tensor | None, change:
         operation="input" if rule is None else walk.operation(node),
         standing=standing,
         reason=reason,
-        source=node.source,
+        source=lines.of(node),
         shape=tuple(node.value.shape),
         predicted=Moments(moments.mean.detach(), moments.var.detach()),
         slope=None if slope is None else float(slope.mean()),
         sensitivity=float(change.mean() / variance),
+        inputs=sources_of(walk, node, names),
+        role=role_of(walk, node),
+        rule=rule_text(rule_function(walk, node)),
     )

@@ -1,85 +1,22 @@
-"""What a walk found, one row an operation."""
+"""What a walk found: a row an operation, and what to worry about."""
 
 from __future__ import annotations
 
 import importlib
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from normprop.channel_moments import Moments
 from normprop.errors import NormPropError
+from normprop.inspection.diagnosis import diagnose
+from normprop.inspection.finding import Finding
+from normprop.inspection.histogram import Histogram
 from normprop.inspection.report_page import page
-
-
-@dataclass(frozen=True, eq=False)
-class Row:
-    """Moments of one operation's output.
-
-    Attributes:
-        name: of the node in the traced graph, unique.
-        path: module path; of the module it calls, or whose forward it stands in.
-        operation: class or function.
-        standing: "exact" or "approximate", as its rule says; "input" for an input.
-        reason: why it is approximate.
-        source: ``file:line`` of the model's code.
-        shape: of the tensor in the example run, batch first.
-        predicted: mean and variance.
-        slope: for an activation ``E f'² · Var u / Var f``, averaged over channels: how much more a small change of its input
-            grows than the signal does; else None.
-        sensitivity: product of the slopes along the paths from the input, each path weighted by the variance it carries:
-            a change of the input, relative to the signal, is √sensitivity times larger here, and so are gradients on the
-            way back.
-        measured: mean and variance on data, if there was any.
-    """
-
-    name: str
-    path: str
-    operation: str
-    standing: str
-    reason: str
-    source: str
-    shape: tuple[int, ...]
-    predicted: Moments
-    slope: float | None = None
-    sensitivity: float = 1.0
-    measured: Moments | None = None
-
-    @property
-    def drift(self) -> float | None:
-        """``log₂`` of measured over predicted standard deviation, rms over channels: octaves. None where either is zero."""
-        if self.measured is None:
-            return None
-        both = (self.predicted.std > 0) & (self.measured.std > 0)
-        ratios = (self.measured.std / self.predicted.std)[both]
-        return _number(ratios.log2().square().mean().sqrt()) if ratios.numel() else None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain numbers and strings; moments pooled over channels."""
-        result = {k: getattr(self, k) for k in ("name", "path", "operation", "standing", "reason", "source")}
-        result |= {"shape": list(self.shape), "slope": self.slope, "sensitivity": self.sensitivity, "drift": self.drift}
-        for kind in ("predicted", "measured"):
-            moments: Moments | None = getattr(self, kind)
-            result[kind] = None if moments is None else _summary(moments)
-        return result
-
-
-def _summary(moments: Moments) -> dict[str, float]:
-    pooled = moments.pooled(list(range(moments.mean.dim())))
-    return {
-        "mean": _number(pooled.mean),
-        "std": _number(pooled.std),
-        "rms_of_channel_means": _number(moments.mean.square().mean().sqrt()),
-        "mean_channel_var": _number(moments.var.mean()),
-    }
-
-
-def _number(tensor: Tensor) -> float:
-    return float(tensor.detach().reshape(()))
+from normprop.inspection.row import Row
 
 
 def _write(path: Path, write: Callable[[], object]) -> None:
@@ -90,7 +27,7 @@ def _write(path: Path, write: Callable[[], object]) -> None:
 
 
 class Report(Sequence[Row]):
-    """The rows of a walk in the order of the graph.
+    """The rows of a walk in the order of the operations.
 
     Args:
         rows: one an operation.
@@ -122,18 +59,44 @@ class Report(Sequence[Row]):
         """Rows whose rule is an approximation."""
         return tuple(row for row in self.rows if row.standing == "approximate")
 
+    @cached_property
+    def findings(self) -> tuple[Finding, ...]:
+        """What a user should worry about, the gravest first: nothing, if there is nothing.
+
+        Example:
+            >>> import torch, normprop
+            >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+            >>> with torch.no_grad():
+            ...     _ = net[2].weight.mul_(40)
+            >>> [(finding.kind, finding.path) for finding in normprop.propagate(net).findings]
+            [('jump', '2')]
+        """
+        return diagnose(self.rows)
+
+    def verdict(self) -> str:
+        """The findings as text, one a line."""
+        if self.findings:
+            return "\n".join(str(finding) for finding in self.findings)
+        measured = any(row.measured is not None for row in self.rows)
+        return f"Nothing to worry about in {len(self.rows)} operations" + (
+            ", measured on data." if measured else ", by prediction alone."
+        )
+
     @property
     def worst(self) -> Row | None:
         """The row whose standard deviation has drifted furthest from its prediction; None if nothing was measured."""
         return max((row for row in self.rows if row.drift is not None), key=lambda row: row.drift or 0.0, default=None)
 
-    def with_measured(self, measured: dict[str, Moments]) -> Report:
-        """The same rows with measured moments by name."""
-        return Report([replace(row, measured=measured.get(row.name)) for row in self.rows], self.title)
+    def with_measured(self, measured: dict[str, Moments], histograms: dict[str, Histogram] | None = None) -> Report:
+        """The same rows with measured moments, and histograms, by name."""
+        found = histograms or {}
+        rows = [replace(row, measured=measured.get(row.name), histogram=found.get(row.name)) for row in self.rows]
+        return Report(rows, self.title)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers and strings."""
-        return {"title": self.title, "rows": [row.to_dict() for row in self.rows]}
+        findings = [finding.to_dict() for finding in self.findings]
+        return {"title": self.title, "findings": findings, "rows": [row.to_dict() for row in self.rows]}
 
     def to_json(self) -> str:
         """`to_dict` as JSON."""
@@ -141,7 +104,7 @@ class Report(Sequence[Row]):
 
     def to_html(self) -> str:
         """One page that needs nothing else: a row an operation, coloured by how far what was measured has drifted."""
-        return page(self.title, [row.to_dict() for row in self.rows])
+        return page(self.title, self.verdict(), [row.to_dict() for row in self.rows])
 
     def save_html(self, path: str | Path) -> None:
         """Write `to_html` to a file.
@@ -173,29 +136,21 @@ class Report(Sequence[Row]):
         _write(Path(path), lambda: figure.savefig(path))
 
     def table(self) -> str:
-        """A table for a terminal: a line an operation, predicted and measured mean and standard deviation."""
+        """The verdict and a table, a line an operation, of predicted and measured mean and standard deviation."""
         measured = any(row.measured is not None for row in self.rows)
-        header = [
-            "path",
-            "operation",
-            "mean",
-            "std",
-            *(["mean", "std (data)"] if measured else []),
-            "slope",
-            "sens.",
-            "",
-        ]
-        lines = [header]
+        data = ["mean (data)", "std (data)"] if measured else []
+        lines = [["path", "operation", "mean", "std", *data, "slope", "sens.", ""]]
         for row in self.rows:
-            predicted = _summary(row.predicted)
-            cells = [row.path or row.name, row.operation, f"{predicted['mean']:.3f}", f"{predicted['std']:.3f}"]
-            if measured:
-                found = None if row.measured is None else _summary(row.measured)
-                cells += ["", ""] if found is None else [f"{found['mean']:.3f}", f"{found['std']:.3f}"]
+            values = row.to_dict()
+            cells = [row.place, row.operation, *_pair(values["predicted"]), *(_pair(values["measured"]) if measured else [])]
             cells += [f"{row.slope:.3f}" if row.slope is not None else "", f"{row.sensitivity:.3g}"]
             lines.append([*cells, "≈" if row.standing == "approximate" else ""])
-        widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
+        widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
         text = ["  ".join(c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True)))
                 for line in lines]  # fmt: skip
         text.insert(1, "  ".join("-" * w for w in widths))
-        return "\n".join(line.rstrip() for line in text)
+        return f"{self.verdict()}\n\n" + "\n".join(line.rstrip() for line in text)
+
+
+def _pair(summary: dict[str, float] | None) -> list[str]:
+    return ["", ""] if summary is None else [f"{summary['mean']:.3f}", f"{summary['std']:.3f}"]

@@ -24,8 +24,8 @@ _HEADER = (
     ("shape", "", "of the example run, batch first"),
     ("mean", "number", "predicted"),
     ("std", "number", "predicted"),
-    ("mean", "number", "measured on data"),
-    ("std", "number", "measured on data"),
+    ("mean (data)", "number", "measured on data"),
+    ("std (data)", "number", "measured on data"),
     ("drift", "number", "measured std over predicted, in octaves: rms over channels"),
     ("slope", "number", "E f′² · Var u / Var f of an activation"),
     ("growth", "number", "of a small change of the input, relative to the signal: √ of the sensitivity"),
@@ -34,11 +34,12 @@ _HEADER = (
 _STEPS = (-2.0, -1.0, -0.5, 0.0, 0.5, 1.0, 2.0)
 
 
-def page(title: str, rows: Sequence[Mapping[str, Any]]) -> str:
+def page(title: str, verdict: str, rows: Sequence[Mapping[str, Any]]) -> str:
     """The page.
 
     Args:
         title: what was walked.
+        verdict: what to worry about, a line each.
         rows: as `Row.to_dict` gives them.
     """
     measured = any(row["measured"] is not None for row in rows)
@@ -48,7 +49,8 @@ def page(title: str, rows: Sequence[Mapping[str, Any]]) -> str:
     return (
         f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{escape(title)}: moments</title>\n'
         f"<style>{_STYLE}</style>\n</head>\n<body>\n<h1>{escape(title)}</h1>\n"
-        f"<p>{escape(_summary(rows, measured))}</p>\n{_key() if measured else ''}"
+        + "".join(f"<p>{escape(line)}</p>\n" for line in verdict.splitlines())
+        + f"<p>{escape(_summary(rows, measured))}</p>\n{_key() if measured else ''}"
         f"<table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table>\n</body>\n</html>\n"
     )
 
