@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -293,3 +294,30 @@ def test_centred_filters_of_equal_weights_have_no_variance(fan_in: int, value: f
             assert float(found.detach().abs().max()) < 1e3 * torch.finfo(dtype).eps
         (gradient,) = torch.autograd.grad(scale.weight.square().sum() + scale.offset.sum(), weight)
         assert float(gradient.abs().max()) < 1e3 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("center", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_variances_too_small_to_be_squared_count_as_zero(dtype: torch.dtype, center: bool, size: str) -> None:
+    """All gradients stay finite at every size of the weights, and of what a site without a layer normalises."""
+    form, limits = Form(center=center), torch.finfo(dtype)
+    smallest = round(math.log10(limits.tiny))
+    for exponent in range(smallest - 5, 1, 1 if dtype == torch.float32 else 9):
+        one = layer(form, directions=1)
+        assert one.weight is not None
+        given = [Operands(*(t if t is None else t.detach().to(dtype) for t in o)) for o in (one, no_layer())]
+        given[0] = given[0]._replace(weight=one.weight.detach().to(dtype) * 10.0**exponent)
+        given[1] = given[1]._replace(var=torch.full((5,), 10.0**exponent, dtype=dtype))
+        given = [Operands(*(t if t is None else t.requires_grad_() for t in o)) for o in given]
+        leaves = [t for o in given for t in o[:5] if t is not None]
+        found = [t for s in scales.scales([form, Form()], given) for t in effective(s)]
+        weights = [torch.ones_like(t) for t in found]
+        # A filter's gradient is as large as the filter is small.
+        weights[0] *= 10.0 ** min(0.0, exponent - smallest / 2)
+        for gradient in torch.autograd.grad(found, leaves, weights):
+            assert bool(gradient.isfinite().all()), exponent
+        expected = [t for o, f in zip(given, (form, Form()), strict=True) for t in effective(plain_scale(f, o))]
+        for a, b in zip(found, expected, strict=True):
+            assert float((a - b).abs().max().detach()) <= (1e-4 if dtype == torch.float32 else 1e-10) * float(
+                b.abs().max().detach()
+            )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -45,8 +46,8 @@ def calibrate(
         shrinkage: α in [0, 1], by which their covariance is shrunk: V counts (1 − α) of what they add. At 1 they add
             nothing.
         preserve: change γ and β with the constants, so that the network computes what it did before. (Those of a site that
-            is used several times follow its first call; the others, and sites without γ and β, keep their function by
-            their constants, and don't standardise.)
+            is used several times follow its first call; the others, sites that share γ or β with another module, and sites
+            without γ and β, keep their function by their constants, and don't standardise.)
 
     Returns:
         The model.
@@ -147,6 +148,7 @@ class _Calibration:
         self.model, self.lane, self.batches = model, lane, batches
         self.directions, self.shrinkage = directions, shrinkage
         self.kept = self._functions() if keep else {}
+        self.free = _free_sites(model)
         self.done: set[Key] = set()
         self.steps = LockStep(len(batches))
 
@@ -201,7 +203,8 @@ class _Calibration:
 
     def _finish(self, entry: Entry, site: Site, target: Statistics, mean: Tensor, var: Tensor) -> None:
         if entry.key in self.kept:
-            target = _keep(site, *self.kept[entry.key], target, first=entry.call == 0)
+            free = entry.call == 0 and site in self.free
+            target = _keep(site, *self.kept[entry.key], target, free=free)
         _set(site, entry.call, target, mean, var)
         self.done.add(entry.key)
 
@@ -209,7 +212,8 @@ class _Calibration:
         """Measure those of the input of the layer before a site."""
         form, given = site_operands(self.lane.arguments(self.model, entry))
         found = None
-        if given.weight is not None and not form.transposed and self.directions:
+        layers = {other.layer for other in self.lane.all_entries() if other.site == entry.site}
+        if given.weight is not None and not form.transposed and self.directions and len(layers) == 1:
             with full_precision(given.shift):
                 found = principal_directions(run, len(self.batches), form, given, self.directions, shrinkage=self.shrinkage)
         several = site.shift.dim() == 2
@@ -262,9 +266,24 @@ def _set(site: Site, call: int, target: Statistics, mean: Tensor, var: Tensor) -
     scale.copy_(target[1].to(var.dtype) / var)
 
 
-def _keep(site: Site, factor: Tensor, offset: Tensor, measured: Statistics, *, first: bool) -> Statistics:
-    """Statistics with which a site's factor and offset stay, the measured ones if γ and β can take up the difference."""
-    if site.weight is not None and site.bias is not None and first:
+def _free_sites(model: nn.Module) -> set[nn.Module]:
+    """Sites whose γ and β are nobody else's."""
+    holders = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
+    sites = (module for module in model.modules() if isinstance(module, Site))
+    return {site for site in sites if all(holders[id(p)] == 1 for p in (site.weight, site.bias) if p is not None)}
+
+
+def _keep(site: Site, factor: Tensor, offset: Tensor, measured: Statistics, *, free: bool) -> Statistics:
+    """Statistics with which a site's factor and offset stay, the measured ones if γ and β can take up the difference.
+
+    Args:
+        site: whose γ and β are changed if they are free.
+        factor: γ/√(kV) as it is.
+        offset: as it is.
+        measured: mean and variance.
+        free: whether γ and β are this call's alone.
+    """
+    if site.weight is not None and site.bias is not None and free:
         mean, var = (t.to(factor.dtype) for t in measured)
         site.weight.copy_(factor * var.sqrt())
         site.bias.copy_(offset + mean * factor)

@@ -15,13 +15,16 @@ typedef void (*parallel_t)(void (*body)(void *), void *data, unsigned threads, u
 
 #define REAL float
 #define EPSILON FLT_EPSILON
+#define LEAST (FLT_MIN / FLT_EPSILON)
 #define NAME(name) name##_float
 #include "scales.c"
 #undef REAL
 #undef EPSILON
+#undef LEAST
 #undef NAME
 #define REAL double
 #define EPSILON DBL_EPSILON
+#define LEAST (DBL_MIN / DBL_EPSILON)
 #define NAME(name) name##_double
 #include "scales.c"
 
@@ -181,8 +184,10 @@ static void NAME(finish)(const NAME(site) *s, int64_t o, REAL first, REAL second
 static void NAME(forward)(const NAME(site) *s, int64_t from, int64_t to, REAL *scratch)
 {
     if (!s->weight) {
+        const REAL least = (REAL)pow(LEAST, 2.0 / 3); /* a derivative has the power −3/2 of the variance */
         for (int64_t o = from; o < to; o++) {
-            NAME(finish)(s, o, s->mean ? s->mean[o] : 0, s->var ? s->var[o] : 1);
+            const REAL given = s->var ? s->var[o] : 1;
+            NAME(finish)(s, o, s->mean ? s->mean[o] : 0, given > least ? given : 0);
             s->average[o] = 0;
         }
         return;
@@ -208,9 +213,9 @@ static void NAME(forward)(const NAME(site) *s, int64_t from, int64_t to, REAL *s
             first += c * m[j];
             second += c * c * v[j];
         }
-        /* A filter of equal weights, once centred, is rounding. */
+        /* A filter of equal weights, once centred, is rounding; and quotients of what is smaller than LEAST overflow. */
         const REAL rounding = 16 * EPSILON * a;
-        if (second <= rounding * rounding * total) {
+        if (second <= LEAST || second <= rounding * rounding * total) {
             second = 0;
         } else {
             NAME(along)(w, a, basis, rank, n, p);

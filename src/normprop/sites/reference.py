@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from normprop.double_backward import gradients_again
-from normprop.sites.rows import Form, Operands, excess_basis, from_rows, given_moments, sites_of, to_rows, vectors
+from normprop.sites.rows import Form, Operands, excess_basis, from_rows, given_moments, least, sites_of, to_rows, vectors
 
 
 class Scale(NamedTuple):
@@ -62,7 +62,7 @@ def plain_statistics(form: Form, given: Operands) -> tuple[Tensor | None, Tensor
 
 
 def variances(rows: Tensor, average: Tensor | None, var: Tensor | None) -> Tensor:
-    """``Σ c² v`` of filters in rows; what rounding leaves of a centred filter of equal weights is zero.
+    """``Σ c² v`` of filters in rows; zero where it is what rounding leaves of a centred filter of equal weights, or `least`.
 
     Args:
         rows: c, ``(…, filters, fan-in)``.
@@ -71,10 +71,10 @@ def variances(rows: Tensor, average: Tensor | None, var: Tensor | None) -> Tenso
     """
     second = (rows.square() if var is None else rows.square() * var.unsqueeze(-2)).sum(-1)
     if average is None:
-        return second
+        return torch.where(second > least(second.dtype), second, 0.0)
     total = rows.shape[-1] if var is None else var.sum(-1, keepdim=True)
     rounding = 16.0 * torch.finfo(rows.dtype).eps * average.squeeze(-1)
-    return torch.where(second > rounding.square() * total, second, 0.0)
+    return torch.where(second > (rounding.square() * total).clamp(min=least(second.dtype)), second, 0.0)
 
 
 def inverse_root(scale: Tensor, var: Tensor) -> Tensor:

@@ -68,8 +68,16 @@ def sites_of(tensors: Sequence[Tensor | None]) -> list[Operands]:
 def given_moments(site: Operands) -> tuple[Tensor, Tensor]:
     """E and V of a site without a layer: mean and variance of what it normalises, ``(O,)`` each."""
     mean = torch.zeros_like(site.gamma) if site.mean is None else site.mean.reshape(-1).to(site.gamma.dtype)
-    var = torch.ones_like(site.gamma) if site.var is None else site.var.reshape(-1).to(site.gamma.dtype)
-    return mean, var
+    if site.var is None:
+        return mean, torch.ones_like(site.gamma)
+    var = site.var.reshape(-1).to(site.gamma.dtype)
+    return mean, torch.where(var > least(var.dtype) ** (2 / 3), var, 0.0)  # a derivative has the power −3/2 of it
+
+
+def least(dtype: torch.dtype) -> float:
+    """The largest variance of a filter that counts as zero: quotients of smaller ones leave the range of the dtype."""
+    limits = torch.finfo(dtype)
+    return float(limits.tiny / limits.eps)
 
 
 def to_rows(weight: Tensor, form: Form, *, like: Tensor | None = None) -> Tensor:

@@ -215,7 +215,7 @@ def site_operands(arguments: SiteArguments) -> tuple[Form, Operands]:
     weight = None if weight is None else wide(weight)
     vectors = _vectors(site, weight, x, options.get("channel", 1), form)
     call = options.get("call", 0)
-    return form, Operands(weight, *vectors, *_constants(site, call), _directions(site, call))
+    return form, Operands(weight, *vectors, *_constants(site, call), _directions(site, call, weight))
 
 
 def _vectors(
@@ -232,12 +232,21 @@ def _vectors(
     return wide(x.mean), wide(x.var)
 
 
-def _directions(site: Site, call: int) -> Tensor | None:
-    """U of one call of a site."""
+def _directions(site: Site, call: int, weight: Tensor | None) -> Tensor | None:
+    """U of one call of a site.
+
+    Raises:
+        NormPropError: they don't fit the weight.
+    """
     known = _tensors(site)
     directions = known.get("directions")
-    if directions is None:
+    if directions is None or weight is None:
         return None
+    if directions.shape[1 - weight.dim() :] != weight.shape[1:]:
+        raise NormPropError(
+            f"the directions of {site.path} have shape {tuple(directions.shape)}, and the weight before it "
+            f"{tuple(weight.shape)}.\nLoad a state_dict of the same architecture, or calibrate."
+        )
     return wide(directions[call] if known["shift"].dim() == 2 else directions)
 
 
