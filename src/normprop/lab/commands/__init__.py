@@ -6,6 +6,7 @@ import importlib
 import importlib.metadata
 import sys
 from collections.abc import Sequence
+from itertools import pairwise
 
 from normprop.errors import NormPropError
 
@@ -66,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise unknown("command", name, COMMANDS, "normprop --help lists them.")
         import tyro
 
-        module, function, _ = COMMANDS[name]
+        module, function = _function(name, rest)
         command = getattr(importlib.import_module(module), function)
         style = (tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes)
         code: int | None = tyro.cli(command, prog=f"normprop {name}", args=rest, config=style)
@@ -84,6 +85,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"\nnormprop: interrupted. {interruption}".rstrip(), file=sys.stderr)
         return 130
     return code or 0
+
+
+def _function(name: str, arguments: Sequence[str]) -> tuple[str, str]:
+    """Module and function of a command; `train` has other options where the model is one of text."""
+    models = [after for option, after in pairwise(arguments) if option == "--model"]
+    models += [argument.removeprefix("--model=") for argument in arguments]
+    if name == "train" and "charlstm" in models:
+        return "normprop.lab.commands.train_text", "train_text"
+    return COMMANDS[name][:2]
 
 
 def _overview() -> str:

@@ -29,7 +29,8 @@ def train(
     """Train a network on a data set with any normaliser, and write checkpoint.pt, metrics.jsonl and recipe.json.
 
     For example `normprop train --data fashion-mnist --model nin --width 0.25 --batch-size 1 --epochs 1`. The same command
-    with --resume continues a run that was interrupted, to the very weights of one that wasn't.
+    with --resume continues a run that was interrupted, to the very weights of one that wasn't. A model of text has options
+    of its own: `normprop train --model charlstm --help`.
 
     Args:
         recipe: What to train and how.

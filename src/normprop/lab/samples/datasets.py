@@ -71,6 +71,9 @@ _NO_LICENCE = "none stated; cite Krizhevsky 2009"
 _SVHN_LICENCE = "non-commercial use; cite Netzer et al. 2011"
 _GREY, _COLOUR = (1, 28, 28), (3, 32, 32)
 
+# Texts are read by `normprop.lab.text`.
+TEXTS = ("shakespeare",)
+
 SOURCES: dict[str, Source] = {
     "digits": Source("8×8 digits of scikit-learn", 1437, 360, (1, 8, 8), 10, "CC BY 4.0 (UCI)", "", None),
     "mnist": Source("handwritten digits", 60000, 10000, _GREY, 10, "not stated", "MNIST/raw", _two_sets("MNIST")),
@@ -127,6 +130,8 @@ def load(data: str, *, root: Path | None = None, image_size: int | None = None) 
         return read_npz(path, path.stem)
     if path.is_dir():
         return read_folder(path, image_size)
+    if data in TEXTS or path.suffix == ".txt":
+        raise NormPropError(f"{data} is a text.\nUse --model charlstm, or images.")
     raise unknown("data set", data, SOURCES, "A path works too: FILE.npz, or a folder with one subfolder per class.")
 
 

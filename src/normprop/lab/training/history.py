@@ -6,6 +6,7 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -48,7 +49,7 @@ class Run:
     """A finished run: its recipe with all defaults, its rows, and the trained network after its `Standardize`."""
 
     recipe: Recipe
-    rows: Sequence[Row]
+    rows: Sequence[Any]
     model: nn.Module
 
     @property
@@ -62,8 +63,8 @@ class Run:
         return self.rows[-1].test_accuracy if self.rows else None
 
 
-def to_json_lines(rows: Sequence[Row]) -> bytes:
-    """The rows as JSON, one per line.
+def to_json_lines(rows: Sequence[Any]) -> bytes:
+    """The rows, dataclasses of plain values, as JSON, one per line.
 
     Example:
         >>> to_json_lines([Row(1, 10, 0.1, 2.0, 0.5, 0.5, 1.0, 10.0)])[:24]

@@ -45,7 +45,8 @@ class Setting:
     data: str = "digits"
     """digits, mnist, fashion-mnist, cifar10, cifar100, svhn, FILE.npz, or a folder of images."""
     model: str = "nin"
-    """nin, mlp, plain12 (any plainN), resnet8 … resnet110, resnet18, torchvision:NAME, timm:NAME, or MODULE:FUNCTION."""
+    """nin, mlp, plain12 (any plainN), resnet8 … resnet110, resnet18, torchvision:NAME, timm:NAME, or MODULE:FUNCTION;
+    for text charlstm, whose options `normprop train --model charlstm --help` lists."""
     width: float = 1.0
     """Factor on the number of channels of the built-in networks."""
     epochs: int = 10
