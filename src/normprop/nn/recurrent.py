@@ -10,6 +10,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from normprop.nn.kinds import ElmanKind, GRUKind, LSTMKind
 from normprop.nn.lstm_sequence import fits, lstm_sequence
+from normprop.nn.plain_recurrent import plain_lstm, plain_states
 from normprop.nn.recurrence import Rows, Variances
 from normprop.nn.recurrent_block import Block
 from normprop.nn.recurrent_layer import RecurrentLayer
@@ -88,6 +89,18 @@ class RNN(ElmanKind, RecurrentLayer):
         output, (state,) = self._run(input, None if hx is None else (hx,))
         return output, state
 
+    def folded(self) -> torch.nn.Module:
+        """The same function in plain torch: torch's RNN, with output and states scaled and shifted; no packed sequences.
+
+        Raises:
+            NormPropError: There is recurrent dropout.
+        """
+        plain = torch.nn.RNN(
+            self.input_size, self.hidden_size, self.num_layers, self.nonlinearity, True, self.batch_first, self.dropout,
+            self.bidirectional, device=self.weight_ih_l0.device, dtype=self.weight_ih_l0.dtype,
+        )  # fmt: skip
+        return plain_states(self, plain)
+
 
 class LSTM(LSTMKind, RecurrentLayer):
     """LSTM with normalised outputs, by Recurrent Normalization Propagation (Laurent, Ballas & Vincent, 2017)::
@@ -149,6 +162,14 @@ class LSTM(LSTMKind, RecurrentLayer):
         output, states = self._run(input, hx)
         return output, cast(Pair, states)
 
+    def folded(self) -> torch.nn.Module:
+        """The same output and h by `torch.nn.LSTM`, in which a projection scales h; c has one unit more.
+
+        Raises:
+            NormPropError: There are cell gains, for which it has no place, or recurrent dropout.
+        """
+        return plain_lstm(self)
+
     def _sequence(self, drive: Tensor, state: tuple[Tensor, ...], block: Block) -> tuple[Tensor, tuple[Tensor, ...]]:
         if self.recurrent_dropout == 0 and fits(drive, state, block):
             return lstm_sequence(drive, state, block)
@@ -203,3 +224,15 @@ class GRU(GRUKind, RecurrentLayer):
         """Outputs of the last layer at all times, and the last state of all layers."""
         output, (state,) = self._run(input, None if hx is None else (hx,))
         return output, state
+
+    def folded(self) -> torch.nn.Module:
+        """The same function in plain torch: torch's GRU, with output and states scaled and shifted; no packed sequences.
+
+        Raises:
+            NormPropError: There is recurrent dropout.
+        """
+        plain = torch.nn.GRU(
+            self.input_size, self.hidden_size, self.num_layers, True, self.batch_first, self.dropout, self.bidirectional,
+            device=self.weight_ih_l0.device, dtype=self.weight_ih_l0.dtype,
+        )  # fmt: skip
+        return plain_states(self, plain)

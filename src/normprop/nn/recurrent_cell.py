@@ -61,6 +61,15 @@ class RecurrentCell(Recurrence):
         """As of a layer; a cell has one, without a suffix."""
         return super().state_moments(suffix)
 
+    def folded(self) -> torch.nn.Module:
+        """Nothing: torch's cells have no place for what standardises the state.
+
+        Raises:
+            NormPropError: Always.
+        """
+        self._refuse("torch's cells can't scale their state", "Fold a layer, or keep the cell: it needs no data.")
+        raise AssertionError
+
     def _advance(self, block: Block, input: Tensor, hx: States | None) -> States:
         """The next state, normalised; `(N, …)` or without N."""
         if not input.is_floating_point() or input.ndim not in (1, 2) or input.shape[-1] != self.input_size:
