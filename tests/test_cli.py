@@ -250,3 +250,38 @@ def test_two_processes_train_what_one_does(norm, tmp_path):
     for a, b in zip(one["rows"], two["rows"], strict=True):
         assert b["train_loss"] == pytest.approx(a["train_loss"], rel=1e-3)
         assert b["step"] == a["step"]
+
+
+@pytest.mark.parametrize(
+    ("command", "out"),
+    [
+        *(
+            (command, out)
+            for command in (
+                ("train", *TINY), ("train", *TINY, "--overwrite"), ("compare", "--summary-only"),
+                ("reproduce", "--summary-only"),
+            )
+            for out in ("file", "file/below", "/dev/null/below")
+        ),
+        (("demo",), "file/figure.png"),
+        (("demo",), "."),
+    ],
+)  # fmt: skip
+def test_an_out_that_can_hold_no_results_is_named_at_once(command, out, tmp_path, capsys):
+    (tmp_path / "file").write_text("mine")
+    assert run(*command, "--out", out) == 2
+    message = capsys.readouterr().err.splitlines()
+    assert len(message) == 2
+    assert message[0].startswith("normprop: ")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize("largest", [10**12, 2**62])
+def test_labels_that_no_network_has_outputs_for(largest, tmp_path, capsys):
+    import numpy as np
+
+    x, y = np.zeros((40, 8, 8), np.uint8), np.arange(40) % 2
+    y[3] = largest
+    np.savez(tmp_path / "labels.npz", x_train=x, y_train=y, x_test=x, y_test=y)
+    assert run("train", *TINY, "--data", str(tmp_path / "labels.npz")) == 2
+    assert capsys.readouterr().err.splitlines()[0].startswith("normprop: labels: a label is")

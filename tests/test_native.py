@@ -41,6 +41,34 @@ def test_it_is_built_once_and_nothing_else_is_left_behind(cache: Path, monkeypat
     assert [path.stat().st_mtime_ns for path in cache.iterdir()] == [when]
 
 
+@there
+@pytest.mark.parametrize("keep", [0.0, 0.3, 0.9])
+def test_a_library_that_is_not_whole_is_built_anew(keep: float, cache: Path) -> None:
+    """A loader that reads beyond the end of a file ends the process."""
+    assert isinstance(library.__wrapped__(), Library)
+    (built,) = cache.iterdir()
+    content = built.read_bytes()
+    broken = built.with_name("broken")
+    broken.write_bytes(content[: int(keep * len(content))])
+    broken.replace(built)
+    assert isinstance(library.__wrapped__(), Library)
+    (again,) = cache.iterdir()
+    assert again.stat().st_size > 0.9 * len(content)
+
+
+@there
+def test_a_flipped_bit_of_the_library_is_noticed(cache: Path) -> None:
+    assert isinstance(library.__wrapped__(), Library)
+    (built,) = cache.iterdir()
+    content = bytearray(built.read_bytes())
+    content[len(content) // 2] ^= 1
+    other = built.with_name("other")
+    other.write_bytes(content)
+    other.replace(built)
+    assert isinstance(library.__wrapped__(), Library)
+    assert [path.read_bytes() for path in cache.iterdir()] != [bytes(content)]
+
+
 def test_it_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NORMPROP_NATIVE", "0")
     assert "NORMPROP_NATIVE" in str(library.__wrapped__())

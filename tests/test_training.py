@@ -197,6 +197,62 @@ def test_truncated_checkpoints_are_named(keep, tmp_path):
         checkpoint.load(path)
 
 
+def same(a, b):
+    """Whether two states hold the same."""
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return isinstance(b, dict) and a.keys() == b.keys() and all(same(v, b[k]) for k, v in a.items())
+    if isinstance(a, list | tuple):
+        return type(a) is type(b) and len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def test_a_flipped_bit_is_noticed_or_changes_nothing(digits, tmp_path):
+    train(TINY, images=digits, out=tmp_path)
+    path = tmp_path / CHECKPOINT
+    content, state = path.read_bytes(), checkpoint.load(path)
+    refused = 0
+    for place in range(0, 8 * len(content), 8 * len(content) // 199):
+        changed = bytearray(content)
+        changed[place // 8] ^= 1 << place % 8
+        path.write_bytes(changed)
+        try:
+            assert same(checkpoint.load(path), state), place
+        except NormPropError:
+            refused += 1
+    assert refused > 100  # the rest are gaps between the parts of a file
+
+
+def tampered(state):
+    """Changes of a state, each of which ends in an error somewhere if nobody looks."""
+    for key in (key for key in state if key != "format"):  # which `save` writes
+        for value in (None, "text", [], {}, -1.5, torch.zeros(3)):
+            if type(value) is not type(state[key]):
+                yield f"{key} {value}", {**state, key: value}
+        yield f"no {key}", {k: v for k, v in state.items() if k != key}
+    weight = next(iter(state["model"]))
+    yield "shape", {**state, "model": {**state["model"], weight: torch.zeros(7)}}
+    yield "key", {**state, "model": {**state["model"], "other": torch.zeros(7)}}
+    momenta = {k: {"momentum_buffer": torch.zeros(7)} for k in state["optimizer"]["state"]}
+    yield "momentum", {**state, "optimizer": {**state["optimizer"], "state": momenta}}
+    yield "groups", {**state, "optimizer": {**state["optimizer"], "param_groups": [1]}}
+    yield "schedule", {**state, "schedule": {**state["schedule"], "step": "text"}}
+    yield "row", {**state, "rows": [{"epoch": 1}]}
+    yield "recipe", {**state, "recipe": {**state["recipe"], "lr": "text"}}
+
+
+def test_a_tampered_checkpoint_is_refused_in_one_line(digits, tmp_path):
+    train(TINY, images=digits, out=tmp_path)
+    state = checkpoint.load(tmp_path / CHECKPOINT)
+    for name, changed in tampered(state):
+        checkpoint.save(tmp_path / CHECKPOINT, changed)
+        with pytest.raises(NormPropError) as error:  # noqa: PT012
+            train(TINY, images=digits, out=tmp_path, resume=True)
+            pytest.fail(f"{name} was taken")
+        assert len(str(error.value).splitlines()) == 2, name
+
+
 class Foreign:
     """What torch.load must not execute."""
 
@@ -204,7 +260,7 @@ class Foreign:
 @pytest.mark.parametrize("content", [{"model": {}}, [1, 2], torch.zeros(3), Foreign()], ids=type)
 def test_foreign_checkpoints_are_named(content, tmp_path):
     torch.save(content, tmp_path / CHECKPOINT)
-    with pytest.raises(NormPropError, match=r"wasn't written by|truncated or no checkpoint"):
+    with pytest.raises(NormPropError, match=r"wasn't written by|truncated, damaged or no checkpoint"):
         checkpoint.load(tmp_path / CHECKPOINT)
 
 

@@ -9,6 +9,19 @@ from pathlib import Path
 from normprop.errors import NormPropError
 
 
+def check_folder(path: Path) -> None:
+    """Make sure that results can be written to a folder, which need not be there yet.
+
+    Raises:
+        NormPropError: it is a file or below one, or can't be written to.
+    """
+    there = next(p for p in (path, *path.absolute().parents) if p.exists())
+    if there.is_dir() and os.access(there, os.W_OK | os.X_OK):
+        return
+    reason = "can't be written to" if there.is_dir() else "is a file"
+    raise NormPropError(f"Results can't be put into {path}: {there} {reason}.\nChoose another --out.")
+
+
 def write_whole(path: Path, content: bytes) -> None:
     """Put `content` at `path` such that a reader, or a crash at any moment, finds either the old file or the new.
 

@@ -91,20 +91,35 @@ def library() -> Library | str:
 
 
 def _built(compiler: str) -> Path:
-    """The library's file, which a build that is still going on never touches."""
+    """The library's file, which a build that is still going on never touches.
+
+    Its name ends with a checksum of what is in it: one that isn't whole is built anew; loading it would end the process.
+    """
     sources = [path.read_bytes() for path in _SOURCES]
     key = hashlib.sha256(b"\0".join([*sources, compiler.encode(), *(f.encode() for f in _FLAGS), _processor()])).hexdigest()
     folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "normprop"
-    path = folder / f"lane-{key[:16]}.so"
-    if path.exists():
-        return path
+    there = list(folder.glob(f"lane-{key[:16]}-*.so"))
+    for path in there:
+        if path.stem.endswith(_checksum(path)):
+            return path
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as place:
-        fresh = Path(place) / path.name
+        fresh = Path(place) / "lane.so"
         command = [compiler, *_FLAGS, *map(str, _SOURCES), "-o", str(fresh), "-lm"]
         subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
+        path = folder / f"lane-{key[:16]}-{_checksum(fresh)}.so"
         fresh.replace(path)
+    for broken in there:
+        if broken != path:
+            broken.unlink(missing_ok=True)
     return path
+
+
+def _checksum(path: Path) -> str:
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    except FileNotFoundError:  # another process has replaced it
+        return "none"
 
 
 def _processor() -> bytes:

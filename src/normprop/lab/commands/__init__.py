@@ -81,6 +81,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         extra = _EXTRAS.get(library, "cli")
         print(f"normprop {name} needs {library}: pip install 'normprop[{extra}]'", file=sys.stderr)
         return 2
+    except OSError as error:  # a disk that is full, a folder that can't be written
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"normprop: {where}{error.strerror or error}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt as interruption:
         print(f"\nnormprop: interrupted. {interruption}".rstrip(), file=sys.stderr)
         return 130

@@ -27,7 +27,7 @@ from normprop.lab.samples.datasets import load
 from normprop.lab.samples.images import Images
 from normprop.lab.training.preparation import prepared
 from normprop.lab.training.recipe import Recipe
-from normprop.lab.whole_file import write_whole
+from normprop.lab.whole_file import check_folder, write_whole
 
 
 def compare(
@@ -52,6 +52,7 @@ def compare(
         summary_only: Train nothing; write the table and figures from the runs that are finished.
     """
     screen = console()
+    check_folder(out)
     if records.drop_fragment(out / RUNS):
         screen.print(f"{out / RUNS} ended in the middle of a line: that run is repeated.", soft_wrap=True)
     with advising(resume_advice(out)):

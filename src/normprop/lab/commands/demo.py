@@ -23,7 +23,7 @@ from normprop.lab.pages.text_table import Table
 from normprop.lab.training.history import Row
 from normprop.lab.training.loop import train
 from normprop.lab.training.recipe import Recipe, clip_at, rate_at
-from normprop.lab.whole_file import write_whole
+from normprop.lab.whole_file import check_folder, write_whole
 
 # What is compared: label, normaliser, batch size.
 SETTINGS = (
@@ -50,6 +50,9 @@ def demo(*, out: Path = Path("normprop-demo.png"), epochs: int = 3, seeds: int =
     """
     if min(epochs, seeds, 1 if workers is None else workers) < 1:
         raise NormPropError("The demo needs --epochs, --seeds and --workers of 1 or more.\nLeave them out for the defaults.")
+    check_folder(out.absolute().parent)
+    if out.is_dir():
+        raise NormPropError(f"{out} is a folder, and the figure is a file.\nName the file with --out.")
     began = time.monotonic()
     recipes = [recipe_of(norm, size, epochs, seed) for _, norm, size in SETTINGS for seed in range(seeds)]
     screen = console()

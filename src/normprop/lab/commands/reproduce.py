@@ -34,7 +34,7 @@ from normprop.lab.reproduction.speed import measure_speed
 from normprop.lab.reproduction.watcher import ProbeSome
 from normprop.lab.samples.datasets import load
 from normprop.lab.training.recipe import Recipe
-from normprop.lab.whole_file import write_whole
+from normprop.lab.whole_file import check_folder, write_whole
 
 _SPEED = "speed"
 # The findings in hidden layers that belong to each experiment.
@@ -103,6 +103,8 @@ def reproduce(
     chosen = PARTS if "all" in parts else tuple(part for part in PARTS if part in parts)
     job = _Job(chosen, SCALES[scale], SCALES[scale].with_seeds(seeds), out, device, console())
     writes = int(os.environ.get("RANK", 0)) == 0
+    for folder in (out, results or out):
+        check_folder(folder)
     with advising(resume_advice(out)):
         if not summary_only:
             _train(job, checked_jobs(jobs))

@@ -14,6 +14,7 @@ from torch import Tensor
 from normprop.errors import NormPropError
 
 _ARRAYS = ("x_train", "y_train", "x_test", "y_test")
+_MOST_CLASSES = 1_000_000
 
 
 @dataclass(frozen=True, eq=False)
@@ -195,6 +196,10 @@ def _labels(name: str, y: NDArray[Any]) -> Tensor:
     y = y.reshape(-1)
     if not np.issubdtype(y.dtype, np.integer) or y.min() < 0:
         raise NormPropError(f"{name}: labels must be whole numbers from 0, not {y.dtype}.\nNumber the classes.")
+    if y.max() >= _MOST_CLASSES:
+        raise NormPropError(
+            f"{name}: a label is {y.max()}, and a network needs an output for each.\nNumber the classes from 0."
+        )
     return torch.from_numpy(y.astype(np.int64))
 
 

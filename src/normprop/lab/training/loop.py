@@ -27,7 +27,7 @@ from normprop.lab.training.preparation import build_model, placed, prepared, som
 from normprop.lab.training.processes import Processes, processes
 from normprop.lab.training.recipe import Recipe
 from normprop.lab.training.schedules import build_schedule
-from normprop.lab.whole_file import write_whole
+from normprop.lab.whole_file import check_folder, write_whole
 
 CHECKPOINT, METRICS, RECIPE = "checkpoint.pt", "metrics.jsonl", "recipe.json"
 
@@ -66,6 +66,8 @@ def train(
             read or written.
     """
     recipe = recipe.resolved()
+    if out:
+        check_folder(out)
     if out and not (resume or overwrite) and (out / CHECKPOINT).exists():
         raise NormPropError(f"{out} already holds a run.\nContinue it with --resume, replace it with --overwrite.")
     images = images or load(recipe.data, image_size=recipe.image_size)
@@ -135,6 +137,8 @@ class _Trainer:
         }
 
     def load(self, state: dict[str, Any], path: Path) -> None:
+        if not (isinstance(state.get("recipe"), dict) and self.state().keys() <= state.keys()):
+            raise NormPropError(f"{path} doesn't hold all of a run.\nStart again with --overwrite.")
         changes = self.recipe.changes_from(state["recipe"])
         if changes:
             raise NormPropError(
@@ -144,14 +148,22 @@ class _Trainer:
         try:
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
+            for parameter, kept in self.optimizer.state.items():
+                for key, value in kept.items():
+                    if isinstance(value, Tensor) and value.dim():
+                        checkpoint.check_alike(value, parameter.detach(), f"the optimiser's {key}")
+            own = self.state()
+            for part in ("schedule", "rate", "epoch", "step", "sums", "seconds", "rows"):
+                checkpoint.check_alike(state[part], own[part], part)
             self.schedule.load_state_dict(state["schedule"])
-        except (RuntimeError, ValueError) as error:
+            self.epoch, self.step, self.rate = state["epoch"], state["step"], state["rate"]
+            self.sums, self.seconds = state["sums"], state["seconds"]
+            self.rows = [Row(**row) for row in state["rows"]]
+        except (RuntimeError, ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
             raise NormPropError(
-                f"{path} doesn't fit the network: {str(error).splitlines()[0]}\nUse the version that wrote it."
+                f"{path} doesn't fit the network: {(str(error) or type(error).__name__).splitlines()[0]}\n"
+                "Use the version that wrote it, or start again with --overwrite."
             ) from error
-        self.epoch, self.step, self.rate = state["epoch"], state["step"], state["rate"]
-        self.sums, self.seconds = state["sums"], state["seconds"]
-        self.rows = [Row(**row) for row in state["rows"]]
 
     def run(self, out: Path | None, checkpoint_every: int) -> Run:
         recipe, images, group = self.recipe, self.images, self.group
