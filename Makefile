@@ -8,7 +8,7 @@ PYTEST := $(BIN)/pytest -n $(JOBS) --dist worksteal
 # The test files of each word; a word that has none is an error.
 tests = $(foreach word,$(1),$(or $(shell find tests -name 'test_*$(word)*.py'),$(error no tests of $(word))))
 
-.PHONY: demo test lint types suite slices no-avx512 no-c one-thread inductor slow format clean
+.PHONY: demo test lint types suite browser slices no-avx512 no-c one-thread inductor slow format clean
 
 demo: $(VENV)/.installed-demo
 	$(BIN)/normprop demo
@@ -22,8 +22,15 @@ lint: $(VENV)/.installed-dev
 types: $(VENV)/.installed-dev
 	$(BIN)/mypy
 
-suite: $(VENV)/.installed-dev
+suite: $(VENV)/.installed-dev browser
 	$(PYTEST)
+
+# A browser for tests of interactive pages: where there is none, root on Debian installs one; elsewhere those tests are skipped.
+browser:
+	@for name in chromium chromium-browser google-chrome chrome; do command -v $$name >/dev/null && exit 0; done; \
+	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; \
+	then apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends chromium fonts-dejavu-core; \
+	else echo "no Chromium: tests of pages in a browser are skipped"; fi
 
 # Parts of the suite as on other machines, those that the machine makes a difference to.
 slices: no-avx512 no-c one-thread inductor

@@ -73,7 +73,9 @@ class _Diagnosis:
             return
         free = [jump for jump in jumps if not self.around.normalised(jump[1])]
         growth, row = max(free or jumps, key=lambda jump: jump[0])
-        sentence = f"The standard deviation jumps ×{growth:.3g} at {self._place(row)}, to {row.signal:.3g}{_others(jumps)}."
+        before = f"{row.signal / growth:.3g} before it, " if row.role != "normaliser" else ""
+        size = f"{before}{row.signal:.3g} behind it"
+        sentence = f"The standard deviation jumps ×{growth:.3g} at {self._place(row)}: {size}, per channel{_others(jumps)}."
         if not free:
             sentence += " The normaliser behind it takes that back, but the weight learns as many times more slowly."
         yield _at(row, "jump", "warning" if free else "note", growth, sentence)

@@ -15,6 +15,7 @@ from normprop.errors import NormPropError
 from normprop.inspection.diagnosis import diagnose
 from normprop.inspection.finding import Finding
 from normprop.inspection.histogram import Histogram
+from normprop.inspection.probe_log import Log, history_of
 from normprop.inspection.report_page import page
 from normprop.inspection.row import Row
 
@@ -102,17 +103,28 @@ class Report(Sequence[Row]):
         """`to_dict` as JSON."""
         return json.dumps(self.to_dict(), indent=1)
 
-    def to_html(self) -> str:
-        """One page that needs nothing else: a row an operation, coloured by how far what was measured has drifted."""
-        return page(self.title, self.verdict(), [row.to_dict() for row in self.rows])
+    def to_html(self, log: Log | None = None) -> str:
+        """One interactive page that needs nothing else: the verdict, the network as a graph, and a table.
 
-    def save_html(self, path: str | Path) -> None:
+        Nodes tell their moments when hovered and show, when clicked, channels, histogram, rule and line of code; blocks open
+        and close.
+
+        Args:
+            log: of a `MomentProbe`, to be gone through by a slider: its file of JSON lines, or its dictionaries.
+
+        Raises:
+            NormPropError: the log cannot be read, or holds no step.
+        """
+        return page(self.title, self.verdict(), self.findings, self.rows, None if log is None else history_of(log))
+
+    def save_html(self, path: str | Path, log: Log | None = None) -> None:
         """Write `to_html` to a file.
 
         Raises:
-            NormPropError: the file cannot be written.
+            NormPropError: the file cannot be written, or the log not read.
         """
-        _write(Path(path), lambda: Path(path).write_text(self.to_html(), encoding="utf-8"))
+        text = self.to_html(log)
+        _write(Path(path), lambda: Path(path).write_text(text, encoding="utf-8"))
 
     def plot(self) -> Any:
         """A matplotlib `Figure`: standard deviation, mean and the growth of a small change over the depth.

@@ -25,10 +25,11 @@ def inspect(
     width: float = 1.0,
     coverage: tuple[str, ...] = (),
     html: Path | None = None,
+    log: Path | None = None,
     plot: Path | None = None,
     json: bool = False,
 ) -> None:
-    """Print the mean and standard deviation that every tensor of a network should have and, with data, those it has.
+    """Print what is wrong with a network, the mean and std that every tensor should have and, with data, those it has.
 
     For example `normprop inspect resnet20 --norm normprop --data cifar10`, or
     `normprop inspect --coverage timm:resnet50 timm:levit_128s` to see which networks convert.
@@ -40,7 +41,8 @@ def inspect(
         norm: Normaliser of the network, as in normprop train.
         width: Width factor of the built-in networks.
         coverage: Names of networks; print for each whether it converts and what is approximate.
-        html: File for the table as a self-contained page, coloured by drift.
+        html: File for an interactive page: the network as a graph, and a table.
+        log: Log of a MomentProbe, for the page's slider over training.
         plot: File for a figure of mean, standard deviation and growth over depth (.png, .svg, .pdf).
         json: Print JSON instead of a table.
     """
@@ -62,7 +64,7 @@ def inspect(
     network = realize(models.build(model, shape=shape, classes=classes, norm=kind, width=width), kind, shape)
     report = inspect_model(network, x)
     if html is not None:
-        report.save_html(html)
+        report.save_html(html, log=log)
     if plot is not None:
         report.save_plot(plot)
     if json:
