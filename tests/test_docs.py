@@ -20,6 +20,7 @@ EXAMPLES = {
     "convert_detectors.py": ["lraspp_mobilenet_v3_large"],
     "moments.py": [],
     "paper_layers.py": ["--quick"],
+    "character_lstm.py": ["--updates", "20"],
 }
 _BLOCK = re.compile(r"^```(\w*)([^\n]*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 _LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
