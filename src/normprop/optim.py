@@ -23,9 +23,12 @@ class Filters(NamedTuple):
     groups: int = 1
 
 
-# What optimizers call running means of gradients and of their squares.
-FIRST_MOMENTS = ("momentum_buffer", "exp_avg")
-SECOND_MOMENTS = ("exp_avg_sq", "max_exp_avg_sq")
+# What optimizers call running means of gradients, of their squares (or sums), and of their magnitudes.
+FIRST_MOMENTS = ("momentum_buffer", "exp_avg", "grad_avg")
+SECOND_MOMENTS = ("exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum")
+MAXIMA = ("exp_inf",)
+# Whose steps have the same length whatever the gradient's.
+_ORTHOGONAL = ("Muon",)
 
 
 @torch.no_grad()
@@ -153,8 +156,8 @@ def clip_grad_adaptive_(parameters: Tensor | Iterable[Tensor], clip: float = 0.0
     return _clip_units([(p, clip) for p in ([parameters] if isinstance(parameters, Tensor) else parameters)], eps)
 
 
-def _clip_units(parameters: Iterable[tuple[Tensor, float]], eps: float) -> Tensor:
-    """`clip_grad_adaptive_` for parameters with a λ each."""
+def _clip_units(parameters: Iterable[tuple[Tensor, float]], eps: float, grad_scale: Tensor | None = None) -> Tensor:
+    """`clip_grad_adaptive_` for parameters with a λ each, and gradients that are still multiplied by something."""
     given = [(p.detach(), p.grad, clip) for p, clip in parameters if p.grad is not None and p.numel()]
     if not given:
         return torch.zeros(())
@@ -162,6 +165,8 @@ def _clip_units(parameters: Iterable[tuple[Tensor, float]], eps: float) -> Tenso
     bounds = [_unit_norms(weight) for weight, _ in pairs]
     torch._foreach_clamp_min_(bounds, eps)
     torch._foreach_mul_(bounds, [clip for *_, clip in given])
+    if grad_scale is not None:
+        bounds = [bound * grad_scale.to(bound.device) for bound in bounds]
     norms = [_unit_norms(gradient) for _, gradient in pairs]
     count = sum(norm.numel() for norm in norms)
     device = norms[0].device
@@ -178,7 +183,8 @@ class AdaptiveGradientClipping:
     """Calls `clip_grad_adaptive_` on all parameters of `optimizer` before each of its steps.
 
     `fraction` is what the last call returned. Groups with `clip_adaptive=False` are left out: the output layer, if you
-    follow Brock et al. (2021).
+    follow Brock et al. (2021). Gradients are clipped after a closure has computed them, and as what they are where a
+    `GradScaler` leaves it to the optimizer to unscale them.
 
     A clipped step of SGD without momentum changes a unit by lr · clip of its length, the more the higher the rate. With
     `up_to` this grows no further above that rate::
@@ -220,11 +226,42 @@ class AdaptiveGradientClipping:
         """Leave the optimizer's gradients alone from now on."""
         self._handle.remove()
 
-    def _hook(self, optimizer: Optimizer, _args: tuple[Any, ...], _kwargs: dict[str, Any]) -> None:
+    def _hook(
+        self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        closure = kwargs.get("closure") if len(args) < 2 else args[1]  # the first is the optimizer
+        if closure is None:
+            self._clip(optimizer)
+            return None
+
+        def clipped() -> Any:
+            loss = closure()
+            self._clip(optimizer)
+            return loss
+
+        return args[:1], {**kwargs, "closure": clipped}
+
+    def _clip(self, optimizer: Optimizer) -> None:
         groups = [group for group in optimizer.param_groups if group.get("clip_adaptive", True)]
         clips = [self.clip / max(1.0, float(group["lr"]) / self.up_to) for group in groups]
         pairs = [(p, clip) for group, clip in zip(groups, clips, strict=True) for p in group["params"]]
-        self.fraction = _clip_units(pairs, self.eps)
+        self.fraction = _clip_units(pairs, self.eps, getattr(optimizer, "grad_scale", None))
+
+
+def clips(optimizer: Optimizer, clip: float | None) -> tuple[float, float]:
+    """λ of adaptive clipping that an optimizer's gradients need, and the rate from which on it falls; λ = 0 for none.
+
+    Args:
+        optimizer: Any torch optimizer.
+        clip: λ, or None for one that suits the optimizer.
+
+    >>> clips(torch.optim.SGD([torch.zeros(2)], lr=0.1), None), clips(torch.optim.AdamW([torch.zeros(2)]), None)
+    ((0.05, 0.1), (0.05, inf))
+    """
+    if type(optimizer).__name__ in _ORTHOGONAL:
+        return clip or 0.0, math.inf
+    adapts = any(name in group for group in optimizer.param_groups for name in ("betas", "alpha", "rho", "lr_decay"))
+    return 0.05 if clip is None else clip, math.inf if adapts else 0.1
 
 
 def _filters(source: torch.nn.Module | Tensor | Iterable[Tensor]) -> Iterator[Filters]:

@@ -122,8 +122,11 @@ class Cover:
                     own.pop(name, None)
                 else:
                     own[name] = value
-            if isinstance(output, Tensor) and not entry.bare:
-                self.lane.leave(run, entry, output, rest)
+            if isinstance(output, Tensor):
+                if self.lane.observer is not None:
+                    self.lane.observer.at_output(entry, layer, output, rest)
+                if not entry.bare:
+                    self.lane.leave(run, entry, output, rest)
         self._release()
 
     def _acquire(self) -> None:

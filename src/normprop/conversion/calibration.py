@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from normprop.conversion.lane import Entry, Key, Lane, converted_lane
 from normprop.conversion.lockstep import LockStep
+from normprop.conversion.measuring_mode import measuring, take_paths_of_training
 from normprop.errors import NormPropError, NotFiniteError
 from normprop.graph.example_inputs import Inputs, batch_inputs
 from normprop.precision import full_precision
@@ -19,6 +21,8 @@ from normprop.sites.directions import principal_directions
 from normprop.sites.site import Site, site_operands, site_statistics
 
 Statistics = tuple[Tensor, Tensor]
+# Samples that directions are measured on at least.
+_FEWEST = 2
 
 
 def calibrate(
@@ -73,8 +77,32 @@ def calibrate(
     if not 0 <= shrinkage <= 1:
         raise NormPropError(f"shrinkage is {shrinkage}.\nUse a number from 0 to 1.")
     batches = samples(data, next(model.parameters()).device, lane.example, model)
-    _Calibration(model, lane, batches, directions if shrinkage < 1 else 0, shrinkage, preserve).run()
+    kept = {entry.site for entry in lane.all_entries()} if preserve else ()
+    calibrate_keeping(model, lane, batches, directions if shrinkage < 1 else 0, shrinkage, kept)
     return model
+
+
+def calibrate_keeping(
+    model: nn.Module,
+    lane: Lane,
+    batches: Sequence[Inputs],
+    directions: int,
+    shrinkage: float,
+    kept: Collection[str],
+    patches: int | None = None,
+) -> None:
+    """`calibrate` with the function of some sites preserved, and that of others not.
+
+    Args:
+        model: a network that `convert` made.
+        lane: its lane.
+        batches: what to measure.
+        directions: as for `calibrate`, and so is `shrinkage`.
+        shrinkage: below 1 where there are directions.
+        kept: paths of the sites whose function stays.
+        patches: how many positions of a layer's input suffice for its directions; None for all.
+    """
+    _Calibration(model, lane, batches, directions, shrinkage, kept, patches).run()
 
 
 def samples(data: Any, device: torch.device, example: Inputs, model: nn.Module) -> list[Inputs]:
@@ -127,7 +155,7 @@ def preserve_(
             target = statistics[entry.key]
         else:
             continue
-        _set(site, entry.call, target, mean, var)
+        set_constants(site, entry.call, target, mean, var)
 
 
 class _Calibration:
@@ -139,55 +167,64 @@ class _Calibration:
         batches: what to measure.
         directions: how many to measure of each layer's input.
         shrinkage: of their covariance.
-        keep: whether the function stays.
+        keep: sites whose function stays.
+        patches: positions of a layer's input that suffice for its directions; None for all.
     """
 
     def __init__(
-        self, model: nn.Module, lane: Lane, batches: Sequence[Inputs], directions: int, shrinkage: float, keep: bool
+        self,
+        model: nn.Module,
+        lane: Lane,
+        batches: Sequence[Inputs],
+        directions: int,
+        shrinkage: float,
+        keep: Collection[str],
+        patches: int | None = None,
     ) -> None:
         self.model, self.lane, self.batches = model, lane, batches
-        self.directions, self.shrinkage = directions, shrinkage
-        self.kept = self._functions() if keep else {}
-        self.free = _free_sites(model)
+        self.directions, self.shrinkage, self.patches = directions, shrinkage, patches
+        self.kept = self._functions(keep)
+        self.free = free_sites(model)
         self.done: set[Key] = set()
         self.steps = LockStep(len(batches))
 
     @torch.no_grad()
     def run(self) -> None:
         """Calibrate the sites of evaluation, then those that only training has."""
-        modes = {module: module.training for module in self.model.modules()}
-        self.lane.observer = self
-        try:
-            self.model.eval()
-            self.steps.run([functools.partial(self.model, *batch.args, **batch.kwargs) for batch in self.batches])
-            if any(entry.key not in self.done for entry in self.lane.entries[True]):
-                for module in self.model.modules():  # the paths of training, without its noise
-                    module.training = next(module.children(), None) is not None
-                self.steps.run([functools.partial(self.model, *batch.args, **batch.kwargs) for batch in self.batches])
-        finally:
-            self.lane.observer = None
-            for module, mode in modes.items():
-                module.training = mode
+        runs = [functools.partial(self.model, *batch.args, **batch.kwargs) for batch in self.batches]
+        with measuring(self.model):
+            self.lane.observer = self
+            try:
+                self.steps.run(runs)
+                if any(entry.key not in self.done for entry in self.lane.entries[True]):
+                    take_paths_of_training(self.model)
+                    self.steps.run(runs)
+            finally:
+                self.lane.observer = None
 
     def at_layer(self, entry: Entry, layer: nn.Module, args: tuple[Any, ...]) -> None:
         """Before a layer runs: set the constants of the site after it."""
         self.steps.meet(entry, args, lambda inputs: self._set_layer(entry, layer, inputs))
 
+    def at_output(self, entry: Entry, layer: nn.Module, output: Tensor, rest: Statistics) -> None:
+        """After a layer has run: nothing."""
+
     def at_site(self, entry: Entry, x: Tensor) -> None:
         """Before a site scales its input: set its constants."""
         self.steps.meet(entry, x, lambda inputs: self._set_affine(entry, inputs))
 
-    def _functions(self) -> dict[Key, tuple[Tensor, Tensor]]:
-        """Factor and offset of every site as it is."""
+    def _functions(self, sites: Collection[str]) -> dict[Key, tuple[Tensor, Tensor]]:
+        """Factor and offset of some sites as they are."""
         with torch.no_grad():
-            return {entry.key: self.lane.function(self.model, entry) for entry in self.lane.all_entries()}
+            return {e.key: self.lane.function(self.model, e) for e in self.lane.all_entries() if e.site in sites}
 
     def _set_layer(self, entry: Entry, layer: nn.Module, inputs: Sequence[tuple[Any, ...]]) -> None:
         if entry.key in self.done:
             return
         site: Any = self.model.get_submodule(entry.site)
         run: Callable[[Tensor, int], Tensor] = lambda filters, batch: _output(layer, filters, inputs[batch])
-        self._set_directions(entry, site, run)
+        few = inputs if self.patches is None else [_first_samples(args, self.patches) for args in inputs]
+        self._set_directions(entry, site, lambda filters, batch: _output(layer, filters, few[batch]))
         filters, mean, var = site_statistics(self.lane.arguments(self.model, entry))
         assert filters is not None
         kind = next(layer.parameters()).dtype
@@ -204,8 +241,8 @@ class _Calibration:
     def _finish(self, entry: Entry, site: Site, target: Statistics, mean: Tensor, var: Tensor) -> None:
         if entry.key in self.kept:
             free = entry.call == 0 and site in self.free
-            target = _keep(site, *self.kept[entry.key], target, free=free)
-        _set(site, entry.call, target, mean, var)
+            target = keep_function(site, *self.kept[entry.key], target, free=free)
+        set_constants(site, entry.call, target, mean, var)
         self.done.add(entry.key)
 
     def _set_directions(self, entry: Entry, site: Site, run: Callable[[Tensor, int], Tensor]) -> None:
@@ -225,6 +262,15 @@ class _Calibration:
         if site.directions is None or site.directions.shape != shape:
             site.directions = nn.Parameter(found.new_zeros(shape), requires_grad=False)
         (site.directions[entry.call] if several else site.directions).copy_(found)
+
+
+def _first_samples(args: tuple[Any, ...], patches: int) -> tuple[Any, ...]:
+    """A layer's arguments for as many samples as have so many positions, and no less than a few."""
+    x = args[0]
+    if not isinstance(x, Tensor) or x.dim() < 2:
+        return args
+    needed = max(_FEWEST, -(-patches // max(1, math.prod(x.shape[2:]))))
+    return (x[:needed], *args[1:])
 
 
 def _output(layer: nn.Module, filters: Tensor, args: tuple[Any, ...]) -> Tensor:
@@ -258,7 +304,7 @@ def _measured(outputs: Iterable[Tensor], channel: int) -> Statistics:
     return mean, (square / count - mean.square()).clamp(min=1e-12)
 
 
-def _set(site: Site, call: int, target: Statistics, mean: Tensor, var: Tensor) -> None:
+def set_constants(site: Site, call: int, target: Statistics, mean: Tensor, var: Tensor) -> None:
     """d and k with which a site's computed mean and variance become given ones."""
     shift, scale = (t[call] if t.dim() == 2 else t for t in (site.shift, site.scale))
     var = torch.where(var > 0, var, 1.0)
@@ -266,14 +312,14 @@ def _set(site: Site, call: int, target: Statistics, mean: Tensor, var: Tensor) -
     scale.copy_(target[1].to(var.dtype) / var)
 
 
-def _free_sites(model: nn.Module) -> set[nn.Module]:
+def free_sites(model: nn.Module) -> set[nn.Module]:
     """Sites whose γ and β are nobody else's."""
     holders = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
     sites = (module for module in model.modules() if isinstance(module, Site))
     return {site for site in sites if all(holders[id(p)] == 1 for p in (site.weight, site.bias) if p is not None)}
 
 
-def _keep(site: Site, factor: Tensor, offset: Tensor, measured: Statistics, *, free: bool) -> Statistics:
+def keep_function(site: Site, factor: Tensor, offset: Tensor, measured: Statistics, *, free: bool) -> Statistics:
     """Statistics with which a site's factor and offset stay, the measured ones if γ and β can take up the difference.
 
     Args:

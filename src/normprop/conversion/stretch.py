@@ -11,6 +11,7 @@ from torch.utils import _pytree as pytree
 
 from normprop.conversion.calibration import calibrate, samples
 from normprop.conversion.lane import converted_lane, lane_of, sites_of
+from normprop.conversion.measuring_mode import measuring
 from normprop.errors import NormPropError, NotFiniteError
 from normprop.graph.example_inputs import Inputs, required
 
@@ -64,11 +65,9 @@ def _ratio(model: nn.Module, batches: Sequence[Inputs]) -> float | None:
     batches = [batch for batch, floats in zip(batches, pairs, strict=True) if floats and len(floats[0]) > 1]
     if not batches or not all(pairs):
         raise NormPropError("stretch needs batches of two floating-point samples or more.")
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
     near = far = 0.0
     run: Any = lambda inputs: list(_values(model(*inputs.args, **inputs.kwargs)))
-    try:
+    with measuring(model):
         for batch in batches:
             floats = [t for t in batch.tensors() if t.is_floating_point()]
             step = max(_STEP, torch.finfo(floats[0].dtype).eps ** 0.5)
@@ -77,9 +76,6 @@ def _ratio(model: nn.Module, batches: Sequence[Inputs]) -> float | None:
             little = run(batch.map(lambda t, s=step: t.lerp(t.roll(1, 0), s) if t.is_floating_point() and t.dim() else t))
             near += _squares(little, here) / step**2
             far += _squares(there, here)
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
     if not near + far < float("inf"):
         raise NotFiniteError("values behind the network are not finite.")
     return float((near / far) ** 0.5) if far else None
@@ -116,21 +112,33 @@ def init_beta_(model: nn.Module, data: Any, *, limit: float = 2.5, directions: i
     if not biases:
         raise NormPropError("no site of the network has a β to start with.\nCall calibrate instead.")
     batches = samples(data, biases[0].device, lane.example, model)
-    tried: dict[float, float] = {}
-
-    def start(beta: float) -> None:
-        _fill(biases, beta)
+    beta = search_beta_(model, batches, biases, limit)
+    if directions:
         calibrate(model, batches, directions=directions, shrinkage=shrinkage)
+    return beta
 
+
+def search_beta_(model: nn.Module, batches: Sequence[Inputs], biases: Sequence[nn.Parameter], limit: float = 2.5) -> float:
+    """`init_beta_` with no directions: the function at the start doesn't depend on them.
+
+    Args:
+        model: see `init_beta_`.
+        batches: the samples.
+        biases: β of all sites.
+        limit: see `init_beta_`.
+    """
+    tried: dict[float, float] = {}
     for beta in _STARTS:
-        start(beta)
+        _fill(biases, beta)
+        calibrate(model, batches, directions=0)
         ratio = _ratio(model, batches)
         if ratio is None or ratio <= limit:
             return beta
         tried[beta] = ratio
     least = min(tried, key=lambda beta: tried[beta])
     if least != beta:
-        start(least)
+        _fill(biases, least)
+        calibrate(model, batches, directions=0)
     return least
 
 
