@@ -173,3 +173,29 @@ def test_a_log_that_is_none(tmp_path: Path) -> None:
     for log in ([], [{"loss": 1.0}], tmp_path / "log.jsonl", tmp_path / "none.jsonl"):
         with pytest.raises(NormPropError, match="log"):
             report.to_html(log)
+
+
+@pytest.mark.parametrize("name", ["residual", "mlp", "sequence", "decoder"])
+def test_node_data_for_model_explorer(name: str) -> None:
+    make, shape = SMALL[name]
+    torch.manual_seed(0)
+    model, x = make().eval(), torch.randn(8, *shape)
+    program = torch.export.export(model, (x,))
+    report = normprop.inspect(model, x)
+    expected = {row.path: row for row in report if row.role in ("linear", "normaliser")}
+    [graph] = json.loads(report.to_json(overlay=program)).values()
+    nodes = {node.name: node for node in program.graph.nodes}
+    assert graph["results"].keys() <= nodes.keys()
+    found = {}
+    for node_name, entry in graph["results"].items():
+        path = [path for path, _ in nodes[node_name].meta["nn_module_stack"].values()][-1]
+        found[path] = entry["value"]
+    assert expected.keys() <= found.keys()
+    for path, row in expected.items():
+        assert found[path] == pytest.approx(row.to_dict()["measured"]["std"])
+    drifts = json.loads(report.to_json(overlay=program, value="drift"))["graph"]["results"]
+    assert {entry["value"] for entry in drifts.values()} <= {row.drift for row in report}
+    with pytest.raises(NormPropError, match="value"):
+        report.to_json(overlay=program, value="size")  # type: ignore[arg-type]
+    with pytest.raises(NormPropError, match="exported"):
+        report.to_json(overlay=torch.export.export(nn.Softmax(1), (torch.randn(2, 3),)))

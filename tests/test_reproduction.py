@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from normprop.errors import NormPropError
-from normprop.inspection.probe import Agreement, HiddenLayer
+from normprop.inspection.hidden_layers import Agreement, HiddenLayer
 from normprop.lab.commands import main
 from normprop.lab.comparison import records, workers
 from normprop.lab.comparison.records import RUNS, Record

@@ -15,15 +15,16 @@ from normprop.data import InputStats, Standardize
 from normprop.errors import NormPropError, NotFiniteError, TracingError, UnsupportedOpError
 from normprop.inspection.bound import CanonicalErrorBound, canonical_error_bound
 from normprop.inspection.measurement import inspect
+from normprop.inspection.moment_probe import MomentProbe
 from normprop.inspection.propagation import propagate
 from normprop.inspection.report import Report
 from normprop.rules import rule
 
 __all__ = [
-    "ActivationMoments", "CanonicalErrorBound", "InputStats", "KeptCalibration", "Moments", "Report", "Standardize",
-    "NormPropError", "NotFiniteError", "TracingError", "UnsupportedOpError",
-    "accumulate", "calibrate", "canonical_error_bound", "convert", "fold", "init_beta_", "inspect", "keep_calibrated",
-    "lane", "moments", "propagate", "recalibrate", "rule", "stretch",
+    "ActivationMoments", "CanonicalErrorBound", "InputStats", "KeptCalibration", "MomentProbe", "Moments", "Report",
+    "Standardize", "NormPropError", "NotFiniteError", "TracingError", "UnsupportedOpError",
+    "accumulate", "calibrate", "canonical_error_bound", "convert", "fold", "init_beta_", "inspect",
+    "keep_calibrated", "lane", "moments", "propagate", "recalibrate", "rule", "stretch",
     "nn", "optim",
 ]  # fmt: skip
 

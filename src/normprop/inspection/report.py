@@ -8,16 +8,20 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from normprop.channel_moments import Moments
 from normprop.errors import NormPropError
 from normprop.inspection.diagnosis import diagnose
 from normprop.inspection.finding import Finding
 from normprop.inspection.histogram import Histogram
+from normprop.inspection.node_data import Value, node_data
 from normprop.inspection.probe_log import Log, history_of
 from normprop.inspection.report_page import page
 from normprop.inspection.row import Row
+
+if TYPE_CHECKING:  # its import takes a second
+    from torch.export import ExportedProgram
 
 
 def _write(path: Path, write: Callable[[], object]) -> None:
@@ -99,8 +103,19 @@ class Report(Sequence[Row]):
         findings = [finding.to_dict() for finding in self.findings]
         return {"title": self.title, "findings": findings, "rows": [row.to_dict() for row in self.rows]}
 
-    def to_json(self) -> str:
-        """`to_dict` as JSON."""
+    def to_json(self, *, overlay: ExportedProgram | None = None, value: Value = "std") -> str:
+        """`to_dict` as JSON; or one number an operation, which Model Explorer lays over its graph of the exported network.
+
+        Args:
+            overlay: the same network, exported. Model Explorer (ai-edge-model-explorer) shows it, and takes the JSON as node
+                data.
+            value: which number: "std", "mean" (measured, else predicted) or "drift".
+
+        Raises:
+            NormPropError: another value, or an exported network in which no operation is found again.
+        """
+        if overlay is not None:
+            return json.dumps(node_data(self.rows, overlay, value), indent=1)
         return json.dumps(self.to_dict(), indent=1)
 
     def to_html(self, log: Log | None = None) -> str:

@@ -42,12 +42,17 @@ def walk_of(
     lanes = lanes_in(model)
     if len(lanes) == 1 and lanes[0].root is model and example is None and shape is None:
         example = lanes[0].example
-    walk = prepare(model, rules=rules, leaf_modules=leaf_modules, shape=shape, example=example)
-    claimed = dict(_claims(walk, lanes))
-    if claimed:
-        walk = Walk(walk.model, walk.record, walk.example, {**walk.rules, **claimed}, walk.fused, walk.missing)
+    walk = claimed(prepare(model, rules=rules, leaf_modules=leaf_modules, shape=shape, example=example))
     walk.require()
     return walk
+
+
+def claimed(walk: Walk) -> Walk:
+    """The walk with what the sites of its network claim at present."""
+    claims = dict(_claims(walk, lanes_in(walk.model)))
+    if not claims:
+        return walk
+    return Walk(walk.model, walk.record, walk.example, {**walk.rules, **claims}, walk.fused, walk.missing)
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from normprop.inspection.probe import probe
+from normprop.inspection.hidden_layers import hidden_layers
 from normprop.lab.samples.images import Images
 from normprop.lab.training.history import Row
 from normprop.lab.training.observer import Watcher
@@ -74,7 +74,7 @@ class ProbeWatcher(Watcher):
         with torch.no_grad():
             x = standardize(self.samples.to(device))
         standardize.train(training)
-        layers = probe(self.model.get_submodule("network"), x)
+        layers = hidden_layers(self.model.get_submodule("network"), x)
         self.found.append({"epoch": epoch, "layers": [_finite(dataclasses.asdict(layer)) for layer in layers]})
 
 

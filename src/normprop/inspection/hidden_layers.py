@@ -74,7 +74,7 @@ class HiddenLayer:
     deviation: float
 
 
-def probe(model: nn.Module, x: Tensor, *, batch_size: int = 100) -> list[HiddenLayer]:
+def hidden_layers(model: nn.Module, x: Tensor, *, batch_size: int = 100) -> list[HiddenLayer]:
     """Every hidden layer of a chain of linear operations, normalisers and activations, measured on standardised samples.
 
     Predictions assume a standard normal input, see `propagate`. A convolution's units are its channels, over samples and
@@ -91,7 +91,7 @@ def probe(model: nn.Module, x: Tensor, *, batch_size: int = 100) -> list[HiddenL
 
     Example:
         >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
-        >>> [layer] = probe(net, torch.randn(500, 4))
+        >>> [layer] = hidden_layers(net, torch.randn(500, 4))
         >>> layer.error <= layer.bound
         True
     """
@@ -102,7 +102,8 @@ def probe(model: nn.Module, x: Tensor, *, batch_size: int = 100) -> list[HiddenL
     places = [i for i, row in enumerate(report) if row.slope is not None]
     if len(linear) != len(places) + 1:
         raise NormPropError(
-            f"A probe follows chains; {report.title} has {len(linear)} linear layers and {len(places)} activations.\n"
+            f"Hidden layers are told apart in chains; {report.title} has {len(linear)} linear layers and {len(places)} "
+            "activations.\n"
             "Use normprop.inspect for other networks."
         )
     covariances = _covariances(plain, [report[i].path for i in places], batches)
