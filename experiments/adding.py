@@ -103,7 +103,7 @@ def _several(values: list[float]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--norms", nargs="+", choices=RECURRENT_NORMS, default=list(RECURRENT_NORMS))
+    parser.add_argument("--norms", nargs="+", choices=RECURRENT_NORMS, default=["normprop", "layer", "weight", "none"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--length", type=int, default=200)
     parser.add_argument("--lr", type=float, default=1e-2)

@@ -41,7 +41,7 @@ def cell(recipe: TextRecipe, corpus: Corpus, cells: dict[str, Cell]) -> Cell:
     key = " ".join(map(str, setting.values()))
     if key not in cells:
         began = time.process_time()
-        run = train_text(recipe, corpus=corpus, device="cpu", sample=300)
+        run = train_text(recipe, corpus=corpus, device="cpu", sample=300, reports=2)
         seconds = time.process_time() - began
         rows = [[row.update, row.train_bits, row.validation_bits] for row in run.rows]
         cells[key] = setting | {"rows": rows, "test_bits": run.test_bits, "seconds": seconds, "sample": run.sample}

@@ -182,7 +182,7 @@ def test_the_state_is_kept_between_windows(corpus):
     """Without it the loss of a step would be that of a window alone."""
     losses = train_text(dataclasses.replace(TINY, updates=2, lr=1e-12), corpus=corpus).rows
     torch.manual_seed(TINY.seed)
-    model = CharacterLSTM(len(corpus.symbols), recurrent_norm("normprop"), hidden=24, gain=2.0)
+    model = CharacterLSTM(len(corpus.symbols), recurrent_norm("normprop"), hidden=24, gain=1.0)
     streams = Streams(corpus.train, count=4, window=10)
     (x0, _), (x1, y1) = streams.window(0), streams.window(1)
     scores = model(torch.cat([x0, x1]))[0][10:]
@@ -279,3 +279,12 @@ def test_the_command_explains_itself_and_diverges(tmp_path, monkeypatch, capsys)
     wild = ["--norm", "none", "--lr", "2e37", "--clip", "0"]
     assert main(["train", "--data", "words.txt", "--model", "charlstm", *few, *wild]) == 1
     assert "diverged" in capsys.readouterr().err
+
+
+def test_the_list_of_data_has_texts(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("NORMPROP_DATA", str(tmp_path))
+    assert main(["data"]) == 0
+    assert f"shakespeare, not here; put it into {tmp_path / 'shakespeare.txt'}" in capsys.readouterr().out
+    (tmp_path / "shakespeare.txt").write_text("To be" * 300_000)
+    assert main(["data"]) == 0
+    assert "shakespeare.txt (2 MB)" in capsys.readouterr().out

@@ -36,6 +36,12 @@ def _normprop(inside: int, hidden: int, forget_bias: float, gain: float) -> nn.M
     return normprop.nn.LSTM(inside, hidden, gain_ih_init=gain, gain_hh_init=gain, forget_bias=forget_bias)
 
 
+def _following(inside: int, hidden: int, forget_bias: float, gain: float) -> nn.Module:
+    return normprop.nn.LSTM(
+        inside, hidden, gain_ih_init=gain, gain_hh_init=gain, forget_bias=forget_bias, variances="follow"
+    )
+
+
 def _layer(inside: int, hidden: int, forget_bias: float, gain: float) -> nn.Module:
     return LayerNormLSTM(inside, hidden, forget_bias=forget_bias, gain=gain)
 
@@ -54,10 +60,11 @@ def _none(inside: int, hidden: int, forget_bias: float, _gain: float) -> nn.Modu
 RECURRENT_NORMS = {
     norm.name: norm
     for norm in (
-        RecurrentNorm("normprop", _normprop, 2.0, 4e-3),
-        RecurrentNorm("layer", _layer, 1.0, 4e-3),
-        RecurrentNorm("weight", _weight, None, 4e-3),
-        RecurrentNorm("none", _none, None, 4e-3),
+        RecurrentNorm("normprop", _normprop, 1.0, 1e-2),
+        RecurrentNorm("normprop-follow", _following, 1.0, 1e-2),
+        RecurrentNorm("layer", _layer, 1.0, 1e-2),
+        RecurrentNorm("weight", _weight, None, 1e-2),
+        RecurrentNorm("none", _none, None, 1e-2),
     )
 }
 

@@ -29,7 +29,7 @@ class TextRecipe:
     model: str = "charlstm"
     """charlstm: a fixed orthogonal embedding, LSTMs, a linear layer."""
     norm: str = "normprop"
-    """normprop, layer, weight or none."""
+    """normprop, normprop-follow (whose variances follow gains and biases), layer, weight or none."""
     hidden: int = 256
     """Features of the state of each LSTM."""
     layers: int = 1
@@ -49,7 +49,7 @@ class TextRecipe:
     clip: float = 1.0
     """Longest gradient of all weights together; longer ones are shortened to it. 0 for no limit."""
     gain: float | None = None
-    """What the gains of the gates start at; by default 2 for normprop and 1 for layer, which alone have some."""
+    """What the gains of the gates start at; by default 1; weight and none have no gains."""
     forget_bias: float = 0.0
     """What the bias of the forget gates starts at."""
     seed: int = 0

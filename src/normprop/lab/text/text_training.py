@@ -27,8 +27,7 @@ from normprop.lab.training.schedules import build_schedule
 from normprop.lab.whole_file import write_whole
 
 CHECKPOINT, METRICS, RECIPE, SAMPLE = "checkpoint.pt", "metrics.jsonl", "recipe.json", "sample.txt"
-# Evaluations of a run, characters of validation in each, and how evaluation reads the text.
-_REPORTS = 10
+# Characters of validation in each evaluation, and how evaluation reads the text.
 _VALIDATED = 100_000
 _EVALUATION = (32, 200)
 
@@ -42,6 +41,7 @@ def train_text(
     device: str = "auto",
     checkpoint_every: int = 500,
     sample: int = 400,
+    reports: int = 10,
     corpus: Corpus | None = None,
     report: Report | None = None,
 ) -> TextRun:
@@ -58,6 +58,7 @@ def train_text(
         device: `auto` or a torch device.
         checkpoint_every: Updates between checkpoints; 0 for one at the end only.
         sample: Characters that the trained model writes.
+        reports: Evaluations in the course of the run, 1 or more.
         corpus: The text; by default `recipe.data` is read.
         report: Told of every row.
 
@@ -83,7 +84,7 @@ def train_text(
         elif out:
             (out / CHECKPOINT).unlink(missing_ok=True)
             write_whole(out / RECIPE, json.dumps(dataclasses.asdict(recipe), indent=2).encode())
-        trainer.run(out, checkpoint_every)
+        trainer.run(out, checkpoint_every, reports)
     text = "" if trainer.diverged else corpus.decoded(continued(trainer.model, corpus.test[:20], sample, seed=recipe.seed))
     if out:
         write_whole(out / SAMPLE, text.encode())
@@ -168,9 +169,9 @@ class _TextTrainer:
         self.seconds, self.reported = state["seconds"]
         self.rows = [TextRow(**row) for row in state["rows"]]
 
-    def run(self, out: Path | None, checkpoint_every: int) -> None:
+    def run(self, out: Path | None, checkpoint_every: int, reports: int) -> None:
         recipe = self.recipe
-        every = max(1, recipe.updates // _REPORTS)
+        every = max(1, recipe.updates // reports)
         while self.update < recipe.updates and not self.diverged:
             began = time.perf_counter()
             loss = self._take_step()
