@@ -29,7 +29,7 @@ RESULTS = Path(__file__).parent / "results" / "recurrent" / "characters.json"
 RATES = (1e-2, 2e-2)
 SEEDS = (0, 1, 2)
 # Normaliser and gain.
-CONTENDERS = (("normprop", 1.0), ("layer", 1.0), ("none", None), ("weight", None))
+CONTENDERS = (("normprop", 1.0), ("normprop-follow", 1.0), ("layer", 1.0), ("none", None), ("weight", None))
 Cell = dict[str, Any]
 
 
@@ -78,6 +78,7 @@ def main() -> None:
     parser.add_argument("--data", default="shakespeare")
     parser.add_argument("--updates", type=int, default=800)
     parser.add_argument("--hidden", type=int, default=128)
+    parser.add_argument("--norms", nargs="+", help="some of the normalisers, all by default")
     parser.add_argument("--extra", nargs="*", default=[], help="norm,gain,forget_bias,rate of further runs, '-' for none")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--report", action="store_true", help="print the tables of what was run")
@@ -101,9 +102,10 @@ def main() -> None:
                 for seed in SEEDS:
                     run(norm=norm, gain=gain, forget_bias=forget_bias or 0.0, lr=lr, seed=seed)
         else:
-            tried = {n: [run(norm=n, gain=g, lr=lr) for lr in RATES] for n, g in CONTENDERS}
+            contenders = [(n, g) for n, g in CONTENDERS if n in (options.norms or [n])]
+            tried = {n: [run(norm=n, gain=g, lr=lr) for lr in RATES] for n, g in contenders}
             for seed in SEEDS[1:]:
-                for norm, gain in CONTENDERS:
+                for norm, gain in contenders:
                     run(norm=norm, gain=gain, lr=min(tried[norm], key=validation)["lr"], seed=seed)
     print(table(cells))
 
