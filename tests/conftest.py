@@ -2,11 +2,14 @@
 
 import inspect
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import settings
+
+from tests.chromium import CHROMIUM
 
 # The same examples in every run: a suite that fails must fail again. Drop the profile to search for new ones.
 settings.register_profile("suite", derandomize=True, deadline=None)
@@ -41,3 +44,14 @@ def _compiles(item: pytest.Item) -> bool:
     return isinstance(item, pytest.Function) and bool(
         re.search(r"torch\.compile|compiled", inspect.getsource(item.function))
     )
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """A headless Chromium."""
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
+        yield browser
+        browser.close()

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +11,10 @@ import torch
 from torch import nn
 
 import normprop
+from tests.chromium import Open, needs_chromium, opened_pages, position
 from tests.zoo import build
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: install it with `apt-get install chromium`")
-Open = Callable[..., Any]
+pytestmark = needs_chromium
 
 
 def exploding() -> nn.Module:
@@ -32,16 +30,6 @@ def exploding() -> nn.Module:
 
 
 @pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
-        yield browser
-        browser.close()
-
-
-@pytest.fixture(scope="module")
 def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Pages of an exploding network and of a residual one, written once."""
     folder = tmp_path_factory.mktemp("pages")
@@ -54,35 +42,8 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture
 def opened(browser: Any, pages: dict[str, Path]) -> Iterator[Open]:
-    """Opens a page; at the end nothing may have gone wrong in it, and nothing been asked of a network."""
-    contexts, wrong = [], []
-
-    def open_page(name: str, width: int = 1200, height: int = 760, **options: Any) -> Any:
-        context = browser.new_context(viewport={"width": width, "height": height}, **options)
-        contexts.append(context)
-        page = context.new_page()
-        page.set_default_timeout(20_000)
-        page.on("pageerror", lambda error: wrong.append(str(error)))
-        page.on("console", lambda message: wrong.append(message.text) if message.type == "error" else None)
-        page.on("request", lambda request: wrong.append(request.url) if not request.url.startswith("file:") else None)
-        page.goto(pages[name].as_uri())
-        page.wait_for_selector("html[data-ready]")
-        return page
-
-    yield open_page
-    for context in contexts:
-        context.close()
-    assert wrong == []
-
-
-def position(page: Any, node: str) -> tuple[float, float]:
-    """Where a node is on the screen."""
-    x, y = page.evaluate(
-        """id => { const p = view.cy.getElementById(id).renderedPosition(), box = view.canvas.getBoundingClientRect();
-        return [p.x + box.x, p.y + box.y]; }""",
-        node,
-    )
-    return x, y
+    with opened_pages(browser, pages) as open_page:
+        yield open_page
 
 
 def shown(page: Any) -> list[str]:

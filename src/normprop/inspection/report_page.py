@@ -63,7 +63,7 @@ def page(title: str, verdict: str, findings: Sequence[Finding], rows: Sequence[R
         "history": _finite(history),
     }
     return assembled(
-        "report.html",
+        part("report.html"),
         {
             "title": escape(title),
             "style": part("viewer.css"),

@@ -31,10 +31,10 @@ def assembled(template: str, parts: dict[str, str]) -> str:
     """A page in which ``%name%`` is replaced by the part of that name.
 
     Args:
-        template: name of a file of this folder.
+        template: the page's text.
         parts: text by name; what is not code must be escaped already.
     """
-    return re.sub(r"%(\w+)%", lambda found: parts[found[1]], part(template))
+    return re.sub(r"%(\w+)%", lambda found: parts[found[1]], template)
 
 
 def embedded(data: Any) -> str:
