@@ -272,3 +272,57 @@ def test_states_of_random_generators_stay() -> None:
     assert torch.equal(torch.get_rng_state(), states[0])
     assert random.getstate() == states[1]
     assert np.array_equal(np.random.get_state()[1], states[2])
+
+
+class Catching(nn.Module):
+    """Asks its layers for more than some of them take, as toolkits for speech do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.Conv1d(3, 4, 3), nn.ReLU(), nn.BatchNorm1d(4), nn.Conv1d(4, 4, 1)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            try:
+                x = block(x, lengths=None)
+            except TypeError:
+                x = block(x)
+        return x
+
+
+def test_exceptions_that_the_network_catches() -> None:
+    model = randomise(Catching()).double().eval()
+    x = torch.randn(2, 3, 9, dtype=torch.float64)
+    converted = normprop.convert(model)
+    assert [row.operation for row in normprop.propagate(model)] == ["input", "Conv1d", "ReLU", "BatchNorm1d", "Conv1d"]
+    torch.testing.assert_close(converted(x), model(x))
+
+
+class Reading(nn.Module):
+    """Reads the second result of an operation."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.head, self.norm = nn.Linear(8, 8), nn.BatchNorm1d(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.how == "weights":
+            y, weights = self.attention(x, x, x)
+            y = weights @ y
+        elif self.how == "named":
+            y = x * x.max(1, keepdim=True).indices
+        else:
+            y, places = x.max(1, keepdim=True)
+            y = y + places if self.how == "indices" else y
+        return self.norm(self.head(y).transpose(1, 2))
+
+
+@pytest.mark.parametrize(("how", "operation"), [("weights", "matmul"), ("indices", "add"), ("named", "mul")])
+def test_second_results_that_something_reads_are_refused_by_name(how: str, operation: str) -> None:
+    for function in (normprop.convert, normprop.propagate):
+        with pytest.raises(normprop.UnsupportedOpError, match="indices or attention weights") as error:
+            function(Reading(how))
+        assert operation in error.value.operations[0]
+    assert normprop.convert(Reading("neither"))(torch.randn(2, 5, 8)).shape == (2, 8, 1)

@@ -97,6 +97,8 @@ CASES = {
     "var": Case(lambda x: torch.var(x, (2, 3)), [(3, 8, 8)], **_NEAR, **_GLOBAL),
     "var method": Case(lambda x: x.var(dim=(2, 3), keepdim=True, unbiased=False), [(3, 8, 8)], **_NEAR, **_GLOBAL),
     "std": Case(lambda x: torch.std(x, (2, 3)), [(3, 8, 8)], **_NEAR, **_GLOBAL),
+    "var_mean": Case(lambda x: torch.var_mean(x, (2, 3))[0], [(3, 8, 8)], **_NEAR, **_GLOBAL),
+    "std_mean": Case(lambda x: torch.std_mean(x, (2, 3)), [(3, 8, 8)], **_NEAR, **_GLOBAL),
     "std method": Case(lambda x: x.std(dim=(2, 3), keepdim=True), [(3, 8, 8)], **_NEAR, **_GLOBAL),
     "norm": Case(lambda x: torch.norm(x, p=2, dim=(2, 3), keepdim=True), [(3, 8, 8)], **_NEAR, **_GLOBAL),
     "norm method": Case(lambda x: x.norm(p=2, dim=(2, 3)), [(3, 8, 8)], **_NEAR, **_GLOBAL),

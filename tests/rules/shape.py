@@ -83,5 +83,16 @@ CASES = {
     "new_full": Case(lambda x: x + x.new_full((2,), 0.5), [(3, 2)]),
     "concat": Case(lambda x, y: torch.concat([x, y], 1), [(3, 2), (2, 2)]),
     "concatenate": Case(lambda x, y: torch.concatenate([x, y], 1), [(3, 2), (2, 2)]),
+    "masked_fill": Case(
+        lambda x: x.masked_fill(torch.arange(16).reshape(4, 4) % 4 == 0, 0.8), _I, exact=False, tolerance=0.02, **_ONE
+    ),
+    "masked_fill_": Case(
+        lambda x: x.clone().masked_fill_(torch.eye(4).bool(), -0.5), _I, exact=False, tolerance=0.02, **_ONE
+    ),
+    "torch.masked_fill": Case(
+        lambda x: torch.masked_fill(x, torch.zeros(4).bool(), float("-inf")), _I, exact=False, tolerance=0.02, **_ONE
+    ),
+    "as_tensor": Case(lambda x: torch.as_tensor(x), _I, **_ONE),
+    "asarray": Case(lambda x: torch.asarray(x), _I, **_ONE),
     "stack": Case(lambda x, y: torch.stack([x, y], 2), [(3, 2), (3, 2)]),
 }

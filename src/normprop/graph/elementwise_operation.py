@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from normprop.activations.activation_moments import canonical
 from normprop.errors import NormPropError
 from normprop.graph.node import Node
-from normprop.rules import arithmetic, combine, elementwise, reduction, shape
+from normprop.rules import arithmetic, combine, elementwise, reduction, select, shape
 from normprop.rules.composed import operation
 from normprop.rules.table import Rule, describe
 
@@ -23,7 +23,7 @@ _NAMES: dict[Callable[..., Any], str] = {
         "add", "sub", "rsub", "mul", "div", "neg", "addcmul", "lerp", "power", "sqrt", "rsqrt", "reciprocal", "log",
         "maximum", "minimum",
     )},
-    shape.same: "same", shape.same_module: "same",
+    shape.same: "same", shape.same_module: "same", select.masked_fill: "masked_fill",
     combine.zeros: "zeros", combine.ones: "ones", combine.full_like: "full_like",
     reduction.max_: "maximum", reduction.min_: "minimum",
 }  # fmt: skip

@@ -206,7 +206,8 @@ class Recorder(TorchFunctionMode):
 
         enter.unrecorded = leave.unrecorded = True  # type: ignore[attr-defined]  # a function takes any attribute
         stack.callback(module.register_forward_pre_hook(enter, with_kwargs=True).remove)
-        stack.callback(module.register_forward_hook(leave, with_kwargs=True, prepend=True).remove)
+        # Also after an exception, which the user's code may catch.
+        stack.callback(module.register_forward_hook(leave, with_kwargs=True, prepend=True, always_call=True).remove)
 
     def _is_leaf(self, path: str, module: nn.Module) -> bool:
         if self.table.for_module(module) is not None:

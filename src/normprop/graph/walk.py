@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import operator
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
@@ -20,9 +21,14 @@ from normprop.graph.fusion import Fused, Fusion
 from normprop.graph.node import Node, map_nodes, nodes_in, placed, run
 from normprop.graph.recorder import Leaf, Record, Recorder
 from normprop.precision import reference_tensor
+from normprop.rules import attention, pooling, reduction
 from normprop.rules.composed import composed
 from normprop.rules.table import TABLE, Key, Rule, RuleTable, Standing, describe
 from normprop.sites.site import Site, site_moments
+
+# Rules of operations whose second result has no moments.
+_HALF_KNOWN = frozenset([reduction.max_, reduction.min_, pooling.max_pool, pooling.max_pool_with_indices,
+                         attention.multihead_attention])  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -239,12 +245,29 @@ def walk_over(model: nn.Module, record: Record, example: Inputs, table: RuleTabl
             missing[node] = reason
         else:
             found[node] = rule
+    for node in _without_moments(found):
+        for user in node.users:
+            if user.data and not (user in found and found[user].function is pooling.max_unpool):
+                found.pop(user, None)
+                missing[user] = "it reads indices or attention weights, which have no moments here"
     bare = Walk(model, record, example, found)
-    fused = Fusion(record, bare.known, model, found).run()
+    fused = {n: f for n, f in Fusion(record, bare.known, model, found).run().items() if f.source not in missing}
     found |= {node: function.rule() for node, function in fused.items()}
     inner = inner_nodes(record.nodes, fused)
     left = {node: reason for node, reason in missing.items() if node not in fused and node not in inner}
     return Walk(model, record, example, found, fused, left)
+
+
+def _without_moments(found: Mapping[Node, Rule]) -> list[Node]:
+    """The entries of results that no rule speaks of: the indices of maxima, the weights of attention."""
+    return [
+        node
+        for node in found
+        if node.target in (operator.getitem, getattr)
+        and node.args[1:] in ((1,), ("indices",))
+        and node.args[0] in found
+        and found[node.args[0]].function in _HALF_KNOWN
+    ]
 
 
 def _no_rule(node: Node) -> str:

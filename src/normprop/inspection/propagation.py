@@ -14,14 +14,15 @@ from normprop.graph.input_moments import input_moments, sample_shapes
 from normprop.graph.node import Node
 from normprop.graph.recorder import Leaf
 from normprop.graph.walk import Walk, site_rule
+from normprop.inspection.assumptions import Assumptions, standing_of
 from normprop.inspection.report import Report
 from normprop.inspection.rewalk import Claim, walk_of
 from normprop.inspection.roles import role_of, rule_function, rule_text, sources_of
 from normprop.inspection.row import Row
 from normprop.inspection.source_lines import SourceLines
 from normprop.precision import reference_tensor
-from normprop.rules import arithmetic, elementwise, normalization, shape
-from normprop.rules.composed import composed, full_moments
+from normprop.rules import normalization
+from normprop.rules.composed import full_moments
 from normprop.rules.table import Key, Rule
 
 _NORMALISERS = frozenset(
@@ -29,14 +30,6 @@ _NORMALISERS = frozenset(
      normalization.functional_layer_norm, normalization.group_norm, normalization.functional_group_norm,
      normalization.instance_norm, site_rule]
 )  # fmt: skip
-
-
-_JOINS = frozenset([arithmetic.add, arithmetic.sub, arithmetic.mul, arithmetic.div])
-_ELEMENTWISE = _JOINS | {
-    arithmetic.neg, arithmetic.power, elementwise.named_activation, elementwise.module_activation, composed,
-    shape.same, shape.same_module,
-}  # fmt: skip
-_DEPENDENT = "both sides are functions of one tensor, and are taken for independent"
 
 
 def propagate(
@@ -86,6 +79,7 @@ def rows_of(walk: Walk, inputs: list[Moments]) -> list[Row]:
     rows: list[Row] = []
     names: dict[Node, str] = {}
     lines = SourceLines(walk.model)
+    assumptions = Assumptions(walk)
     given = iter(inputs)
 
     def value(node: Node) -> Any:
@@ -98,6 +92,7 @@ def rows_of(walk: Walk, inputs: list[Moments]) -> list[Row]:
         if not node.data or (node.op != "input" and node not in walk.rules):
             continue
         slope = None
+        broken = assumptions.broken(node, moments)
         if node.op == "input":
             moments[node] = next(given)
             change[node] = moments[node].var
@@ -111,7 +106,7 @@ def rows_of(walk: Walk, inputs: list[Moments]) -> list[Row]:
         if isinstance(moments[node], Moments):
             if slope is not None:
                 slope = slope * moments[walk.data_arguments(node)[0]].var.mean() / moments[node].var.mean()
-            rows.append(_row(walk, node, moments[node], slope, change[node], names, lines))
+            rows.append(_row(walk, node, moments[node], slope, change[node], names, lines, broken))
             names[node] = node.name
     return rows
 
@@ -172,33 +167,6 @@ def _difference(after: Any, before: Any, step: float) -> Any:
     return type(after)(_difference(a, b, step) for a, b in zip(after, before, strict=True))
 
 
-def _scalar_roots(walk: Walk, node: Node) -> set[Node]:
-    """The tensors of which a node is an elementwise function."""
-    roots: set[Node] = set()
-    seen: set[Node] = set()
-    stack = [node]
-    while stack:
-        current = stack.pop()
-        if current in seen:
-            continue
-        seen.add(current)
-        if current in walk.rules and walk.rules[current].function in _ELEMENTWISE:
-            stack.extend(walk.data_arguments(current))
-        else:
-            roots.add(current)
-    return roots
-
-
-def _entangled(walk: Walk, node: Node) -> bool:
-    """Whether a sum or product joins two functions of one tensor, which its rule takes for independent."""
-    if walk.rules[node].function not in _JOINS:
-        return False
-    sources = walk.data_arguments(node)
-    if len(sources) != 2 or sources[0] is sources[1]:
-        return False
-    return bool(_scalar_roots(walk, sources[0]) & _scalar_roots(walk, sources[1]))
-
-
 def _row(
     walk: Walk,
     node: Node,
@@ -207,11 +175,10 @@ def _row(
     change: Tensor,
     names: Mapping[Node, str],
     lines: SourceLines,
+    broken: str,
 ) -> Row:
     rule = walk.rules.get(node)
-    standing, reason = ("input", "") if rule is None else walk.standing(node)
-    if rule is not None and _entangled(walk, node):
-        standing, reason = "approximate", _DEPENDENT
+    standing, reason = ("input", "") if rule is None else standing_of(walk, node, broken)
     variance = moments.var.mean().clamp(min=torch.finfo(moments.var.dtype).tiny)
     return Row(
         name=node.name,

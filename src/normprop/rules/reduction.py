@@ -143,6 +143,32 @@ def deviation(
     return Moments(safe_sqrt(squared.mean), squared.var / (4.0 * squared.mean).clamp(min=tiny))
 
 
+@rule(torch.var_mean, standing="approximate", reason=_GAUSSIAN, shaped=True)
+def variance_and_mean(
+    x: Moments, dim: Any = None, unbiased: bool = True, keepdim: bool = False, *, correction: Any = None, in_shapes: Shapes,
+    out_shape: Any,
+) -> tuple[Moments, Moments]:  # fmt: skip
+    """`variance` and `mean`, taken as independent (of Gaussians they are)."""
+    options: Any = {"in_shapes": in_shapes, "out_shape": ()}
+    return (
+        variance(x, dim, unbiased, keepdim, correction=correction, **options),
+        mean(x, dim, keepdim, **options),
+    )
+
+
+@rule(torch.std_mean, standing="approximate", reason=_GAUSSIAN, shaped=True)
+def deviation_and_mean(
+    x: Moments, dim: Any = None, unbiased: bool = True, keepdim: bool = False, *, correction: Any = None, in_shapes: Shapes,
+    out_shape: Any,
+) -> tuple[Moments, Moments]:  # fmt: skip
+    """`deviation` and `mean`."""
+    options: Any = {"in_shapes": in_shapes, "out_shape": ()}
+    return (
+        deviation(x, dim, unbiased, keepdim, correction=correction, **options),
+        mean(x, dim, keepdim, **options),
+    )
+
+
 @rule(torch.norm, "norm", torch.linalg.vector_norm, torch.functional.norm, standing="approximate",
       reason="p = 2 only; " + _GAUSSIAN, shaped=True)  # fmt: skip
 def norm(

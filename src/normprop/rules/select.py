@@ -65,6 +65,20 @@ def _at(x: Moments, dim: int, index: Any) -> tuple[Any, ...]:
     return (*(slice(None),) * (dim % x.mean.dim()), index)
 
 
+@rule("masked_fill", "masked_fill_", torch.masked_fill, standing="approximate",
+      reason="what is masked is taken to lie anywhere; numbers that are not finite, to be left out afterwards")  # fmt: skip
+def masked_fill(x: Moments, mask: Any, value: Any) -> Moments:
+    """A mixture: with the share s of what is masked, ``E = (1−s) m + s c`` and ``E y² = (1−s)(v + m²) + s c²`` (definition).
+
+    The minus infinity that softmax is given for what it shall not see leaves the moments of the rest.
+    """
+    if isinstance(value, Moments) or not math.isfinite(float(value)):
+        return x
+    share = mask.mean.mean() if isinstance(mask, Moments) else mask.to(x.mean.dtype).mean()
+    mean = (1.0 - share) * x.mean + share * float(value)
+    return Moments(mean, (1.0 - share) * x.second + share * float(value) ** 2 - mean.square())
+
+
 @rule("unfold", shaped=True)
 def unfold(x: Moments, dimension: int, size: int, step: int, *, in_shapes: Shapes, out_shape: Shape) -> Moments:
     """Windows along one dimension become a last one: elements keep their moments."""

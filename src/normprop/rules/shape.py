@@ -207,7 +207,7 @@ def same_module(module: nn.Module, x: Moments) -> Moments:
 
 
 for _key in ("contiguous", "clone", "to", "float", "type_as", "detach", "double", "half", "type", "bfloat16", "cpu",
-             "requires_grad_", torch.clone, torch.detach):  # fmt: skip
+             "requires_grad_", torch.clone, torch.detach, torch.as_tensor, torch.asarray):  # fmt: skip
     TABLE.add(_key, Rule(same))
 TABLE.add(nn.Identity, Rule(same_module))
 
