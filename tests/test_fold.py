@@ -91,3 +91,39 @@ def test_mode_is_kept() -> None:
     assert normprop.fold(converted.train()).training
     assert not normprop.fold(converted.eval()).training
     assert not converted.training
+
+
+class HeldTwice(nn.Module):
+    """A BatchNorm under two names, called by the one that comes second."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
+        self.block = nn.Sequential(self.conv, self.bn, nn.ReLU())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block(x)
+
+
+class Everywhere(nn.Module):
+    """A BatchNorm behind a layer, and alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn, self.other = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.BatchNorm2d(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bn(self.conv(x)) + self.bn(torch.relu(x)) + self.other(x)
+
+
+@pytest.mark.parametrize("make", [HeldTwice, Everywhere])
+def test_normalisers_that_several_places_hold_or_call(make: type[nn.Module]) -> None:
+    torch.manual_seed(0)
+    model = randomise(make()).double().eval()
+    x = torch.randn(2, 3, 4, 4, dtype=torch.float64)
+    converted = normprop.convert(model)
+    torch.testing.assert_close(converted(x), model(x))
+    converted.train()(x[:1]).square().sum().backward()
+    folded = normprop.fold(converted.eval())
+    torch.testing.assert_close(folded(x), model(x))
+    assert not any(isinstance(m, nn.BatchNorm2d) or type(m).__module__.startswith("normprop") for m in folded.modules())

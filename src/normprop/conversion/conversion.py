@@ -19,7 +19,7 @@ from normprop.conversion.lane_writer import LaneWriter, passing_noise
 from normprop.conversion.paper_form import start_as_printed_
 from normprop.conversion.site_plan import SitePlan, nodes_behind, plan_sites, refuse_batch_statistics, united
 from normprop.errors import NormPropError, TracingError
-from normprop.graph.copies import independent_copy
+from normprop.graph.copies import independent_copy, put_module
 from normprop.graph.input_moments import input_moments, sample_shapes
 from normprop.graph.recorder import Leaf
 from normprop.graph.walk import Walk, prepare
@@ -363,11 +363,7 @@ def _install_sites(root: nn.Module, plans: Sequence[SitePlan]) -> tuple[nn.Modul
             _take_hooks(site, old)
             site.train(old.training)
         _allocate_directions(root, site, own)
-        parent_path, _, name = path.rpartition(".")
-        if path == "":
-            root = site
-        else:
-            root.get_submodule(parent_path).add_module(name, site)
+        root = put_module(root, path, site)
     return root, statistics
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,9 +12,9 @@ from torch.nn.utils import parametrize
 
 from normprop.conversion.agreement import Agreement
 from normprop.conversion.attachment import Cover, detach
-from normprop.conversion.lane import Lane, lane_of, lanes_in
+from normprop.conversion.lane import Key, Lane, lane_of, lanes_in
 from normprop.errors import NormPropError
-from normprop.graph.copies import independent_copy
+from normprop.graph.copies import independent_copy, put_module
 from normprop.sites.reference import Scale
 
 
@@ -51,7 +52,7 @@ def fold(model: nn.Module, *, check: bool = True) -> nn.Module:
     for path, module in list(folded.named_modules()):
         lane = lane_of(module)
         if lane is not None:
-            folded = _replaced(folded, path, _fold_network(module, lane))
+            folded = put_module(folded, path, _fold_network(module, lane))
     detach(folded)
     lane = lane_of(model)
     if check and lane is not None:
@@ -68,14 +69,15 @@ def _fold_network(root: nn.Module, lane: Lane) -> nn.Module:
     for module in root.modules():
         covers = (hook for hook in module._forward_pre_hooks.values() if isinstance(hook, Cover))
         covered |= {hook.path: module for hook in covers if hook.lane is lane}
+    apart_sites = _apart_sites(lane, values, list(covered))
     for path, layer in covered.items():
         own = [entry for entry in lane.all_entries() if entry.layer == path]
-        plain = any(entry is None for of in lane.layers.values() for entry in of.get(path, ()))
+        plain = _is_read_plain(lane, path)
         scales = [values[entry.key] for entry in own if entry.key in values]
         if parametrize.is_parametrized(layer, "weight"):
             parametrize.remove_parametrizations(layer, "weight")
         kind = layer.weight.dtype
-        if len(scales) == len(own) and not plain and _are_same(scales):
+        if not any(entry.site in apart_sites for entry in own):
             assert scales[0].weight is not None
             layer.weight = nn.Parameter(scales[0].weight.to(kind).clone())
             layer.bias = nn.Parameter(scales[0].offset.to(kind).clone())
@@ -101,7 +103,7 @@ def _fold_network(root: nn.Module, lane: Lane) -> nn.Module:
         mean, inverse = (t.expand(torch.broadcast_shapes(*(u.shape for u in found[0]))) for t in found[0])
         kind = reader.weight.dtype
         first = _elementwise(inverse.to(kind), (-mean * inverse).to(kind))
-        root = _replaced(root, path, nn.Sequential(first, reader).train(reader.training))
+        root = put_module(root, path, nn.Sequential(first, reader).train(reader.training))
     for path in dict.fromkeys(entry.site for entry in lane.all_entries() if not entry.bare):
         site = root.get_submodule(path)
         place: nn.Module = nn.Identity()
@@ -120,10 +122,33 @@ def _fold_network(root: nn.Module, lane: Lane) -> nn.Module:
                 if path in by_site
                 else nn.Sequential(*(m for _, m in inner))
             )
-        root = _replaced(root, path, place.train(site.training))
+        root = put_module(root, path, place.train(site.training))
     for name in [name for name in root._parameters if name.startswith("input_moments")]:
         del root._parameters[name]
     return root
+
+
+def _is_read_plain(lane: Lane, path: str) -> bool:
+    """Whether some call of a layer is no site's."""
+    return any(entry is None for of in lane.layers.values() for entry in of.get(path, ()))
+
+
+def _apart_sites(lane: Lane, values: Mapping[Key, Scale], layers: Sequence[str]) -> set[str]:
+    """Sites whose work can't go into the layers before them: it would be done twice, or to what is read plain, too."""
+    found = {entry.site for entry in lane.all_entries() if entry.layer is None}
+    for path in layers:
+        own = [entry for entry in lane.all_entries() if entry.layer == path]
+        scales = [values[entry.key] for entry in own if entry.key in values]
+        if len(scales) < len(own) or _is_read_plain(lane, path) or not _are_same(scales):
+            found |= {entry.site for entry in own}
+    while True:
+        before = len(found)
+        for path in layers:
+            own = [entry for entry in lane.all_entries() if entry.layer == path]
+            if any(entry.site in found for entry in own):
+                found |= {entry.site for entry in own}
+        if len(found) == before:
+            return found
 
 
 def _are_same(scales: list[Scale]) -> bool:
@@ -155,15 +180,6 @@ def _elementwise(factor: Tensor, offset: Tensor) -> nn.Module:
     return fx.GraphModule(root, graph, "Affine")
 
 
-def _replaced(root: nn.Module, path: str, module: nn.Module) -> nn.Module:
-    """The network with another module at a path."""
-    if path == "":
-        return module
-    parent, _, name = path.rpartition(".")
-    root.get_submodule(parent)._modules[name] = module
-    return root
-
-
 def _fold_layers(model: nn.Module) -> nn.Module:
     """Replace every module that can fold itself."""
     layers: dict[str, Any] = {path: m for path, m in model.named_modules() if hasattr(m, "folded")}
@@ -178,5 +194,5 @@ def _fold_layers(model: nn.Module) -> nn.Module:
     for path, layer in layers.items():
         if any(path.startswith(f"{outer}.") for outer in layers):
             continue  # the activation inside a layer: the layer folds it
-        result = _replaced(result, path, layer.folded())
+        result = put_module(result, path, layer.folded())
     return result

@@ -55,6 +55,21 @@ def running_copy(model: nn.Module) -> nn.Module:
     return _throwaway(model, memo, lanes=True)
 
 
+def put_module(root: nn.Module, path: str, module: nn.Module) -> nn.Module:
+    """The network with another module at a path, and wherever else the old one is held; the module itself for ``""``."""
+    if path == "":
+        return module
+    parent, _, name = path.rpartition(".")
+    holder = root.get_submodule(parent)
+    old = holder._modules.get(name)
+    holder._modules[name] = module
+    for other in list(root.modules()) if old is not None else ():
+        for key, child in other._modules.items():
+            if child is old:
+                other._modules[key] = module
+    return root
+
+
 def _throwaway(model: nn.Module, memo: dict[int, Any], *, lanes: bool = False) -> nn.Module:
     copied = copy.deepcopy(model, memo)
     for module in copied.modules():
