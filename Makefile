@@ -8,7 +8,7 @@ PYTEST := $(BIN)/pytest -n $(JOBS) --dist worksteal
 # The test files of each word; a word that has none is an error.
 tests = $(foreach word,$(1),$(or $(shell find tests -name 'test_*$(word)*.py'),$(error no tests of $(word))))
 
-.PHONY: demo test lint types suite browser slices no-avx512 no-c one-thread inductor slow format clean
+.PHONY: demo test lint types suite browser slices no-avx512 no-c one-thread inductor slow docs format clean
 
 demo: $(VENV)/.installed-demo
 	$(BIN)/normprop demo
@@ -54,6 +54,10 @@ inductor: $(VENV)/.installed-dev
 slow: $(VENV)/.installed-dev
 	$(PYTEST) -m slow
 
+# The documentation site, into site/; a warning is an error.
+docs: $(VENV)/.installed-dev
+	$(BIN)/mkdocs build --quiet
+
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -72,4 +76,4 @@ $(VENV)/.installed-dev: pyproject.toml | $(VENV)/.installed-demo
 	touch $@
 
 clean:
-	rm -rf $(VENV) dist build .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) dist build site .pytest_cache .mypy_cache .ruff_cache

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -126,6 +127,26 @@ def test_the_figure_shows_the_rows() -> None:
     spread, _, growth = normprop.propagate(normalised).plot().axes
     assert (spread.get_yscale(), growth.get_yscale()) == ("linear", "log")
     assert len(spread.get_lines()) == 1
+
+
+@pytest.mark.parametrize("size", [3.0, 1e4, float("inf")])
+def test_the_figure_survives_an_exploding_network(size: float, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(*[m for _ in range(12) for m in (nn.Linear(16, 16), nn.ReLU())])
+    with torch.no_grad():
+        for layer in model[::2]:
+            layer.weight.mul_(size)
+    report = normprop.propagate(model)
+    _, mean, _ = report.plot().axes
+    assert mean.get_yscale() == (
+        "symlog" if any(abs(row.to_dict()["predicted"]["mean"]) > 10 for row in report) else "linear"
+    )
+    assert all(math.isfinite(end) for end in mean.get_ylim())
+    drawn = [y for y in mean.get_lines()[0].get_ydata() if y == y]
+    heights = mean.transData.transform([(0, y) for y in drawn])[:, 1]
+    if size == 1e4:  # small means are told apart beside large ones
+        assert len({round(height) for height in heights}) > 8
+    report.save_plot(tmp_path / "figure.png")
 
 
 def test_the_command_writes_both(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

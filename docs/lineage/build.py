@@ -1,7 +1,7 @@
 """Write the map of the literature, docs/lineage.html, from docs/lineage/lineage.json: `python docs/lineage/build.py`.
 
-An entry has a title, authors and a year; `relation` says whether it "cites" the paper or is "cited" by it; `adds` is a sentence
-on what it adds, `arxiv` its number, `api` what of normprop implements it or compares with it.
+An entry has a title, authors and a year; `relation` says whether it "cites" the paper or is "cited" by it; `adds` is a
+sentence on what it adds, `arxiv` its number, `api` what of normprop implements it or compares with it.
 """
 
 from __future__ import annotations

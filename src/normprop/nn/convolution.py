@@ -123,8 +123,7 @@ class Conv2d(_Convolution, torch.nn.Conv2d):
 
     Raises:
         NormPropError: Unknown activation or method, `center=True` where there is nothing to centre, integer or complex
-        numbers,
-            or an input with the wrong number of channels.
+            numbers, or an input with the wrong number of channels.
 
     >>> layer = Conv2d(3, 64, 3, padding=1, activation="relu", method="paper")
     >>> layer(torch.randn(2, 3, 8, 8)).shape, sorted(layer.state_dict())

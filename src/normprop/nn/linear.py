@@ -35,8 +35,7 @@ class Linear(NormalizedLayer, torch.nn.Linear):
 
     Raises:
         NormPropError: Unknown activation or method, `center=True` where there is nothing to centre, integer or complex
-        numbers,
-            or an input with the wrong number of features.
+            numbers, or an input with the wrong number of features.
 
     >>> layer = Linear(100, 10, activation="relu")
     >>> output = layer(torch.randn(10_000, 100))

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from normprop.inspection.figure_style import COLOURS
 from normprop.lab.cost.quartiles import Quartiles
-from normprop.lab.figures.panel_grid import COLOURS, finish, logarithmic, make_panels
+from normprop.lab.figures.panel_grid import finish, logarithmic, make_panels
 
 
 @dataclass(frozen=True)

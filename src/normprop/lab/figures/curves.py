@@ -9,17 +9,18 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-from normprop.lab.figures.panel_grid import draw_band, mark_epochs, tidy
+from normprop.inspection.figure_style import COLOURS, DPI, TEXT, TITLE, tidy
+from normprop.lab.figures.panel_grid import draw_band, mark_epochs
 
-# Okabe & Ito's palette, told apart with every common colour blindness; styles and markers say the same without colour.
+# Styles and markers say the same without colour.
 _LOOKS = (
-    ("#0072B2", "o", "-"),
-    ("#56B4E9", "s", "--"),
-    ("#D55E00", "^", "-"),
-    ("#E69F00", "D", "--"),
-    ("#555555", "v", ":"),
-    ("#009E73", "P", "-."),
-    ("#CC79A7", "X", "-."),
+    (COLOURS[0], "o", "-"),
+    (COLOURS[5], "s", "--"),
+    (COLOURS[2], "^", "-"),
+    (COLOURS[1], "D", "--"),
+    (COLOURS[6], "v", ":"),
+    (COLOURS[3], "P", "-."),
+    (COLOURS[4], "X", "-."),
 )
 
 # Least distance between two labels, as a share of the height of the axes.
@@ -57,7 +58,7 @@ def plot_curves(curves: Sequence[Curve], *, title: str, y_label: str, log: bool 
         >>> plot_curves([curve], title="t", y_label="error, %", log=True).axes[0].get_xlabel()
         'epoch'
     """
-    figure = Figure(figsize=(8, 4.4), dpi=150, layout="constrained")
+    figure = Figure(figsize=(8, 4.4), dpi=DPI, layout="constrained")
     axes = figure.subplots()
     if log:
         axes.set_yscale("log")
@@ -68,7 +69,7 @@ def plot_curves(curves: Sequence[Curve], *, title: str, y_label: str, log: bool 
         colour, marker, style = _LOOKS[i % len(_LOOKS)]
         look = {"color": colour, "marker": marker, "linestyle": style, "linewidth": 1.8, "markersize": 5}
         draw_band(axes, curve.bands(), look)
-    axes.set_title(title, loc="left", fontsize=11)
+    axes.set_title(title, loc="left", fontsize=TITLE)
     axes.set_ylabel(y_label)
     mark_epochs(axes)
     tidy(axes)
@@ -89,7 +90,7 @@ def _label_ends(axes: Axes, curves: Sequence[Curve]) -> None:
     places = _apart([end[0] for end in ends])
     for place, (y, x, label, colour) in zip(places, ends, strict=True):
         axes.plot([x, 1.03], [y, place], transform=axes.transAxes, color=colour, linewidth=0.8, clip_on=False)
-        axes.text(1.04, place, label, color="#222222", transform=axes.transAxes, va="center", fontsize=9)
+        axes.text(1.04, place, label, color="#222222", transform=axes.transAxes, va="center", fontsize=TEXT)
 
 
 def _apart(heights: Sequence[float]) -> list[float]:

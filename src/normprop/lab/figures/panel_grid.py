@@ -11,10 +11,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
+from normprop.inspection.figure_style import COLOURS, DPI, TEXT, TITLE, tidy
 from normprop.lab.networks.normalizers import NORMALIZERS
 
-# Okabe & Ito's palette in three rounds of line styles: a normaliser looks the same in every figure.
-COLOURS = ("#0072B2", "#E69F00", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#555555")
+# The palette in three rounds of line styles: a normaliser looks the same in every figure.
 _STYLES = ("-", "--", ":")
 _MARKERS = "os^DvPX<>phd*8"
 
@@ -34,8 +34,8 @@ def look_of(norm: str) -> dict[str, Any]:
 
 def make_panels(rows: int, columns: int, title: str) -> tuple[Figure, list[list[Axes]]]:
     """A figure of equal panels under one title."""
-    figure = Figure(figsize=(1.8 + 4.2 * columns, 0.6 + 3.4 * rows), dpi=130, layout="constrained")
-    figure.suptitle(title, x=0.01, ha="left", fontsize=10)
+    figure = Figure(figsize=(1.8 + 4.2 * columns, 0.6 + 3.4 * rows), dpi=DPI, layout="constrained")
+    figure.suptitle(title, x=0.01, ha="left", fontsize=TITLE)
     return figure, figure.subplots(rows, columns, squeeze=False, sharey="row").tolist()
 
 
@@ -63,13 +63,6 @@ def mark_epochs(axes: Axes) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
-def tidy(axes: Axes) -> None:
-    """Horizontal lines behind the data, and no box around it."""
-    axes.grid(axis="y", color="#dddddd", linewidth=0.7)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-
-
 def finish(figure: Figure, panels: Sequence[Sequence[Axes]], y_label: str) -> Figure:
     """Grid, labels at the left, and one legend for all panels."""
     names: dict[str, Artist] = {}
@@ -77,9 +70,9 @@ def finish(figure: Figure, panels: Sequence[Sequence[Axes]], y_label: str) -> Fi
         row[0].set_ylabel(y_label)
         for axes in row:
             tidy(axes)
-            axes.title.set_fontsize(9)
+            axes.title.set_fontsize(TEXT)
             handles, labels = axes.get_legend_handles_labels()
             names |= dict(zip(labels, handles, strict=True))
     order = [*(name for name in NORMALIZERS if name in names), *(name for name in names if name not in NORMALIZERS)]
-    figure.legend([names[name] for name in order], order, loc="outside right center", frameon=False, fontsize=9)
+    figure.legend([names[name] for name in order], order, loc="outside right center", frameon=False, fontsize=TEXT)
     return figure
