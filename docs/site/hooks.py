@@ -17,6 +17,14 @@ _DISPLAY = re.compile(r"\$\$((?:(?!\n\n)[^$])+?)\$\$")
 _INLINE = re.compile(r"(?<![\\$\w])\$(?!\s)((?:(?!\n\n)[^$])+?)(?<!\s)\$(?![\w$])")
 
 
+def on_config(config: Any) -> Any:
+    """Put pages that the navigation doesn't name at the end of "How to"."""
+    named = set(re.findall(r"[\w-]+\.md", str(config.nav)))
+    tasks = next(entry["How to"] for entry in config.nav if "How to" in entry)
+    tasks += [page.name for page in sorted((ROOT / "docs").glob("*.md")) if page.name not in named]
+    return config
+
+
 def on_files(files: Files, config: Any) -> Files:
     """Add the changelog, and the files outside docs/ that pages link to."""
     changes = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8").replace("](docs/", "](")
