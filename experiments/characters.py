@@ -26,7 +26,7 @@ from normprop.lab.text.text_training import train_text
 from normprop.lab.whole_file import write_whole
 
 RESULTS = Path(__file__).parent / "results" / "recurrent" / "characters.json"
-RATES = (1e-2, 2e-2)
+RATES = (1e-2, 2e-2, 4e-2)
 SEEDS = (0, 1, 2)
 # Normaliser and gain.
 CONTENDERS = (("normprop", 1.0), ("normprop-follow", 1.0), ("layer", 1.0), ("none", None), ("weight", None))
