@@ -59,7 +59,7 @@ def test_every_command_explains_itself(command, capsys):
 def test_unknown_command_and_option(capsys):
     assert run("trian") == 2
     assert "Did you mean train" in capsys.readouterr().err
-    assert run("train", "--optimizer", "adam") == 2
+    assert run("train", "--optimiser", "adam") == 2
     assert "--optimizer" in capsys.readouterr().err
 
 

@@ -132,7 +132,11 @@ def _notes(found: Sequence[Record]) -> list[str]:
         "Rates and clippings are those at batch size 64: at b the rate is multiplied by (b/64)^¾, the clipping divided "
         "by √(b/64). The same were tried for all. A rate trains if it reaches 80 % of the best validation accuracy at its "
         "batch size; (edge): the best may lie beyond the rates tried.",
-        f"SGD, momentum {recipe.momentum:g}, weight decay {recipe.weight_decay:g}; flips {'on' if recipe.flips else 'off'}, "
+        f"{_optimizer(recipe)}, weight decay {recipe.weight_decay:g}; flips {'on' if recipe.flips else 'off'}, "
         f"crops {recipe.crops}. {len(found)} runs, {sum(r.cpu_seconds for r in found) / 3600:.2f} CPU hours; "
         f"{records.software(found)}.",
     ]
+
+
+def _optimizer(recipe: Recipe) -> str:
+    return f"SGD, momentum {recipe.momentum:g}" if recipe.optimizer == "sgd" else recipe.optimizer

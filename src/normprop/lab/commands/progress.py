@@ -19,22 +19,24 @@ _LINE_EVERY_SECONDS = 60.0
 
 
 class RunDisplay(Observer):
-    """Prints a run's settings, its epochs and, on a terminal, a bar of the steps of the current one."""
+    """Prints a run's settings, its epochs and, on a terminal, a bar of its steps, with the time that is left."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
         self.bar: Progress | None = None
         self.task = TaskID(0)
         self.printed = time.monotonic()
+        self.epochs = 0
 
     def started(self, recipe: Recipe, model: nn.Module, optimizer: Optimizer, *, train: int, test: int) -> None:
         """Print what is about to be trained."""
+        self.epochs = recipe.epochs
         parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
         clip = f", clipping at {recipe.clip:g}" if recipe.clip else ""
         self._line(
             f"{recipe.model} ×{recipe.width:g} with --norm {recipe.norm} on {recipe.data}: {parameters:,} parameters, "
-            f"{train:,} training and {test:,} test samples; batch size {recipe.batch_size}, rate {recipe.lr:.3g} "
-            f"{recipe.schedule}{clip}, seed {recipe.seed}"
+            f"{train:,} training and {test:,} test samples; batch size {recipe.batch_size}, {recipe.optimizer}, rate "
+            f"{recipe.lr:.3g} {recipe.schedule}{clip}, seed {recipe.seed}"
         )
         if self.console.is_terminal:
             columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -45,7 +47,8 @@ class RunDisplay(Observer):
     def stepped(self, epoch: int, step: int, steps: int, loss: float) -> None:
         """Move the bar, or print a line now and then."""
         if self.bar:
-            self.bar.update(self.task, description=f"epoch {epoch}  loss {loss:.3f}", completed=step, total=steps)
+            done, total = (epoch - 1) * steps + step, self.epochs * steps
+            self._move(done, total, f"epoch {epoch}/{self.epochs}  loss {loss:.3f}")
         elif time.monotonic() - self.printed > _LINE_EVERY_SECONDS:
             self._line(f"epoch {epoch}  step {step}/{steps}  loss {loss:.3f}")
 
@@ -64,6 +67,14 @@ class RunDisplay(Observer):
         """Remove the bar."""
         if self.bar:
             self.bar.stop()
+
+    def _move(self, done: int, total: int, description: str) -> None:
+        """Steps of the whole run: the time that is left is its own, and doesn't count steps before an interruption."""
+        assert self.bar is not None
+        if self.bar.tasks[0].total is None:
+            self.bar.reset(self.task, total=total, completed=done, description=description)
+        else:
+            self.bar.update(self.task, completed=done, description=description)
 
     def _line(self, text: str) -> None:
         self.console.print(text, soft_wrap=True, markup=False)

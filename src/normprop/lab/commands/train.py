@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 import torch
@@ -13,6 +13,8 @@ from normprop.errors import NormPropError
 from normprop.lab.commands.console import advising, console, percent
 from normprop.lab.commands.progress import RunDisplay
 from normprop.lab.training import loop as training
+from normprop.lab.training.event_file import EventFile
+from normprop.lab.training.observer import Observer, Observers
 from normprop.lab.training.recipe import Recipe
 
 
@@ -25,6 +27,7 @@ def train(
     device: str = "auto",
     threads: int | None = None,
     checkpoint_every: int = 1000,
+    tensorboard: bool = False,
 ) -> int:
     """Train a network on a data set with any normaliser, and write checkpoint.pt, metrics.jsonl and recipe.json.
 
@@ -40,6 +43,7 @@ def train(
         device: auto, cpu, cuda, cuda:1, mps …
         threads: Threads for CPU arithmetic; by default torch's choice.
         checkpoint_every: Steps between checkpoints within an epoch; 0 for one after each epoch only.
+        tensorboard: Write event files into OUT/tensorboard beside metrics.jsonl.
     """
     if threads is not None:
         if threads < 1:
@@ -48,7 +52,10 @@ def train(
     out = out or default_folder(recipe)
     screen = console()
     advice = f"The same command with --resume continues from the checkpoint in {out}."
-    with closing(RunDisplay(screen)) as display, advising(advice):
+    with ExitStack() as stack, advising(advice):
+        observers: list[Observer] = [stack.enter_context(closing(RunDisplay(screen)))]
+        if tensorboard and not int(os.environ.get("RANK", 0)):
+            observers.append(stack.enter_context(closing(EventFile(out / "tensorboard"))))
         run = training.train(
             recipe,
             out=out,
@@ -56,7 +63,7 @@ def train(
             overwrite=overwrite,
             device=device,
             checkpoint_every=checkpoint_every,
-            observer=display,
+            observer=Observers(*observers),
         )
     if int(os.environ.get("RANK", 0)):
         return int(run.diverged)

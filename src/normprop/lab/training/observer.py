@@ -24,6 +24,32 @@ class Observer:
         """An epoch is done, one of `epochs`."""
 
 
+class Observers(Observer):
+    """Several observers.
+
+    Args:
+        observers: are told in this order.
+    """
+
+    def __init__(self, *observers: Observer) -> None:
+        self.observers = observers
+
+    def started(self, recipe: Recipe, model: nn.Module, optimizer: Optimizer, *, train: int, test: int) -> None:
+        """Tell all."""
+        for observer in self.observers:
+            observer.started(recipe, model, optimizer, train=train, test=test)
+
+    def stepped(self, epoch: int, step: int, steps: int, loss: float) -> None:
+        """Tell all."""
+        for observer in self.observers:
+            observer.stepped(epoch, step, steps, loss)
+
+    def ended_epoch(self, row: Row, epochs: int) -> None:
+        """Tell all."""
+        for observer in self.observers:
+            observer.ended_epoch(row, epochs)
+
+
 class Watcher(Observer):
     """An observer whose findings are kept with the run; this one notes nothing."""
 

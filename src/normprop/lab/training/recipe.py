@@ -24,6 +24,11 @@ _LEAST = (
     ("recalibrate", 0),
     ("shrinkage", 0.0),
 )
+OptimizerName = Literal["sgd", "adam", "adamw", "rmsprop"]
+# Rates as multiples of SGD's.
+RATES: dict[OptimizerName, float] = {"sgd": 1.0, "adam": 0.03, "adamw": 0.03, "rmsprop": 0.01}
+# What recipes had before they said so.
+_ADDED = {"optimizer": "sgd"}
 # The rate at batch size 64 above which clipping gets tighter, so that steps don't get longer.
 CLIP_UP_TO = 0.1
 # Defaults of calibration: principal directions of inputs, their shrinkage where clipping restrains the gradients already,
@@ -62,6 +67,8 @@ class Setting:
     """How the learning rate changes; halving is the paper's schedule."""
     halve_every: int | None = None
     """Epochs between two halvings; by default an eighth of the run, as in the paper."""
+    optimizer: OptimizerName = "sgd"
+    """sgd (with momentum), adam, adamw or rmsprop."""
     momentum: float = 0.9
     """Momentum of SGD."""
     weight_decay: float = 5e-4
@@ -90,7 +97,8 @@ class Recipe(Setting):
     batch_size: int = 50
     """Samples per step, over all processes together."""
     lr: float | None = None
-    """Highest learning rate; by default one that suits the normaliser at batch size 64, times (batch size / 64)^¾."""
+    """Highest learning rate; by default one that suits normaliser and optimizer at batch size 64, times
+    (batch size / 64)^¾."""
     clip: float | None = None
     """Adaptive gradient clipping at this ratio of gradient to weight, 0 for none; by default 0.05·√(64 / batch size)
     for normprop, paper and nf, none for the others. Above a rate of 0.1·(batch size / 64)^¾ the ratio falls as 1/rate."""
@@ -145,7 +153,7 @@ class Recipe(Setting):
         shrinkage = _SHRINKAGE if clip else 0.0
         return dataclasses.replace(
             self,
-            lr=rate_at(self.batch_size, norm.rate) if self.lr is None else self.lr,
+            lr=rate_at(self.batch_size, norm.rate * RATES[self.optimizer]) if self.lr is None else self.lr,
             clip=clip,
             calibrate=calibrate,
             directions=_DIRECTIONS if calibrate and self.directions is None else self.directions,
@@ -183,6 +191,7 @@ class Recipe(Setting):
 
         More epochs are no obstacle under a schedule that doesn't depend on the end.
         """
+        earlier = _ADDED | earlier
         open_ended = self.schedule in ("constant", "halving")
         return [
             f"{_flag(name)} {earlier.get(name)} → {value}"
