@@ -20,6 +20,8 @@ EXAMPLES = {
     "convert_detectors.py": ["lraspp_mobilenet_v3_large"],
     "moments.py": [],
     "paper_layers.py": ["--quick"],
+    "segment_batch_size_1.py": ["--quick"],
+    "train_adamw.py": ["--quick"],
     "character_lstm.py": ["--updates", "20"],
 }
 _BLOCK = re.compile(r"^```(\w*)([^\n]*)\n(.*?)^```", re.MULTILINE | re.DOTALL)

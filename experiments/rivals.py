@@ -1,0 +1,57 @@
+"""Other normalisers in a network that was built with BatchNorm."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+import normprop
+from normprop.lab.networks import baselines
+
+LAYERS: dict[str, Callable[[int, int], nn.Module]] = {
+    "frozen": baselines.frozen,
+    "group": baselines.group,
+    "layer": baselines.layer,
+    "ws": baselines.group,
+    "none": baselines.nothing,
+}
+NAMES = ("normprop", "batch", *LAYERS)
+
+
+def with_normalizer(network: nn.Module, name: str, samples: Tensor) -> nn.Module:
+    """A fresh BatchNorm network with another normaliser, or converted.
+
+    Args:
+        network: is changed.
+        name: one of `NAMES`; ws is weight standardisation before GroupNorm.
+        samples: on which the statistics of frozen BatchNorm are measured.
+    """
+    if name == "normprop":
+        return normprop.convert(network, example=samples[:2])
+    if name == "batch":
+        return network
+    for module in list(network.modules()):
+        for key, child in list(module.named_children()):
+            if isinstance(child, _BatchNorm):
+                setattr(module, key, LAYERS[name](child.num_features, 2))
+            elif isinstance(child, nn.Conv2d) and child.bias is None:
+                if name == "none":
+                    child.bias = nn.Parameter(torch.zeros(child.out_channels))
+                if name == "ws":
+                    nn.utils.parametrize.register_parametrization(child, "weight", Standardised())
+    baselines.measure_once(network, samples)
+    return network
+
+
+class Standardised(nn.Module):
+    """Weight standardisation (Qiao et al. 2019): every filter has mean 0 and variance 1, here times 1/√fan-in."""
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """The filters of a layer."""
+        flat = weight.flatten(1)
+        centred = flat - flat.mean(1, keepdim=True)
+        size = centred.square().sum(1, keepdim=True) + 1e-10
+        return (centred * size.rsqrt()).view_as(weight)
