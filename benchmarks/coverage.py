@@ -21,6 +21,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "coverage.json"
 PAGE = ROOT / "docs" / "coverage.md"
+FOREIGN = "## Networks of other libraries\n"  # which foreign.py measures: that part of the page stays
 BATCH = 24
 TIMEOUT = 1800
 
@@ -151,7 +152,8 @@ def main() -> None:
         print(f"{start + BATCH}/{len(todo)}: {summary(read())}", flush=True)
     rows = read()
     PAGE.parent.mkdir(exist_ok=True)
-    PAGE.write_text(page(rows))
+    _, found, rest = (PAGE.read_text() if PAGE.exists() else "").partition(FOREIGN)
+    PAGE.write_text(page(rows) + (f"\n{found}{rest}" if found else ""))
     for row in rows if options.list else []:
         if row.norms and not row.converted:
             print(row.name, row.traced, ", ".join(row.missing) or row.error)

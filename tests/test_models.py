@@ -35,11 +35,16 @@ def test_every_network_trains_with_every_normaliser(name, norm):
     assert any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in net.modules()) == (norm in ("batch", "frozen"))
 
 
-@pytest.mark.parametrize("norm", [n for n in NORMALIZERS if NORMALIZERS[n].smallest_batch == 1])
-@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize(
+    ("name", "norm"),
+    [
+        (name, norm)
+        for name in NETS
+        for norm in NORMALIZERS
+        if NORMALIZERS[norm].smallest_batch == 1 and not (name == "mlp" and NORMALIZERS[norm].images_only)
+    ],
+)
 def test_normalisers_that_claim_it_treat_samples_alone(name, norm):
-    if name == "mlp" and normalizer(norm).images_only:
-        return
     net = realize(network(name, norm), normalizer(norm), (3, 16, 16))
     x = torch.randn(3, 3, 16, 16)
     torch.testing.assert_close(net(x)[1:2], net(x[1:2]), rtol=1e-4, atol=1e-4)

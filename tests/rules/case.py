@@ -30,7 +30,6 @@ class Case:
         positive: the input is far above zero.
         samples: how many.
         moments: mean and variance of every input; random ones by default.
-        smooth: differentiable in its input's moments and its parameters.
         train: run in training mode.
     """
 
@@ -43,7 +42,6 @@ class Case:
     positive: bool = False
     samples: int = 20000
     moments: Moments | None = None
-    smooth: bool = True
     train: bool = False
 
     def given(self) -> list[Moments]:
