@@ -225,6 +225,11 @@ def _randomised(model: nn.Module, rng: random.Random) -> nn.Module:
     return model
 
 
+def copies(tensors: tuple[Tensor, ...]) -> list[Tensor]:
+    """Inputs of one call: networks write to theirs."""
+    return [t.clone() for t in tensors]
+
+
 def distance(a: Any, b: Any) -> float:
     """The largest difference of outputs, relative to their size."""
     pairs = zip(outputs(a), outputs(b), strict=True)
@@ -241,7 +246,7 @@ def check(drawn: Draw) -> str:
     one = tuple(t[:1] for t in example)
     try:
         with torch.no_grad():
-            expected = model(*(t.clone() for t in example))
+            expected = model(*copies(example))
             noise = distance(model(*(t * (1 + 1e-15) for t in example)), expected)
         trained = copy.deepcopy(model).train()
         trained(*(torch.cat([t, t]).requires_grad_().clone() for t in example)).square().sum().backward()
@@ -255,11 +260,11 @@ def check(drawn: Draw) -> str:
     except NormPropError:
         return "refused"
     with torch.no_grad():
-        assert distance(converted(*example), expected) <= max(1e-8, 1e3 * noise), "another function"
-        alone = converted(*one)
-        assert distance(alone, outputs(converted(*example))[0][:1]) <= max(1e-9, 1e3 * noise), "depends on the batch"
+        assert distance(converted(*copies(example)), expected) <= max(1e-8, 1e3 * noise), "another function"
+        alone = converted(*copies(one))
+        assert distance(alone, outputs(converted(*copies(example)))[0][:1]) <= max(1e-9, 1e3 * noise), "depends on the batch"
     for network in (converted, normprop.convert(model, example=example, preserve=False)):
-        loss = network.train()(*one).square().sum()
+        loss = network.train()(*copies(one)).square().sum()
         if loss.requires_grad:
             loss.backward()
         for name, parameter in network.named_parameters():
@@ -270,21 +275,26 @@ def check(drawn: Draw) -> str:
     except NormPropError:
         return "kept, not folded"
     with torch.no_grad():
-        assert distance(folded(*example), expected) <= max(1e-8, 1e3 * noise), "folded to another function"
+        assert distance(folded(*copies(example)), expected) <= max(1e-8, 1e3 * noise), "folded to another function"
     return "kept"
+
+
+def _measured(model: nn.Module, example: tuple[Tensor, ...]) -> normprop.Report:
+    """A report with what 4,000 random samples measured."""
+    data = tuple(torch.randn(4000, *t.shape[1:], dtype=torch.float64) for t in example)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return normprop.inspect(model, [data], example=example)
 
 
 def _check_exact_rows(model: nn.Module, example: tuple[Tensor, ...]) -> None:
     """What a report calls exact is measured, as far as its assumptions hold: up to the first linear layer."""
-    data = tuple(torch.randn(4000, *t.shape[1:], dtype=torch.float64) for t in example)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            report = normprop.inspect(model, [data], example=example)
+        report = _measured(model, example)
     except NormPropError:
         return
     behind: dict[str, tuple[int, bool]] = {}  # linear layers upstream, and whether all is exact
-    for row in report:
+    for place, row in enumerate(report):
         above = [behind.get(name, (2, False)) for name in row.inputs]
         linear = row.operation in ("Conv2d", "ConvTranspose2d")
         layer: Any = model.get_submodule(row.path) if linear else None
@@ -296,9 +306,17 @@ def _check_exact_rows(model: nn.Module, example: tuple[Tensor, ...]) -> None:
         behind[row.name] = taken, honest
         if not honest or taken > 1 or row.measured is None or row.standing == "input":
             continue
-        mean, var = row.predicted.mean, row.predicted.var
-        size = (var + mean.square()).mean().sqrt() + 1e-12
-        off = float(((row.measured.mean - mean).abs() / size).max())
-        assert off < 0.15, f"the mean of {row.operation} is off by {off:.2f} and called exact"
-        ratio = float(((row.measured.var - var).abs() / size.square()).max())
-        assert ratio < 0.35, f"the variance of {row.operation} is off by {ratio:.2f} and called exact"
+        if (worst := _off(row)) > 1.0:  # by chance, where tails are heavy: other samples are off otherwise
+            again = torch.tensor([_off(list(_measured(model, example))[place], signed=True) for _ in range(8)])
+            chance = 4 * float(again.std()) / 8**0.5
+            assert abs(float(again.mean())) <= max(1.0, chance), f"{row.operation} is called exact, and off by {worst:.1f}"
+
+
+def _off(row: Any, *, signed: bool = False) -> float:
+    """How far what was measured is from the prediction, in units of what 4,000 samples may be off."""
+    mean, var = row.predicted.mean, row.predicted.var
+    size = (var + mean.square()).mean().sqrt() + 1e-12
+    off = torch.cat([t.flatten() for t in ((row.measured.mean - mean) / size / 0.15,
+                                           (row.measured.var - var) / size.square() / 0.35)])  # fmt: skip
+    largest = off[off.abs().argmax()]
+    return float(largest if signed else largest.abs())

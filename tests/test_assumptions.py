@@ -42,6 +42,7 @@ BROKEN: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
     "enlarged": (lambda x: F.pixel_unshuffle(F.interpolate(x, scale_factor=2), 2), REPEATED),
     "mirrored sum": (lambda x: x + x.flip(1), DEPENDENT),
     "shifted product": (lambda x: x * x.roll(1, 2), DEPENDENT),
+    "three of one": (lambda x: torch.addcmul(x, x, x.flip(1), value=0.2), DEPENDENT),
     "overlapping slices": (lambda x: x[:, :3] + x[:, 1:], DEPENDENT),
     "crop of a border": (lambda x: F.pad(x, (1, 1, 1, 1))[..., 1:-1, 1:-1], UNEVEN),
     "activation of a mixture": (lambda x: F.relu(F.pad(x, (2, 2, 2, 2))), MIXED),

@@ -83,7 +83,9 @@ def test_dropout_counts_in_training_only() -> None:
 def test_the_report_can_be_written(name: str) -> None:
     report = normprop.propagate(SMALL[name][0]().eval())
     assert len(json.loads(report.to_json())["rows"]) == len(report)
-    table = report.table().splitlines()
+    verdict, text = report.table().split("\n\n", 1)
+    assert verdict == report.verdict()
+    table = text.splitlines()
     assert len(table) == len(report) + 2
     assert max(map(len, table)) < 160
 

@@ -94,7 +94,7 @@ class Moments:
         """
         rank = self.mean.dim()
         others = [d for d in range(rank) if d != dim % rank]
-        if all(self.mean.shape[d] == 1 for d in others):
+        if all(self.mean.shape[d] == self.var.shape[d] == 1 for d in others):
             return Moments(self.mean.reshape(-1), self.var.reshape(-1))
         pooled = self.pooled(others)
         return Moments(pooled.mean.reshape(-1), pooled.var.reshape(-1))

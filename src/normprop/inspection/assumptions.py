@@ -144,10 +144,12 @@ class Assumptions:
         self.roots[node] = self._roots_of(node, rule, sources)
         mixed = any(source in self.mixed for source in sources)
         repeated = any(source in self.repeated for source in sources)
-        joined = rule in _JOINS and len(sources) == 2
-        dependent = joined and sources[0] is not sources[1] and self._overlap(*sources)
+        joined = rule in _JOINS and len(sources) > 1
+        itself = len(sources) == 2 and sources[0] is sources[-1]  # which the rules of sums and products know
+        pairs = [(a, b) for i, a in enumerate(sources) for b in sources[:i]]
+        dependent = joined and not itself and any(self._overlap(a, b) for a, b in pairs)
         if rule in _TOGETHER:
-            repeated = repeated or any(self._overlap(a, b) for i, a in enumerate(sources) for b in sources[:i])
+            repeated = repeated or any(self._overlap(a, b) for a, b in pairs)
         self._note(node, rule, sources, mixed, repeated)
         if dependent:
             return DEPENDENT
@@ -157,7 +159,7 @@ class Assumptions:
             return UNEVEN
         if rule in _SUMS and repeated:
             return REPEATED
-        squared = rule is arithmetic.mul and joined and sources[0] is sources[1]
+        squared = rule is arithmetic.mul and joined and itself
         needs_gaussian = rule in _SCALAR or squared or (rule in _MAXIMA and joined)
         uniform = all(isinstance(moments.get(source), Uniform) for source in sources)
         return MIXED if needs_gaussian and mixed and not uniform else ""
@@ -273,5 +275,7 @@ def standing_of(walk: Walk, node: Node, reason: str) -> tuple[str, str]:
         node: one of its nodes with a rule.
         reason: what `Assumptions.broken` said.
     """
+    if node.target is operator.getitem and node.args[0] in walk.rules and not hasattr(node.args[0].value, "shape"):
+        node = node.args[0]  # an entry of several results is what these are
     standing, why = walk.standing(node)
     return ("approximate", reason) if reason and standing == "exact" else (standing, why)
