@@ -5,10 +5,12 @@ from __future__ import annotations
 import copy
 import io
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -296,3 +298,30 @@ def test_bad_input() -> None:
     for options in ({"samples": 0}, {"directions": -1}, {"every": -1}, {"clip": -0.1}):
         with pytest.raises(NormPropError, match="too small"):
             normprop.keep_calibrated(model, optimizer, images(4), **options)
+
+
+def share(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    try:
+        torch.manual_seed(0)
+        model = nn.parallel.DistributedDataParallel(normprop.convert(Residual()))
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        torch.manual_seed(rank)
+        handle = normprop.keep_calibrated(model, optimizer, torch.randn(16, 3, 8, 8) * (1 + rank))
+        for _ in range(17):
+            optimizer.zero_grad()
+            model(torch.randn(2, 3, 8, 8)).square().mean().backward()
+            optimizer.step()
+        assert handle.measured == [0, 16]
+        values = [v.float() for p in model.parameters() for v in (p.detach(), *optimizer.state.get(p, {}).values())]
+        mine = torch.cat([v.flatten() for v in values])
+        both = [torch.empty_like(mine) for _ in range(2)]
+        dist.all_gather(both, mine)
+        assert torch.equal(*both)
+    finally:
+        dist.destroy_process_group()
+
+
+def test_processes_share_what_the_first_one_measured(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(share, (str(tmp_path),), nprocs=2)  # type: ignore[no-untyped-call]
