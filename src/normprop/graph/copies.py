@@ -62,11 +62,10 @@ def put_module(root: nn.Module, path: str, module: nn.Module) -> nn.Module:
     parent, _, name = path.rpartition(".")
     holder = root.get_submodule(parent)
     old = holder._modules.get(name)
-    holder._modules[name] = module
-    for other in list(root.modules()) if old is not None else ():
-        for key, child in other._modules.items():
-            if child is old:
-                other._modules[key] = module
+    # Looked for first: the module may hold the old one itself.
+    others = [(m, key) for m in root.modules() for key, child in m._modules.items() if child is old and old is not None]
+    for other, key in [(holder, name), *others]:
+        other._modules[key] = module
     return root
 
 

@@ -25,7 +25,8 @@ def reshaped(x: Moments, before: Shape, after: Shape) -> Moments:
     """
     shape = _ones_where_constant(x, before)
     mean, var = x.mean.expand(shape), x.var.expand(shape)
-    kind, target = type(x), list[int]()
+    kind = type(x)
+    target: list[int] = []
     for old, new in _groups(before, after):
         varies = any(shape[d] != 1 for d in old)
         if varies and 0 in old and any(before[d] != 1 for d in old[1:]) and len(old) > 1:
