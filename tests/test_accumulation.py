@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import normprop
 from normprop import NormPropError
-from normprop.sites import engine as scales
+from normprop.conversion.lane import Lane
 from tests.test_promises import outputs, without_dropout
 from tests.zoo import SMALL, randomise
 
@@ -47,10 +47,7 @@ def test_gradients_are_those_without(name: str, options: dict[str, object]) -> N
 
 
 def counted(model: nn.Module, batches: Tensor) -> int:
-    with (
-        mock.patch.object(scales, "scales", wraps=scales.scales),
-        mock.patch("normprop.sites.site.scales", wraps=scales.scales) as run,
-    ):
+    with mock.patch.object(Lane, "evaluate", autospec=True, side_effect=Lane.evaluate) as run:
         passes(model, batches)
     return int(run.call_count)
 

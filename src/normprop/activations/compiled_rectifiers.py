@@ -45,14 +45,18 @@ class _NativeRectified(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         tensors, slope, count = ctx.saved_tensors, ctx.slope, ctx.count
         if torch.is_grad_enabled():
-            pairs = [rectified_moments(m, v, slope) for m, v in _columns(count, tensors)]
-            outputs = [mean for mean, _ in pairs] + [var for _, var in pairs]
-            return (None, None, *gradients_again(outputs, tensors, grads))
+            return (None, None, *gradients_again(lambda given: _plain(slope, count, given), tensors, grads))
         given = [g if g is None else g.contiguous() for g in grads]
         found = [torch.empty_like(t) for t in tensors]
         columns = zip(_columns(count, tensors, found), _columns(count, given), strict=True)
         _run(slope, tensors[0].dtype, [(m, v, None, None, g, h, a, b) for (m, v, a, b), (g, h) in columns])
         return (None, None, *found)
+
+
+def _plain(slope: float, count: int, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Means, then variances, in torch's operations."""
+    pairs = [rectified_moments(m, v, slope) for m, v in _columns(count, tensors)]
+    return [mean for mean, _ in pairs] + [var for _, var in pairs]
 
 
 def _columns(count: int, *lists: Sequence[Any]) -> Any:

@@ -108,7 +108,7 @@ class _LaneMoments(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         mean, var, *slopes = ctx.saved_tensors
         if torch.is_grad_enabled():
-            by_mean, by_var = gradients_again(ctx.plain(mean, var), (mean, var), grads)
+            by_mean, by_var = gradients_again(lambda given: ctx.plain(*given), (mean, var), grads)
             return by_mean, by_var, None, None
         first, second = grads
         by_mean = torch.addcmul(first * slopes[0], second, slopes[2])

@@ -16,6 +16,8 @@ from normprop.errors import NormPropError
 from normprop.graph.example_inputs import Inputs
 from normprop.graph.node import Node
 from normprop.graph.recorder import unrecorded
+from normprop.native.library import library
+from normprop.native.operands import is_native
 from normprop.sites.reference import Scale
 from normprop.sites.site import Site, site_parts
 
@@ -36,6 +38,8 @@ class Entry:
         bare: the layer had no normaliser: nothing calls the site.
         rank: of the tensor that the site gives, in the record.
         channel: dimension of its channels.
+        site_names: the path of the site, taken apart.
+        layer_names: that of the layer.
     """
 
     site: str
@@ -47,6 +51,13 @@ class Entry:
     bare: bool = False
     rank: int = 2
     channel: int = 1
+    site_names: tuple[str, ...] = field(init=False)
+    layer_names: tuple[str, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.site_names, self.layer_names = (
+            tuple(filter(None, (path or "").split("."))) for path in (self.site, self.layer)
+        )
 
     @property
     def key(self) -> Key:
@@ -109,6 +120,7 @@ class Lane:
         method: "exact" or "paper".
 
     Attributes:
+        by_site: the entries of every site, by its calls.
         filters: weights that nothing but sites reads, as `normprop.optim` takes them.
         standards: of the paper's form, for each mode and layer, what the input of each call is standardised by.
         observer: what calibration puts between layers and sites while it runs.
@@ -126,6 +138,9 @@ class Lane:
         self.root = root
         self.entries = {mode: list(of) for mode, of in entries.items()}
         self.layers = {mode: dict(of) for mode, of in layers.items()}
+        self.by_site: dict[str, dict[int, Entry]] = {}
+        for entry in self.all_entries():
+            self.by_site.setdefault(entry.site, {})[entry.call] = entry
         self.example = example
         self.method = method
         self.filters: list[dict[str, Any]] = []
@@ -149,11 +164,20 @@ class Lane:
 
     def __repr__(self) -> str:
         sites = len({entry.site for entry in self.all_entries()})
-        return f"moment lane of {type(self.root).__name__}: {sites} sites\n{self.code}"
+        return f"moment lane of {type(self.root).__name__}: {sites} sites, {self._engine()}\n{self.code}"
+
+    def _engine(self) -> str:
+        """What runs it."""
+        program = self.compiled(self.root, self.entries[self.root.training])
+        if program is None:
+            reason = library()
+            return f"in torch's operations{f': {reason}' if isinstance(reason, str) else ''}"
+        segments = program.code.count("run_segment(")
+        return f"{segments} compiled segment{'s' * (segments != 1)}"
 
     @property
     def code(self) -> str:
-        """What runs, as Python."""
+        """What is computed, as Python; compiled segments compute the same."""
         return self.program(self.entries[self.root.training]).code
 
     def all_entries(self) -> list[Entry]:
@@ -190,11 +214,22 @@ class Lane:
         """
         with torch.autograd.graph.saved_tensors_hooks(_same, _same) if _hooked() else _NOTHING:
             try:
-                values = self.program(entries).function(root)
+                values = (self.compiled(root, entries) or self.program(entries)).function(root)
             except RuntimeError:
                 _refuse_shards(root)
                 raise
         return {entry.key: value for entry, value in zip(entries, values, strict=True)}
+
+    def compiled(self, root: nn.Module, entries: Sequence[Entry]) -> Program | None:
+        """The program in compiled segments, where these can run."""
+        if not entries or not is_native(root):
+            return None
+        key = "compiled", *(entry.key for entry in entries)
+        if key not in self.programs:
+            with torch.no_grad():
+                self.program(entries).function(root)  # says what was changed since the conversion
+            self.programs[key] = written([entry.scale for entry in entries], root, compiled=True)
+        return self.programs[key]
 
     def run(self) -> Run:
         """The present thread's."""
@@ -368,22 +403,26 @@ class Lane:
     def is_attached(self, root: nn.Module, entry: Entry) -> bool:
         """Whether a layer is where it was, so that its effective weight will be asked for as such."""
         if entry.layer is None:
-            site = _found(root, entry.site)
+            site = _found(root, entry.site_names)
             return isinstance(site, Site) and site.path == entry.site
-        layer = _found(root, entry.layer)
-        return layer is not None and self.is_plain(root, entry, layer)
+        layer = _found(root, entry.layer_names)
+        return layer is not None and self._is_bare(root, entry, layer)
 
-    @staticmethod
-    def is_plain(root: nn.Module, entry: Entry, layer: nn.Module) -> bool:
+    def is_plain(self, root: nn.Module, entry: Entry, layer: nn.Module) -> bool:
         """Whether nothing stands between a layer and its site: no wrapper, hook, own forward or computed weight."""
         assert entry.layer is not None
-        if _found(root, entry.layer) is not layer or not is_covered(layer):
+        return _found(root, entry.layer_names) is layer and self._is_bare(root, entry, layer)
+
+    @staticmethod
+    def _is_bare(root: nn.Module, entry: Entry, layer: nn.Module) -> bool:
+        """The same of a layer that is where it was."""
+        if not is_covered(layer):
             return False
         if layer._backward_hooks or layer._backward_pre_hooks or "forward" in layer.__dict__:
             return False
         if not _are_ours(layer._forward_hooks):
             return False
-        site = None if entry.bare else _found(root, entry.site)
+        site = None if entry.bare else _found(root, entry.site_names)
         if site is None:
             return True
         return not (site._backward_hooks or site._backward_pre_hooks) and _are_ours(site._forward_pre_hooks)
@@ -403,7 +442,7 @@ class Lane:
         return entries[call]
 
     def _affine_entry(self, run: Run, site: Site) -> Entry:
-        entries = {e.call: e for e in self.all_entries() if e.site == site.path}
+        entries = self.by_site.get(site.path)
         if not entries:
             raise _unrecorded(site.path, 0)
         if run.root is None and len(entries) > 1:
@@ -462,7 +501,10 @@ def lanes_in(model: nn.Module) -> list[Lane]:
 
 def is_covered(layer: nn.Module) -> bool:
     """Whether an attribute can give a layer its weight: it has a hook of ours, and a weight that is a parameter."""
-    if not any(getattr(hook, "covers", False) for hook in layer._forward_pre_hooks.values()):
+    for hook in layer._forward_pre_hooks.values():
+        if getattr(hook, "covers", False):
+            break
+    else:
         return False
     return layer._parameters.get("weight") is not None or "_is_replica" in layer.__dict__
 
@@ -471,10 +513,12 @@ def _are_ours(hooks: Mapping[int, Any]) -> bool:
     return all(getattr(hook, "unrecorded", False) for hook in hooks.values())
 
 
-def _found(root: nn.Module, path: str) -> nn.Module | None:
+def _found(root: nn.Module, names: Sequence[str]) -> nn.Module | None:
     module: nn.Module | None = root
-    for name in path.split(".") if path else ():
-        module = None if module is None else module._modules.get(name)
+    for name in names:
+        if module is None:
+            return None
+        module = module._modules.get(name)
     return module
 
 

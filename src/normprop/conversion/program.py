@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from normprop.channel_moments import Moments
+from normprop.conversion.segmentation import SegmentGroup, segment_groups
 from normprop.errors import NormPropError
 from normprop.graph.node import HERE, Function, Node, map_nodes
 from normprop.rules.composed import Program as Composition
@@ -21,6 +22,8 @@ from normprop.sites.site import Site, site_moments, site_scales
 # Sites are computed together until their weights hold this many numbers. From there on a site costs more than its calls,
 # and the gradients of large weights had better not wait for each other.
 _TOGETHER = 1 << 18
+# Weights of a compiled segment, whose sites cost less.
+_SEGMENT = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -51,15 +54,24 @@ class Program:
         return Program.of, (self.code, names)
 
 
-def written(outputs: Sequence[Node], root: nn.Module) -> Program:
+def written(outputs: Sequence[Node], root: nn.Module, *, compiled: bool = False) -> Program:
     """The program for some nodes: every operation as late as its first use, and equal ones done in one call.
 
     Args:
         outputs: what it is to return, in order.
         root: a network that holds the modules which the nodes name.
+        compiled: with what compiled segments can hold in these.
     """
     nodes = _upstream(outputs)
-    groups = [*_site_groups(nodes, root), *_moment_groups(nodes), *_activation_groups(nodes, root)]
+    segments, level = segment_groups(nodes, outputs, root, _SEGMENT) if compiled else ([], {})
+    held = {node for group in segments for node in group.held}
+    left = [node for node in nodes if node not in held]
+    groups: list[_Group | SegmentGroup] = [
+        *segments,
+        *_site_groups(left, root),
+        *_moment_groups(left),
+        *_activation_groups(nodes, root, held, level),
+    ]
     return _Writer(groups).run(outputs)
 
 
@@ -232,15 +244,17 @@ def _moment_groups(nodes: Sequence[Node]) -> Iterator[_Group]:
         yield _Group(together)
 
 
-def _activation_groups(nodes: Sequence[Node], root: nn.Module) -> Iterator[_Group]:
-    """Equal activations behind equally many others, so that none waits for another."""
+def _activation_groups(
+    nodes: Sequence[Node], root: nn.Module, held: Collection[Node], level: Mapping[Node, int]
+) -> Iterator[_Group]:
+    """Equal activations behind equally many others and segments, so that none waits for another; not those that are held."""
     depth: dict[Node, int] = {}
     groups: dict[Hashable, list[Node]] = {}
     for node in nodes:
-        key = _activation_key(node, root)
+        key = None if node in held else _activation_key(node, root)
         depth[node] = max((depth[a] for a in node.inputs), default=0) + (key is not None)
         if key is not None:
-            groups.setdefault((depth[node], key), []).append(node)
+            groups.setdefault((level.get(node, 0), depth[node], key), []).append(node)
     yield from (_Group(together) for together in groups.values() if len(together) > 1)
 
 
@@ -275,7 +289,7 @@ class _Writer:
         groups: what to compute together.
     """
 
-    def __init__(self, groups: Sequence[_Group]) -> None:
+    def __init__(self, groups: Sequence[_Group | SegmentGroup]) -> None:
         self.group = {node: group for group in groups for node in group.nodes}
         self.lines: list[str] = []
         self.names: dict[Node, str] = {}

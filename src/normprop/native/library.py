@@ -12,11 +12,14 @@ import subprocess
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-_SOURCES = [Path(__file__).with_name(name) for name in ("scales.c", "rectifiers.c")]
+from normprop.native.structures import MomentOperation, SiteScaling
+
+_SOURCES = [Path(__file__).with_name(name) for name in ("scales.c", "rectifiers.c", "moments.c", "lane.c")]
+_HEADERS = [Path(__file__).with_name(name) for name in ("threads.h", "scales.h", "moments.h", "rectify.h")]
 _FLAGS = ("-std=c11", "-O3", "-march=native", "-fno-math-errno", "-ffp-contract=fast", "-fopenmp-simd", "-shared", "-fPIC")
 _SUFFIXES = {torch.float32: "float", torch.float64: "double"}
 # With fewer numbers than this, handing work to other threads takes longer than doing it.
@@ -34,6 +37,10 @@ class Library:
         pointer, number = ctypes.c_void_p, ctypes.c_int64
         self._scales = _typed(compiled, "scales", [pointer, pointer, number, pointer, number], ctypes.c_int)
         self._rectifiers = _typed(compiled, "rectifiers", [pointer, number, ctypes.c_double], None)
+        laid = [pointer, number, pointer, number, number, pointer, pointer]
+        self._lane = _typed(compiled, "lane", [*laid, pointer, pointer, pointer, number], ctypes.c_int)
+        gradients = [*laid, pointer, pointer, pointer, number, pointer, pointer, number]
+        self._lane_gradients = _typed(compiled, "lane_gradients", gradients, ctypes.c_int)
         # The threads that torch computes with, if torch has them from GNU's OpenMP: two sets would fight for the cores.
         parallel = getattr(ctypes.CDLL(None), "GOMP_parallel", None)
         self._parallel = None if parallel is None else ctypes.cast(parallel, pointer)
@@ -69,6 +76,85 @@ class Library:
         """
         self._rectifiers[dtype](_fields(tensors), count, slope)
 
+    def lane(
+        self,
+        dtype: torch.dtype,
+        layout: NativeLayout,
+        tensors: Sequence[int],
+        outputs: Sequence[int],
+        memory: int,
+        columns: int,
+    ) -> None:
+        """A segment of a lane.
+
+        Args:
+            dtype: of all numbers.
+            layout: what is computed.
+            tensors: addresses of what is read.
+            outputs: of each site's effective weight, 0 without a layer.
+            memory: of the moments.
+            columns: of five numbers a channel.
+
+        Raises:
+            MemoryError: there is none.
+        """
+        threads = torch.get_num_threads() if layout.numbers >= _WORTH_SHARING else 1
+        given = _fields(tensors), _fields(outputs), memory, columns, self._parallel, threads
+        if self._lane[dtype](*layout.arguments, *given):
+            raise MemoryError("no memory for the moments of a layer")
+
+    def lane_gradients(
+        self,
+        dtype: torch.dtype,
+        layout: NativeLayout,
+        tensors: Sequence[int],
+        grads: Sequence[int],
+        by_weights: Sequence[int],
+        results: Sequence[int],
+        memory: tuple[int, int],
+        columns: int,
+    ) -> None:
+        """Gradients of a segment of a lane.
+
+        Args:
+            dtype: of all numbers.
+            layout: what was computed.
+            tensors: addresses of what was read.
+            grads: of gradients of outputs: three a site, then of moments; 0 for none.
+            by_weights: of where each site's gradient of its weight goes, 0 where that isn't wanted.
+            results: of where gradients of all else that was read are added; 0 where they aren't wanted.
+            memory: of the moments, and how many numbers.
+            columns: as `lane` left them.
+
+        Raises:
+            MemoryError: there is none.
+        """
+        threads = torch.get_num_threads() if layout.numbers >= _WORTH_SHARING else 1
+        given = _fields(tensors), _fields(grads), _fields(by_weights), _fields(results), *memory, columns
+        if self._lane_gradients[dtype](*layout.arguments, *given, self._parallel, threads):
+            raise MemoryError("no memory for the moments of a layer")
+
+
+class NativeLayout(NamedTuple):
+    """What a segment of a lane computes, as C reads it.
+
+    Attributes:
+        operations: on moments.
+        scalings: of sites.
+        channels: of all sites.
+        numbers: how many weights there are.
+    """
+
+    operations: ctypes.Array[MomentOperation]
+    scalings: ctypes.Array[SiteScaling]
+    channels: int
+    numbers: int
+
+    @property
+    def arguments(self) -> tuple[Any, ...]:
+        """Both arrays with their lengths, and the channels."""
+        return self.operations, len(self.operations), self.scalings, len(self.scalings), self.channels
+
 
 @functools.cache
 def library() -> Library | str:
@@ -95,7 +181,7 @@ def _built(compiler: str) -> Path:
 
     Its name ends with a checksum of what is in it: one that isn't whole is built anew; loading it would end the process.
     """
-    sources = [path.read_bytes() for path in _SOURCES]
+    sources = [path.read_bytes() for path in (*_SOURCES, *_HEADERS)]
     key = hashlib.sha256(b"\0".join([*sources, compiler.encode(), *(f.encode() for f in _FLAGS), _processor()])).hexdigest()
     folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "normprop"
     there = list(folder.glob(f"lane-{key[:16]}-*.so"))

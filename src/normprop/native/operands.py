@@ -30,6 +30,19 @@ def is_traced() -> bool:
     )
 
 
+def is_native(root: nn.Module) -> bool:
+    """Whether there are compiled functions, and a network's operations are neither written down nor looked at."""
+    first = next(root.parameters(), None)
+    return (
+        first is not None
+        and first.is_cpu
+        and type(first) in _KNOWN
+        and not is_traced()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and not isinstance(library(), str)
+    )
+
+
 def handles(tensors: Iterable[Tensor | None], dtype: torch.dtype) -> bool:
     """Whether there are compiled functions and these tensors are ordinary memory of the CPU, all of the one dtype.
 

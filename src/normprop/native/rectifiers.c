@@ -4,24 +4,10 @@
  */
 #ifndef REAL
 
-#include <float.h>
-#include <math.h>
+#include <stddef.h>
 #include <stdint.h>
 
-/* Φ(m/√v), E relu(u), φ(m/√v)/√v and Var relu(u). Of E relu(u) and E relu(−u), that beyond the mean's side is computed and
- * |m| added for the other, so that neither cancels. */
-typedef struct {
-    double cdf, positive, ratio, rectified;
-} values;
-
-static values rectify(double m, double v)
-{
-    const double distance = fabs(m), std = sqrt(v > 0 ? v : DBL_MIN), t = distance / std;
-    const double tail = 0.5 * erfc(t * 0.70710678118654752440), pdf = exp(-0.5 * t * t) * 0.39894228040143267794;
-    const double low = std * pdf - distance * tail, high = low + distance;
-    const double cdf = m > 0 ? 1 - tail : tail, rectified = v * cdf - low * high;
-    return (values){cdf, m > 0 ? high : low, v > 0 ? pdf / std : 0, rectified < 0 ? 0 : rectified};
-}
+#include "rectify.h"
 
 #define REAL float
 #define NAME(name) name##_float
@@ -46,23 +32,20 @@ typedef struct {
 /* E f and Var f, or gradients, of `count` tensors behind max(u, 0) + a·min(u, 0). */
 void NAME(rectifiers)(const NAME(rectifier) *all, int64_t count, double a)
 {
-    const double b = 1 - a;
     for (int64_t i = 0; i < count; i++) {
         const NAME(rectifier) *x = &all[i];
         for (int64_t j = 0; j < x->size; j++) {
-            const double m = x->mean[j], v = x->var[j];
-            const values r = rectify(m, v);
+            double first, second;
             if (!x->by_mean) {
-                x->first[j] = (REAL)(b * r.positive + a * m);
-                x->second[j] = (REAL)(b * b * r.rectified + v * (2 * a * b * r.cdf + a * a));
+                leaky(x->mean[j], x->var[j], a, &first, &second);
+                x->first[j] = (REAL)first;
+                x->second[j] = (REAL)second;
                 continue;
             }
             const double g = x->by_first ? x->by_first[j] : 0, h = x->by_second ? x->by_second[j] : 0;
-            const double by_mean = b * b * 2 * r.positive * (1 - r.cdf) + 2 * a * b * r.ratio * v;
-            const double by_var =
-                b * b * (r.cdf - r.positive * r.ratio) + 2 * a * b * (r.cdf - 0.5 * r.ratio * m) + a * a;
-            x->by_mean[j] = (REAL)(h * by_mean + g * (b * r.cdf + a));
-            x->by_var[j] = (REAL)(h * by_var + g * 0.5 * b * r.ratio);
+            leaky_gradients(x->mean[j], x->var[j], a, g, h, &first, &second);
+            x->by_mean[j] = (REAL)first;
+            x->by_var[j] = (REAL)second;
         }
     }
 }

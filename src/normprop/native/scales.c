@@ -10,8 +10,7 @@
 #include <stdint.h>
 #include <stdlib.h>
 
-/* Runs `body(data)` on so many threads at once and returns when all have; NULL where there is none. */
-typedef void (*parallel_t)(void (*body)(void *), void *data, unsigned threads, unsigned flags);
+#include "threads.h"
 
 #define REAL float
 #define EPSILON FLT_EPSILON
@@ -30,33 +29,7 @@ typedef void (*parallel_t)(void (*body)(void *), void *data, unsigned threads, u
 
 #else
 
-/* One site, as library callers lay it out: every field takes 64 bits. Pointers may be NULL where said. */
-typedef struct {
-    const REAL *weight;  /* (groups · filters, fan-in), filters one behind the other; NULL for a site without a layer */
-    const REAL *mean;    /* m a channel of the input; NULL for 0 */
-    const REAL *var;     /* v; NULL for 1 */
-    const REAL *gamma, *beta, *shift, *scale; /* γ, β, d, k a filter */
-    const REAL *directions; /* U, (groups · rank, fan-in), as the weight lies; NULL without */
-    REAL *multiplied;    /* out: f c, as the weight lies; not used for gradients */
-    REAL *factor, *offset, *average; /* out: f, b, and the mean of each filter that is centred */
-    REAL *first, *second; /* out: E and V */
-    int64_t groups, filters, inputs, taps; /* filters and inputs are those of one group */
-    int64_t taps_first;  /* whether the taps of a filter lie outside its inputs in memory */
-    int64_t stride;      /* an output position sees every stride-th weight: more than 1 for transposed convolutions */
-    int64_t center;      /* whether each filter's mean is subtracted */
-    int64_t blocks;      /* into how many runs of filters it is divided */
-    int64_t rank;        /* directions of a group */
-} NAME(site);
-
-/* Gradients of one site's outputs, NULL for zero, and of its inputs, NULL where not wanted. */
-typedef struct {
-    const REAL *by_multiplied; /* may be the same memory as by_weight */
-    const REAL *by_factor, *by_offset; /* of f where there is no layer */
-    REAL *by_weight;
-    REAL *by_mean, *by_var; /* one value a channel of the input, a part from each block: to be summed */
-    REAL *by_gamma, *by_beta;
-    int64_t reach; /* from one block's part to the next */
-} NAME(gradients);
+#include "scales.h"
 
 typedef struct {
     const NAME(site) *sites;

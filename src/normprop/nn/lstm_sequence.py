@@ -75,7 +75,7 @@ class _LSTM(torch.autograd.Function):
         drive, y, c, weight, cell, gates, ys, cells, t = ctx.saved_tensors
         if torch.is_grad_enabled():
             inputs = (drive, y, c, weight, cell)
-            return tuple(gradients_again(_unrolled(*inputs), inputs, grads))
+            return tuple(gradients_again(lambda given: _unrolled(*given), inputs, grads))
         outside, dc = grads
         steps, size = len(gates), weight.shape[1]
         i, f, g, o = gates.unflatten(-1, (4, size)).unbind(-2)

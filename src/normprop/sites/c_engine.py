@@ -62,7 +62,7 @@ class _NativeScales(torch.autograd.Function):
         return (None, *(g if asked[i // width] else None for i, g in enumerate(found)))
 
 
-class _Geometry(NamedTuple):
+class Geometry(NamedTuple):
     """How a site's numbers lie.
 
     Attributes:
@@ -77,18 +77,18 @@ class _Geometry(NamedTuple):
 
 
 @functools.lru_cache(maxsize=4096)
-def _geometry(form: Form, size: int, shape: tuple[int, ...], outside: bool, threads: int, directions: int) -> _Geometry:
+def geometry(form: Form, size: int, shape: tuple[int, ...], outside: bool, threads: int, directions: int) -> Geometry:
     """The geometry of a site with `size` outputs behind a weight of that shape; without a layer, of ``()``."""
     if not shape:
-        return _Geometry(0, 1, (1, size, 0, 0, 0, 1, False, 1, 0))
+        return Geometry(0, 1, (1, size, 0, 0, 0, 1, False, 1, 0))
     numbers = math.prod(shape)
     blocks = min(threads, size) if numbers >= _DIVIDED else 1
     inputs = shape[0] // form.groups if form.transposed else shape[1]
     rows = (form.groups, size // form.groups, inputs, math.prod(shape[2:]), outside)
-    return _Geometry(numbers, blocks, (*rows, form.stride, form.center, blocks, directions // form.groups))
+    return Geometry(numbers, blocks, (*rows, form.stride, form.center, blocks, directions // form.groups))
 
 
-class _Layer:
+class Layer:
     """A weight whose filters lie one behind the other in memory.
 
     Args:
@@ -136,17 +136,17 @@ class Call:
 
     def __init__(self, forms: Sequence[Form], sites: Sequence[Operands]) -> None:
         self.forms, self.sites = forms, sites
-        self.layers = [s.weight if s.weight is None else _Layer(s.weight, f) for s, f in zip(sites, forms, strict=True)]
+        self.layers = [s.weight if s.weight is None else Layer(s.weight, f) for s, f in zip(sites, forms, strict=True)]
         self.sizes = [site.gamma.shape[0] for site in sites]
         self.alive: list[Tensor | None] = []  # what the arithmetic reads besides
 
     @functools.cached_property
-    def _geometries(self) -> list[_Geometry]:
+    def _geometries(self) -> list[Geometry]:
         threads = torch.get_num_threads()
         return [
-            _geometry(form, size, (), False, threads, 0)
+            geometry(form, size, (), False, threads, 0)
             if layer is None
-            else _geometry(
+            else geometry(
                 form,
                 size,
                 layer.weight.shape,

@@ -84,7 +84,5 @@ def inverse_root(scale: Tensor, var: Tensor) -> Tensor:
 
 def plain_backward(forms: Sequence[Form], tensors: Sequence[Any], grads: Sequence[Tensor | None]) -> list[Tensor | None]:
     """Gradients of the operands of several sites, from those of their scales, that can be differentiated again."""
-    outputs: list[Tensor | None] = []
-    for form, given in zip(forms, sites_of(tensors), strict=True):
-        outputs += plain_scale(form, given)
-    return gradients_again(outputs, tensors, grads)
+    compute = lambda given: [t for form, one in zip(forms, sites_of(given), strict=True) for t in plain_scale(form, one)]
+    return gradients_again(compute, tensors, grads)

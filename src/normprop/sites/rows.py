@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True)
-class Form:
+class Form(NamedTuple):
     """What of a layer the arithmetic of its site depends on, besides tensors.
 
     Attributes:

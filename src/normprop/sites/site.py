@@ -260,6 +260,17 @@ def _constants(site: Site, call: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return gamma, beta, shift, scale
 
 
+def site_tensors(site: Site, call: int, weight: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """γ, β, d, k and U of one call of a site, the last one None where there is none.
+
+    Args:
+        site: the site.
+        call: which of its calls.
+        weight: of the layer before it, None without one.
+    """
+    return (*_constants(site, call), _directions(site, call, weight))
+
+
 def _tensors(site: Site) -> dict[str, Any]:
     """What a site holds by name; a module's own lookup takes a while, and small networks do little else.
 

@@ -1,0 +1,196 @@
+"""Moment lanes in compiled segments beside the same lanes in torch's operations."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import normprop
+from normprop.conversion.lane import Lane
+from normprop.native.library import library
+from tests.zoo import FAST, SMALL, build, randomise
+
+pytestmark = pytest.mark.skipif(isinstance(library(), str), reason=f"no compiled functions: {library()}")
+FRESH: dict[str, Any] = {"preserve": False}
+CASES = [(name, options) for name in SMALL for options in ({}, FRESH, {"normalize": "all"} | FRESH)]
+CASES += [(name, {}) for name in FAST if "levit" not in name]
+
+
+def converted(name: str, **options: Any) -> nn.Module:
+    torch.manual_seed(0)
+    if name in SMALL:
+        network, shape = SMALL[name][0]().double(), SMALL[name][1]
+        return normprop.convert(randomise(network), example=torch.zeros(2, *shape, dtype=torch.float64), **options)
+    return normprop.convert(randomise(build(name).double()), **options)
+
+
+def values(scales: Any) -> list[Tensor]:
+    return [t for scale in scales for t in scale if t is not None]
+
+
+def gradients(found: list[Tensor], parameters: list[Tensor], **options: Any) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    draw = lambda t: torch.randn(t.shape, generator=generator, dtype=t.dtype)
+    weighted = [(t, draw(t)) for t in found]
+    total = sum((t * w).sum() for t, w in weighted if t.requires_grad)
+    return list(torch.autograd.grad(total, parameters, allow_unused=True, materialize_grads=True, **options))
+
+
+def both(model: nn.Module) -> Iterator[tuple[Lane, list[Tensor], list[Tensor]]]:
+    """Each mode's lane, its scales in segments and without."""
+    lane = normprop.lane(model)
+    for mode in (True, False):
+        entries = lane.entries[mode]
+        if entries:
+            compiled = lane.compiled(model, entries)
+            assert compiled is not None
+            yield lane, values(compiled.function(model)), values(lane.program(entries).function(model))
+
+
+def parameters(model: nn.Module) -> list[Tensor]:
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def close(found: list[Tensor], expected: list[Tensor], tolerance: float = 1e-12) -> None:
+    for one, other in zip(found, expected, strict=True):
+        assert one.shape == other.shape
+        size = float(other.detach().abs().max()) if other.numel() else 0.0
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=tolerance * max(size, 1e-3))
+
+
+@pytest.mark.parametrize(("name", "options"), CASES, ids=str)
+def test_values_and_gradients(name: str, options: dict[str, Any]) -> None:
+    model = converted(name, **options)
+    for _, found, expected in both(model):
+        close(found, expected)
+        close(gradients(found, parameters(model)), gradients(expected, parameters(model)), 1e-11)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_calibrated(name: str) -> None:
+    """Directions, shifts and scales take part."""
+    model = converted(name, preserve=False)
+    normprop.calibrate(model, torch.randn(24, *SMALL[name][1], dtype=torch.float64))
+    for _, found, expected in both(model):
+        close(found, expected)
+        close(gradients(found, parameters(model)), gradients(expected, parameters(model)), 1e-11)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_second_derivatives(name: str) -> None:
+    model = converted(name, preserve=False)
+    for _, found, expected in both(model):
+        first = [gradients(of, parameters(model), create_graph=True) for of in (found, expected)]
+        close(*(gradients(some, parameters(model)) for some in first), 1e-9)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_threads_and_memory_formats(threads: int) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        model = converted("torchvision:resnet18").to(memory_format=torch.channels_last)
+        for _, found, expected in both(model):
+            close(found, expected)
+            close(gradients(found, parameters(model)), gradients(expected, parameters(model)), 1e-11)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("name", ["residual", "pre-activation", "gated"])
+def test_single_precision(name: str) -> None:
+    model = converted(name, preserve=False).float()
+    for _, found, expected in both(model):
+        assert all(t.dtype == torch.float32 for t in found)
+        for one, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+class Flow(nn.Module):
+    """Every operation that segments hold, between sites."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Conv2d(i, 6, 3, padding=1, bias=False) for i in (3, 6, 6, 12, 6, 1))
+        self.norms = nn.ModuleList(nn.BatchNorm2d(6) for _ in self.layers)
+        self.slope = nn.LeakyReLU(0.2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a = torch.relu(self.norms[0](self.layers[0](x)))
+        b = self.slope(self.norms[1](self.layers[1](a)))
+        c = self.norms[2](self.layers[2](0.5 * a - b))
+        with torch.no_grad():
+            d = nn.functional.leaky_relu(c, 0.3)
+        e = self.norms[3](self.layers[3](torch.cat([b * c, d + c], 1)))
+        f = self.norms[4](self.layers[4](e + e))
+        return self.norms[5](self.layers[5](f[:, :1] * 2)) + torch.add(a, e, alpha=0.7)
+
+
+def test_every_operation() -> None:
+    torch.manual_seed(1)
+    model = normprop.convert(randomise(Flow().double()))
+    model.slope.negative_slope = 0.05  # moments follow
+    for lane, found, expected in both(model):
+        assert "run_segment" in lane.compiled(model, lane.entries[True]).code
+        close(found, expected)
+        close(gradients(found, parameters(model)), gradients(expected, parameters(model)), 1e-11)
+
+
+def test_a_small_network_is_one_segment() -> None:
+    model = normprop.convert(nn.Sequential(*(m for _ in range(4) for m in (nn.Linear(8, 8), nn.BatchNorm1d(8), nn.ReLU()))))
+    lane = normprop.lane(model)
+    assert lane.compiled(model, lane.entries[True]).code.count("run_segment(") == 1
+    assert str(lane).startswith("moment lane of Sequential: 4 sites, 1 compiled segment\n")
+
+
+def test_frozen_layers_and_shared_ones() -> None:
+    model = converted("shared", preserve=False)
+    for i, parameter in enumerate(model.parameters()):
+        parameter.requires_grad_(parameter.requires_grad and i % 3 != 0)
+    for _, found, expected in both(model):
+        close(gradients(found, parameters(model)), gradients(expected, parameters(model)), 1e-11)
+
+
+@pytest.mark.parametrize("name", ["residual", "gated"])
+def test_copies_and_pickles(name: str) -> None:
+    model = converted(name)
+    x = torch.randn(2, *SMALL[name][1], dtype=torch.float64)
+    y = model(x)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(other(x), y)
+        with torch.no_grad():
+            for parameter in other.parameters():
+                parameter.mul_(1.5) if parameter.requires_grad and parameter.dim() == 1 else None
+        assert not torch.allclose(other(x), y)
+        assert torch.equal(model(x), y)
+
+
+def test_a_layer_of_another_size_is_no_memory_error() -> None:
+    model = normprop.convert(
+        nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 8), nn.BatchNorm1d(8))
+    )
+    x = torch.randn(3, 4)
+    model(x)
+    model[3].weight = nn.Parameter(torch.randn(8, 5))
+    with pytest.raises((RuntimeError, normprop.NormPropError)):
+        model(x)
+
+
+def test_what_nothing_reads_gets_no_gradient() -> None:
+    """Of one segment: gradients are None, not zero, where no gradient arrives."""
+    model = normprop.convert(nn.Sequential(*(m for _ in range(3) for m in (nn.Linear(8, 8), nn.BatchNorm1d(8), nn.ReLU()))))
+    lane = normprop.lane(model)
+    entries = lane.entries[True]
+    program = lane.compiled(model, entries)
+    first, second, _ = program.function(model)
+    for scale, used in ((first, "0 1"), (second, "1 3 4")):
+        model.zero_grad()
+        scale.weight.square().sum().backward(retain_graph=True)
+        found = {name.partition(".")[0] for name, p in model.named_parameters() if p.grad is not None}
+        assert found == set(used.split())
