@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import ctypes
 import pickle
 from collections.abc import Iterator
 from typing import Any
@@ -12,8 +13,13 @@ import torch
 from torch import Tensor, nn
 
 import normprop
+from normprop.activations.compiled_curves import native_curve
+from normprop.activations.fast_moments import lane_moments
+from normprop.conversion.activation_setting import module_setting
 from normprop.conversion.lane import Lane
-from normprop.native.library import library
+from normprop.conversion.segment import Kind
+from normprop.native.library import NativeLayout, library
+from normprop.native.structures import MomentOperation, SiteScaling
 from tests.zoo import FAST, SMALL, build, randomise
 
 pytestmark = pytest.mark.skipif(isinstance(library(), str), reason=f"no compiled functions: {library()}")
@@ -140,6 +146,104 @@ def test_every_operation() -> None:
         assert "run_segment" in lane.compiled(model, lane.entries[True]).code
         close(found, expected)
         close(gradients(found, parameters(model)), gradients(expected, parameters(model)), 1e-11)
+
+
+class Excited(nn.Module):
+    """Squeeze-and-excitation by layers without a normaliser, and pooling."""
+
+    def __init__(self, activation: nn.Module) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Conv2d(i, 6, 3, padding=1, bias=False) for i in (3, 6, 6, 6))
+        self.norms = nn.ModuleList(nn.BatchNorm2d(6) for _ in self.layers)
+        self.squeeze = nn.Conv2d(6, 4, 1, bias=False)
+        self.excite = nn.Conv2d(4, 6, 1, groups=2)
+        self.mix = nn.Conv2d(6, 6, 3, padding=1, groups=3)
+        self.first, self.last = nn.Linear(6, 5), nn.Linear(5, 6, bias=False)
+        self.norm = nn.BatchNorm1d(6)
+        self.pool, self.most = nn.AvgPool2d(2), nn.MaxPool2d(2, 1)
+        self.activation = activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        a = self.activation(self.norms[0](self.layers[0](x)))
+        gate = nn.functional.adaptive_avg_pool2d(a, 1)
+        gate = nn.functional.hardsigmoid(self.excite(torch.tanh(self.squeeze(gate))))
+        b = nn.functional.elu(self.norms[1](self.layers[1](self.pool(a * gate))), 0.7)
+        c = nn.functional.gelu(self.norms[2](self.layers[2](self.most(self.mix(b)))), approximate="tanh")
+        d = self.activation(self.norms[3](self.layers[3](c)))
+        return self.norm(self.last(self.activation(self.first(d.mean((2, 3)))))) + torch.flatten(d.amax((2, 3)), 1)
+
+
+ACTIVATIONS = [
+    nn.Hardswish(), nn.ReLU6(), nn.Hardtanh(-0.5, 2.0), nn.Sigmoid(), nn.Tanh(), nn.SiLU(), nn.Mish(), nn.Softplus(2.0),
+    nn.ELU(0.8), nn.CELU(1.3), nn.SELU(), nn.GELU(), nn.GELU("tanh"), nn.Softshrink(0.2), nn.LeakyReLU(0.1),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS, ids=repr)
+def test_excitation(activation: nn.Module) -> None:
+    torch.manual_seed(1)
+    model = normprop.convert(randomise(Excited(activation).double()), example=torch.zeros(2, 3, 12, 12).double())
+    for lane, found, expected in both(model):
+        assert lane.compiled(model, lane.entries[True]).code.count("run_segment(") == 1 or isinstance(
+            activation, nn.Softshrink
+        )
+        close(found, expected)
+        close(gradients(found, parameters(model)), gradients(expected, parameters(model)), 1e-11)
+
+
+def test_activations_that_change() -> None:
+    """Other parameters, even learned ones, count as soon as they are there."""
+    torch.manual_seed(1)
+    model = normprop.convert(randomise(Excited(nn.ELU(0.8)).double()), example=torch.zeros(2, 3, 12, 12).double())
+    before = next(found for _, found, _ in both(model))
+    model.activation.alpha = 1.4
+    for _, found, expected in both(model):
+        close(found, expected)
+        assert not torch.allclose(found[2], before[2])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("activation", [a for a in ACTIVATIONS if not isinstance(a, nn.LeakyReLU | nn.Softshrink)], ids=repr)
+def test_curves(activation: nn.Module, dtype: torch.dtype) -> None:
+    """Means and variances of all sizes, at the bends and far from them."""
+    known = module_setting(activation)
+    assert isinstance(known, tuple)
+    curve = native_curve(*known, dtype == torch.float64)
+    assert curve is not None
+    sizes = [0.0, 1e-9, 1e-4, 0.03, 0.5, 1.0, 3.0, 8.0, 40.0, 900.0]
+    mean, std = (
+        t.flatten()
+        for t in torch.meshgrid(torch.tensor([-s for s in sizes[1:]] + sizes), torch.tensor(sizes), indexing="ij")
+    )
+    mean, var = mean.to(dtype), std.to(dtype).square()
+    found = moved(curve, mean, var)
+    name, settings = known
+    given = mean.clone().requires_grad_(), var.clone().requires_grad_()
+    first, second = lane_moments(name, *given, dict(settings))
+    slopes = [g for value in (first, second) for g in torch.autograd.grad(value.sum(), given, retain_graph=True)]
+    # A value is as exact as f's own argument, and what a standard deviation divides is off by so much more.
+    size, spread = mean.double().abs() + 1.0, var.double().sqrt().clamp(min=1e-10) + 1e-5 * mean.double().abs()
+    rounding = [size, size * spread, 1.0, 1.0 / spread, size + spread, 1.0 + size / spread]
+    relative = 1e-12 if dtype == torch.float64 else 1e-6
+    for one, other, natural in zip(found, [first, second, *slopes], rounding, strict=True):
+        assert ((one - other).abs().double() <= relative * other.abs() + 1e-13 * natural).all()
+
+
+def moved(curve: Any, mean: Tensor, var: Tensor) -> list[Tensor]:
+    """What one activation alone makes of moments: both, and the derivatives by mean and variance of one and the other."""
+    count = len(mean)
+    native = library()
+    assert not isinstance(native, str)
+    steps = (MomentOperation * 2)()
+    steps[0].kind, steps[0].size, steps[0].a_size, steps[0].b_size = Kind.GIVEN, count, count, count
+    steps[0].mean, steps[0].var, steps[0].first, steps[0].second = 0, count, 0, 1
+    steps[1].kind, steps[1].size, steps[1].a_size = Kind.CURVED, count, count
+    steps[1].mean, steps[1].var, steps[1].a_mean, steps[1].a_var = 2 * count, 3 * count, 0, count
+    steps[1].slopes, steps[1].curve = 4 * count, ctypes.addressof(curve)
+    layout = NativeLayout(steps, (SiteScaling * 0)(), 0, 0, (curve,))
+    memory = mean.new_empty(8 * count)
+    native.lane(mean.dtype, layout, [mean.data_ptr(), var.data_ptr()], [], memory.data_ptr(), memory.data_ptr())
+    return list(memory[2 * count :].reshape(6, count))
 
 
 def test_a_small_network_is_one_segment() -> None:

@@ -93,7 +93,7 @@ class _LaneMoments(torch.autograd.Function):
     def forward(ctx: Any, mean: Tensor, var: Tensor, panels: Panels, plain: Plain) -> tuple[Tensor, Tensor]:
         work = working_dtype(mean.device)
         m, v = mean.reshape(-1).to(work), var.reshape(-1).to(work)
-        passes = -(-m.numel() * panels.places.shape[1] // _TOGETHER) if m.device.type == "cpu" else 1
+        passes = -(-m.numel() * panels.count // _TOGETHER) if m.device.type == "cpu" else 1
         slopes = any(ctx.needs_input_grad)
         parts = [_sums(panels, *few, slopes) for few in zip(m.chunk(passes or 1), v.chunk(passes or 1), strict=True)]
         found = parts[0] if len(parts) == 1 else [torch.cat(column) for column in zip(*parts, strict=True)]
@@ -125,8 +125,8 @@ def _sums(panels: Panels, mean: Tensor, var: Tensor, slopes: bool) -> list[Tenso
     limits leave out are equally small. At s = 0 a kink makes ∂E/∂v infinite: it is 0.
     """
     center = panels.center(mean)
-    rounding = torch.finfo(mean.dtype).eps
-    smallest = (mean.abs() + center.abs()).mul_(rounding ** (1 / 2 if panels.kinked else 1 / 3)).add_(rounding ** (2 / 3))
+    near, far = panels.smallest(torch.finfo(mean.dtype).eps)
+    smallest = (mean.abs() + center.abs()).mul_(near).add_(far)
     root = var.sqrt()
     std = torch.maximum(root, smallest)
     ratio = root / std

@@ -32,33 +32,67 @@ DOUBLE = Precision(8.0, 28, 34)  # 1e-10 of the natural scale for all means and 
 SINGLE = Precision(6.5, 16, 22)  # 1e-6
 
 
+class Constant:
+    """A tensor with a copy for each dtype and device where it is needed: copying it every time would make a GPU wait.
+
+    Args:
+        tensor: on a CPU.
+    """
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.copies = {(tensor.dtype, tensor.device): tensor}
+
+    def like(self, other: Tensor) -> Tensor:
+        """The tensor with another's dtype and device."""
+        key = other.dtype, other.device
+        if key not in self.copies:
+            with torch.inference_mode(False):
+                self.copies[key] = next(iter(self.copies.values())).to(other.device, other.dtype)
+        return self.copies[key]
+
+
 @dataclass(frozen=True)
 class Panels:
     """Nodes of one activation.
 
     Attributes:
         ends: mean and std ``(n,)`` → ends of the panels in standard deviations from the mean, ``(n, ends)``.
-        places: ends → nodes, ``(ends, nodes)``.
+        places: ends → nodes, ``(ends, nodes)``, wherever they are needed.
         widths: ends → weights of the nodes without the density, ``(ends, nodes)``.
         center: f at the means, ``(n,)`` → ``(n,)``.
         value: f at the nodes, ``(n, nodes)`` → ``(n, nodes)``.
         slope: f' at the nodes.
         kinked: whether f' jumps anywhere but at 0.
+        form: of the activation.
+        rules: nodes of each panel between its ends, in [0, 1], and their weights.
+        reach: where the outer panels end.
     """
 
     ends: Callable[[Tensor, Tensor], Tensor]
-    places: Tensor
-    widths: Tensor
+    places: Constant
+    widths: Constant
     center: Function
     value: Function
     slope: Function
     kinked: bool
+    form: Smooth | Piecewise
+    rules: Sequence[tuple[Tensor, Tensor]]
+    reach: float
+
+    @property
+    def count(self) -> int:
+        """How many nodes there are."""
+        return sum(len(nodes) for nodes, _ in self.rules)
+
+    def smallest(self, rounding: float) -> tuple[float, float]:
+        """a, b: below ``a (|m| + |f(m)|) + b`` a standard deviation counts as that (see `fast_moments`)."""
+        return rounding ** (1 / 2 if self.kinked else 1 / 3), rounding ** (2 / 3)
 
     def nodes(self, mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
         """Nodes z in standard deviations from the mean and their weights under N(0, 1), ``(n, nodes)`` each."""
         ends = self.ends(mean, std)
-        z = ends @ self.places.to(ends)
-        weight = z.square().mul_(-0.5).exp_().mul_(ends @ self.widths.to(ends))
+        z = ends @ self.places.like(ends)
+        weight = z.square().mul_(-0.5).exp_().mul_(ends @ self.widths.like(ends))
         return z, weight
 
 
@@ -98,7 +132,8 @@ def _smooth_panels(f: Smooth, precision: Precision) -> Panels:
     wide, near = _legendre(precision.wide), _legendre(precision.near)
     graded = near[0].square(), 2 * near[0] * near[1]
     mirrored = (1 - graded[0]).flip(0), graded[1].flip(0)
-    return Panels(ends, *_matrices([wide, mirrored, graded, wide]), f.value, f.value, f.slope, kinked=False)
+    rules = [wide, mirrored, graded, wide]
+    return Panels(ends, *_matrices(rules), f.value, f.value, f.slope, False, f, rules, reach)
 
 
 def _piecewise_panels(f: Piecewise, precision: Precision) -> Panels:
@@ -113,28 +148,31 @@ def _piecewise_panels(f: Piecewise, precision: Precision) -> Panels:
     def column(which: str) -> Tensor:
         return torch.tensor([getattr(p, which) for p in f.pieces], dtype=torch.float64).repeat_interleave(precision.wide)
 
-    c0, c1, c2, origin = (column(which) for which in ("c0", "c1", "c2", "origin"))
-    tilt = c1 - 2 * c2 * origin
-    curved = bool(c2.any())
-    base = c0 - origin * (c1 - c2 * origin)
+    columns = [column(which) for which in ("c0", "c1", "c2", "origin")]
+    c0, c1, c2, origin = map(Constant, columns)
+    curved = bool(columns[2].any())
+    tilt = Constant(columns[1] - 2 * columns[2] * columns[3])
+    base = Constant(columns[0] - columns[3] * (columns[1] - columns[2] * columns[3]))
+    bend = Constant(2 * columns[2])
 
     def value(u: Tensor) -> Tensor:
         if not curved:
-            return torch.addcmul(base.to(u), u, tilt.to(u))
-        offset = u - origin.to(u)
-        return torch.addcmul(c1.to(u), offset, c2.to(u)).mul_(offset).add_(c0.to(u))
+            return torch.addcmul(base.like(u), u, tilt.like(u))
+        offset = u - origin.like(u)
+        return torch.addcmul(c1.like(u), offset, c2.like(u)).mul_(offset).add_(c0.like(u))
 
     def slope(u: Tensor) -> Tensor:
-        return torch.addcmul(tilt.to(u), u, 2 * c2.to(u)) if curved else tilt.to(u).expand_as(u).clone()
+        return torch.addcmul(tilt.like(u), u, bend.like(u)) if curved else tilt.like(u).expand_as(u).clone()
 
-    return Panels(ends, *_matrices([rule] * len(f.pieces)), f.at, value, slope, kinked=True)
+    rules = [rule] * len(f.pieces)
+    return Panels(ends, *_matrices(rules), f.at, value, slope, True, f, rules, reach)
 
 
 def _legendre(count: int) -> tuple[Tensor, Tensor]:
     return gauss_legendre(count, torch.zeros((), dtype=torch.float64))
 
 
-def _matrices(rules: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+def _matrices(rules: Sequence[tuple[Tensor, Tensor]]) -> tuple[Constant, Constant]:
     """`places` and `widths` for one rule on [0, 1] between any two neighbouring ends; 1/√(2π) is in the weights."""
     count = sum(len(nodes) for nodes, _ in rules)
     places, widths = torch.zeros(2, len(rules) + 1, count, dtype=torch.float64).unbind()
@@ -144,4 +182,4 @@ def _matrices(rules: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         places[i, columns], places[i + 1, columns] = 1 - nodes, nodes
         density = weights / math.sqrt(2 * math.pi)
         widths[i, columns], widths[i + 1, columns] = -density, density
-    return places, widths
+    return Constant(places), Constant(widths)

@@ -20,7 +20,8 @@ class Smooth:
 
     value, slope: f and f'. rate: a bound on |d log f'² / du| at the mean, which tells how far from the mean the mass
     of f'² φ may lie. scale: how far from 0 the bend reaches. algebraic: whether f approaches its asymptotes only as a
-    power of u. straight: beyond that many scales, f differs from its asymptotes by 1e-10 at most.
+    power of u. straight: beyond that many scales, f differs from its asymptotes by 1e-10 at most. code: the function's
+    name in curves.c, with its numbers; empty if it isn't there.
     """
 
     value: Function
@@ -29,6 +30,7 @@ class Smooth:
     scale: float = 1.0
     algebraic: bool = False
     straight: float = 24.0
+    code: tuple[str | float, ...] = ()
 
     @property
     def points(self) -> list[float]:
@@ -47,17 +49,17 @@ def _bell(u: Tensor) -> Tensor:
 
 def sigmoid() -> Smooth:
     """σ(u) = 1/(1 + e^{−u})."""
-    return Smooth(torch.sigmoid, _bell, _constant(2.0))
+    return Smooth(torch.sigmoid, _bell, _constant(2.0), code=("SIGMOID",))
 
 
 def tanh() -> Smooth:
     """tanh u; its slope is 4σ(2u)σ(−2u), which unlike 1 − tanh² keeps its digits."""
-    return Smooth(torch.tanh, lambda u: 4 * _bell(2 * u), _constant(4.0), straight=12.0)
+    return Smooth(torch.tanh, lambda u: 4 * _bell(2 * u), _constant(4.0), straight=12.0, code=("TANH",))
 
 
 def silu() -> Smooth:
     """u σ(u)."""
-    return Smooth(F.silu, lambda u: torch.sigmoid(u) * (1 + u * torch.sigmoid(-u)), _constant(2.0))
+    return Smooth(F.silu, lambda u: torch.sigmoid(u) * (1 + u * torch.sigmoid(-u)), _constant(2.0), code=("SILU",))
 
 
 def mish() -> Smooth:
@@ -67,14 +69,15 @@ def mish() -> Smooth:
         w = F.softplus(u)
         return torch.tanh(w) + u * torch.sigmoid(u) * 4 * _bell(2 * w)
 
-    return Smooth(F.mish, slope, _constant(2.0))
+    return Smooth(F.mish, slope, _constant(2.0), code=("MISH",))
 
 
 def softplus(beta: float = 1.0, threshold: float = 20.0) -> Smooth:
     """log(1 + e^{βu})/β; torch's switch to u beyond threshold/β, which is e^{−threshold}/β wide, is left out."""
     if threshold < 15:
         raise NormPropError(f"softplus: at threshold {threshold} it jumps visibly; pass it as a callable")
-    return Smooth(lambda u: F.softplus(u, beta, 40.0), lambda u: torch.sigmoid(beta * u), _constant(2 * beta), 1 / beta)
+    value: Function = lambda u: F.softplus(u, beta, 40.0)
+    return Smooth(value, lambda u: torch.sigmoid(beta * u), _constant(2 * beta), 1 / beta, code=("SOFTPLUS", beta))
 
 
 def logsigmoid() -> Smooth:
@@ -104,14 +107,15 @@ def _exponential(scale: float, alpha: float, width: float) -> Smooth:
     def slope(u: Tensor) -> Tensor:
         return scale * torch.where(u > 0, 1.0, alpha / width * torch.exp(u.clamp(max=0) / width))
 
-    return Smooth(value, slope, _constant(2 / width), width)
+    return Smooth(value, slope, _constant(2 / width), width, code=("EXPONENTIAL", scale, alpha, width))
 
 
 def gelu(approximate: str = "none") -> Smooth:
     """u Φ(u), or with approximate="tanh" u σ(2√(2/π)(u + 0.044715 u³))."""
     if approximate == "none":
         rate: Function = lambda mean: 2 * mean.abs() + 2
-        return Smooth(lambda u: u * _normal(u), lambda u: _normal(u) + u * density(u), rate, straight=8.0)
+        slope: Function = lambda u: _normal(u) + u * density(u)
+        return Smooth(lambda u: u * _normal(u), slope, rate, straight=8.0, code=("GELU",))
     if approximate != "tanh":
         raise NormPropError(f"gelu: approximate must be 'none' or 'tanh', not {approximate!r}")
     c, cubic = 2 * math.sqrt(2 / math.pi), 0.044715
@@ -119,12 +123,12 @@ def gelu(approximate: str = "none") -> Smooth:
     def gate(u: Tensor) -> Tensor:
         return c * u * (1 + cubic * u * u)
 
-    def slope(u: Tensor) -> Tensor:
+    def bent(u: Tensor) -> Tensor:
         w = gate(u)
         return torch.sigmoid(w) * (1 + u * c * (1 + 3 * cubic * u * u) * torch.sigmoid(-w))
 
     steepest: Function = lambda mean: 2 * c * (1 + 3 * cubic * mean * mean)
-    return Smooth(lambda u: u * torch.sigmoid(gate(u)), slope, steepest, straight=8.0)
+    return Smooth(lambda u: u * torch.sigmoid(gate(u)), bent, steepest, straight=8.0, code=("GELU_TANH",))
 
 
 def erf() -> Smooth:

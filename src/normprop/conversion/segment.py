@@ -1,4 +1,4 @@
-"""Part of a moment lane as one compiled call: what moments become between sites, and then the scales of sites."""
+"""Part of a moment lane as data: what moments become between sites, and then the scales of sites."""
 
 from __future__ import annotations
 
@@ -9,30 +9,29 @@ from enum import IntEnum
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from normprop.activations.fast_moments import lane_moments
 from normprop.activations.rectifier_moments import rectified_moments
 from normprop.channel_moments import Moments
-from normprop.double_backward import gradients_again
-from normprop.errors import NormPropError
-from normprop.native.library import NativeLayout, library
-from normprop.native.operands import handles
-from normprop.native.structures import MomentOperation, SiteScaling
-from normprop.precision import full_precision, wide
-from normprop.rules.elementwise import module_slope
-from normprop.sites.c_engine import Layer, geometry
+from normprop.conversion.activation_setting import Setting
+from normprop.native.library import NativeLayout
+from normprop.rules.linear import weight_moments
 from normprop.sites.engine import scales
-from normprop.sites.reference import Scale, plain_scale
-from normprop.sites.rows import Form, Operands, to_rows
-from normprop.sites.site import Site, site_tensors
+from normprop.sites.reference import plain_scale
+from normprop.sites.rows import Form, Operands
 
 _DERIVED = ("layouts", "readers", "widths", "_sources")
 
 
 class Kind(IntEnum):
-    """What an operation does; the order is that of moments.c."""
+    """What an operation does; the order is that of moments.h."""
 
-    STANDARD, GIVEN, SITE, RECTIFIED, SUM, PRODUCT, SCALED, COPIED, DETACHED, READ = range(10)
+    STANDARD, GIVEN, SITE, RECTIFIED, SUM, PRODUCT, SCALED, COPIED, DETACHED, READ, CURVED, MAPPED, LARGEST = range(13)
+
+
+# What reads tensors that have gradients.
+_READERS = (Kind.SITE, Kind.GIVEN, Kind.MAPPED)
 
 
 class Place(NamedTuple):
@@ -52,9 +51,12 @@ class Step:
         out: where its result is.
         a: its first argument.
         b: its second argument.
-        source: GIVEN: which of the given moments; SITE: which site; READ: which export.
-        number: RECTIFIED: slope below zero; SUM: factor of b; SCALED: factor.
-        module: RECTIFIED: which module knows the slope, None for `number`.
+        source: GIVEN: which of the given moments; SITE: which site; READ: which export; MAPPED: which map.
+        number: RECTIFIED: slope below zero; SUM: factor of b; SCALED: factor of the mean; LARGEST: how many standard
+            deviations the mean moves.
+        other: SCALED, LARGEST: factor of the variance.
+        module: RECTIFIED, CURVED: which module knows the slope, or the activation; None for `number`, or `curve`.
+        curve: CURVED: the activation, by its name and parameters.
     """
 
     kind: Kind
@@ -63,7 +65,23 @@ class Step:
     b: Place | None = None
     source: int = -1
     number: float = 0.0
+    other: float = 0.0
     module: int | None = None
+    curve: Setting = ("", ())
+
+
+class Map(NamedTuple):
+    """A linear layer without a site, which moments flow through.
+
+    Attributes:
+        shape: of its weight.
+        groups: of a grouped convolution.
+        offset: whether it has a bias.
+    """
+
+    shape: tuple[int, ...]
+    groups: int
+    offset: bool
 
 
 @dataclass(frozen=True)
@@ -93,22 +111,28 @@ class Found(NamedTuple):
     Attributes:
         forms: of each scaling.
         constants: d, k and U of each scaling, one behind the other.
-        slopes: of the modules.
+        settings: of the modules: the slope of a rectifier, else name and parameters of the activation.
     """
 
     forms: tuple[Form, ...]
     constants: tuple[Tensor | None, ...]
-    slopes: tuple[float, ...]
+    settings: tuple[Setting, ...]
 
 
 class Parts(NamedTuple):
-    """Tensors that have gradients, by what they are."""
+    """Tensors that have gradients, by what they are; of maps, the weight and then the bias or None of each."""
 
     weights: Sequence[Tensor]
     gammas: Sequence[Tensor]
     betas: Sequence[Tensor]
     means: Sequence[Tensor]
     variances: Sequence[Tensor]
+    maps: Sequence[Tensor | None]
+
+    @property
+    def like(self) -> Tensor:
+        """One of them: all have one dtype and device."""
+        return next(t for part in self for t in part if t is not None)
 
 
 @dataclass(frozen=True)
@@ -124,6 +148,7 @@ class Segment:
         channels: of each site.
         given: numbers of mean and variance of each of the given moments.
         weights: how many.
+        maps: linear layers without a site.
     """
 
     steps: tuple[Step, ...]
@@ -134,70 +159,16 @@ class Segment:
     channels: tuple[int, ...]
     given: tuple[tuple[int, int], ...]
     weights: int
-
-    def __call__(
-        self, weights: Sequence[Tensor], sites: Sequence[Site], modules: Sequence[nn.Module], given: Sequence[Moments]
-    ) -> list[Any]:
-        """A `Scale` for every scaling, then `Moments` for every export."""
-        weights = [wide(w) for w in weights]
-        pairs: list[Any] = [None] * len(sites)
-        forms: list[Form] = []
-        constants: list[Tensor | None] = []
-        for s in self.scalings:
-            site, form = sites[s.site], s.form
-            if s.weight is not None and site.center is not form.center:
-                form = Form(form.groups, form.transposed, form.stride, site.center)
-            forms.append(form)
-            weight = None if s.weight is None else weights[s.weight]
-            gamma, beta, shift, scale, directions = site_tensors(site, s.call, weight)
-            pairs[s.site] = gamma, beta
-            constants += shift.contiguous(), scale.contiguous(), directions
-        pairs = [pair or site_tensors(site, 0, None)[:2] for pair, site in zip(pairs, sites, strict=True)]
-        slopes = tuple(0.0 if type(m) is nn.ReLU else _slope(m) for m in modules)
-        found = Found(tuple(forms), tuple(constants), slopes)
-        parts = Parts(
-            weights,
-            [gamma.contiguous() for gamma, _ in pairs],
-            [beta.contiguous() for _, beta in pairs],
-            [wide(m.mean).contiguous() for m in given],
-            [wide(m.var).contiguous() for m in given],
-        )
-        flat = self._run(found, parts)
-        count = 3 * len(self.scalings)
-        results: list[Any] = [Scale(*flat[i : i + 3]) for i in range(0, count, 3)]
-        results += [Moments(*flat[i : i + 2]) for i in range(count, len(flat), 2)]
-        return results
-
-    def _run(self, found: Found, parts: Parts) -> Sequence[Any]:
-        tensors = [t for part in parts for t in part]
-        if self._fits(parts) and handles((*tensors, *found.constants), tensors[-1].dtype):
-            flat: Sequence[Any] = _Compiled.apply(self, found, *tensors)
-            return flat
-        with full_precision(tensors[0]):
-            return self.plain(found, parts, fast=True)
-
-    def _fits(self, parts: Parts) -> bool:
-        """Whether tensors have the sizes for which the segment was laid out."""
-        weights = (s.weight is None or parts.weights[s.weight].shape == s.shape for s in self.scalings)
-        sites = (g.numel() == b.numel() == n for g, b, n in zip(parts.gammas, parts.betas, self.channels, strict=True))
-        given = (
-            (m.numel(), v.numel()) == sizes for m, v, sizes in zip(parts.means, parts.variances, self.given, strict=True)
-        )
-        return all(weights) and all(sites) and all(given)
+    maps: tuple[Map, ...]
 
     def parts(self, tensors: Sequence[Any]) -> Parts:
         """What lies one behind the other."""
         found, start = [], 0
-        for count in (self.weights, len(self.channels), len(self.channels), len(self.given), len(self.given)):
+        sites, given = len(self.channels), len(self.given)
+        for count in (self.weights, sites, sites, given, given, 2 * len(self.maps)):
             found.append(tensors[start : start + count])
             start += count
         return Parts(*found)
-
-    def layout(self, key: LayoutKey) -> NativeLayout:
-        """The segment as C reads it."""
-        if key not in self.layouts:
-            self.layouts[key] = _laid(self, key)
-        return self.layouts[key]
 
     @functools.cached_property
     def readers(self) -> list[int]:
@@ -210,38 +181,39 @@ class Segment:
         return [self.channels[s.site] for s in self.scalings]
 
     @functools.cached_property
-    def _sources(self) -> list[tuple[set[int], set[int]]]:
-        """For each scaling, then each export, the sites and given moments that it depends on, those detached aside."""
-        made: dict[Place, tuple[set[int], set[int]]] = {}
+    def _sources(self) -> list[set[tuple[Kind, int]]]:
+        """For each scaling, then each export, the sites, given moments and maps it depends on, those detached aside."""
+        made: dict[Place, set[tuple[Kind, int]]] = {}
         joins = dict(self.joins)
         for step in self.steps:
             if step.kind is Kind.READ:
                 continue
             before = [] if step.kind is Kind.DETACHED else [p for p in (step.a, step.b) if p is not None]
             before = [q for p in before for q in (p,) * (p in made) + joins.get(p, ()) * (p not in made)]
-            sites, given = (set().union(*(made[p][k] for p in before)) for k in (0, 1))
-            sites |= {step.source} if step.kind is Kind.SITE else set()
-            given |= {step.source} if step.kind is Kind.GIVEN else set()
-            made[step.out] = sites, given
+            made[step.out] = set().union(*(made[p] for p in before))
+            if step.kind in _READERS:
+                made[step.out].add((step.kind, step.source))
         for place, parts in self.joins:
-            made[place] = tuple(set().union(*(made[p][k] for p in parts)) for k in (0, 1))  # type: ignore[assignment]
-        found = [made[s.place] if s.place is not None else (set[int](), set[int]()) for s in self.scalings]
-        found = [(sites | {s.site}, given) for s, (sites, given) in zip(self.scalings, found, strict=True)]
+            made[place] = set().union(*(made[p] for p in parts))
+        found = [set[tuple[Kind, int]]() if s.place is None else made[s.place] for s in self.scalings]
+        found = [sources | {(Kind.SITE, s.site)} for s, sources in zip(self.scalings, found, strict=True)]
         return [*found, *(made[place] for place, _ in self.exports)]
 
-    def asked(self, grads: Sequence[Tensor | None]) -> tuple[set[int], set[int]]:
-        """The sites and given moments that gradients arrive at."""
+    def asked(self, grads: Sequence[Tensor | None]) -> list[bool]:
+        """Which tensors beside weights, in the order of `Parts`, gradients arrive at."""
         count = 3 * len(self.scalings)
         arrive = [any(g is not None for g in grads[i : i + 3]) for i in range(0, count, 3)]
         arrive += [any(g is not None for g in grads[i : i + 2]) for i in range(count, len(grads), 2)]
+        counts = {Kind.SITE: len(self.channels), Kind.GIVEN: len(self.given), Kind.MAPPED: len(self.maps)}
         if all(arrive):
-            return set(range(len(self.channels))), set(range(len(self.given)))
-        known = [source for source, here in zip(self._sources, arrive, strict=True) if here]
-        return set().union(*(sites for sites, _ in known)), set().union(*(given for _, given in known))
+            return [True] * (2 * sum(counts.values()))
+        known = set().union(*(source for source, here in zip(self._sources, arrive, strict=True) if here))
+        sites, given, maps = ([(kind, i) in known for i in range(n)] for kind, n in counts.items())
+        return [*sites, *sites, *given, *given, *(here for here in maps for _ in range(2))]
 
     @functools.cached_property
-    def layouts(self) -> dict[LayoutKey, NativeLayout]:
-        """Those that were made."""
+    def layouts(self) -> dict[Any, NativeLayout]:
+        """As compiled functions read it, for all that this depends on; those that were made."""
         return {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -292,26 +264,35 @@ class Segment:
             flat += read(place).mean.reshape(shape), read(place).var.reshape(shape)
         return flat
 
-    @staticmethod
-    def _moved(step: Step, read: Any, found: Found, parts: Parts) -> Moments:
+    def _moved(self, step: Step, read: Any, found: Found, parts: Parts) -> Moments:
         """What one step gives, in torch's operations."""
         match step.kind:
             case Kind.STANDARD:
-                like = next(t for some in parts for t in some)
+                like = parts.like
                 return Moments(like.new_zeros(1), like.new_ones(1))
             case Kind.GIVEN:
                 return Moments(parts.means[step.source].reshape(-1), parts.variances[step.source].reshape(-1))
             case Kind.SITE:
                 return Moments(parts.betas[step.source], parts.gammas[step.source].square())
             case Kind.RECTIFIED:
-                slope = step.number if step.module is None else found.slopes[step.module]
+                slope = step.number if step.module is None else found.settings[step.module]
+                assert type(slope) is float
                 return Moments(*rectified_moments(read(step.a).mean, read(step.a).var, slope))
+            case Kind.CURVED:
+                setting = step.curve if step.module is None else found.settings[step.module]
+                assert type(setting) is tuple
+                return Moments(*lane_moments(setting[0], read(step.a).mean, read(step.a).var, dict(setting[1])))
+            case Kind.MAPPED:
+                weight, bias = parts.maps[2 * step.source : 2 * step.source + 2]
+                return _mapped(read(step.a), weight, bias, self.maps[step.source].groups)
             case Kind.SUM:
                 result: Moments = read(step.a).plus(read(step.b).scaled(step.number))
             case Kind.PRODUCT:
                 result = read(step.a).times(read(step.b))
             case Kind.SCALED:
-                result = read(step.a).scaled(step.number)
+                result = Moments(read(step.a).mean * step.number, read(step.a).var * step.other)
+            case Kind.LARGEST:
+                result = Moments(read(step.a).mean + read(step.a).std * step.number, read(step.a).var * step.other)
             case Kind.DETACHED:
                 result = Moments(read(step.a).mean.detach(), read(step.a).var.detach())
             case _:
@@ -319,232 +300,9 @@ class Segment:
         return result
 
 
-def _slope(module: nn.Module) -> float:
-    """The slope of a rectifier below zero.
-
-    Raises:
-        NormPropError: it has become something else.
-    """
-    slope = module_slope(module)
-    if slope is None:
-        raise NormPropError(f"the slope of a {type(module).__name__} is no number any more.\nConvert again.")
-    return slope
-
-
-class LayoutKey(NamedTuple):
-    """What a layout depends on beside the segment.
-
-    Attributes:
-        threads: that share the work.
-        forms: of the layers.
-        ranks: directions of each scaling, over all groups.
-        outside: whether the taps of each weight's filters lie outside their inputs in memory; nothing for nowhere.
-        slopes: of the modules.
-    """
-
-    threads: int
-    forms: tuple[Form, ...]
-    ranks: tuple[int, ...]
-    outside: tuple[bool, ...]
-    slopes: tuple[float, ...]
-
-
-def _laid(segment: Segment, key: LayoutKey) -> NativeLayout:
-    """A segment as C reads it. Tensors are numbered as `Parts` has them, then d, k and U of each scaling."""
-    weights, sites, given = segment.weights, len(segment.channels), len(segment.given)
-    operations = (MomentOperation * len(segment.steps))()
-    for o, step in zip(operations, segment.steps, strict=True):
-        o.kind, o.size, o.number = step.kind, step.out.size, step.number
-        o.mean, o.var = step.out.mean, step.out.var
-        if step.a is not None:
-            o.a_mean, o.a_var, o.a_size = step.a
-        if step.b is not None:
-            o.b_mean, o.b_var, o.b_size = step.b
-        if step.module is not None:
-            o.number = key.slopes[step.module]
-        if step.kind is Kind.GIVEN:
-            o.a_size, o.b_size = segment.given[step.source]
-            o.first, o.second = weights + 2 * sites + step.source, weights + 2 * sites + given + step.source
-        elif step.kind is Kind.SITE:
-            o.first, o.second = weights + step.source, weights + sites + step.source
-        elif step.kind is Kind.READ:
-            at = 3 * len(segment.scalings) + 2 * step.source
-            o.first, o.second = at, at + 1
-    scalings = (SiteScaling * len(segment.scalings))()
-    column = numbers = 0
-    first = weights + 2 * (sites + given)
-    for i, (c, s) in enumerate(zip(scalings, segment.scalings, strict=True)):
-        size = segment.channels[s.site]
-        outside = s.weight is not None and bool(key.outside) and key.outside[s.weight]
-        laid = geometry(key.forms[i], size, s.shape, outside, key.threads, key.ranks[i])
-        c.weight = -1 if s.weight is None else s.weight
-        c.gamma, c.beta, c.shift, c.scale = weights + s.site, weights + sites + s.site, first + 3 * i, first + 3 * i + 1
-        c.directions = first + 3 * i + 2 if key.ranks[i] else -1
-        c.mean, c.var = (-1, -1) if s.place is None else s.place[:2]
-        c.column = column
-        c.groups, c.filters, c.inputs, c.taps, c.taps_first, c.stride, c.center, c.blocks, c.rank = laid.fields
-        column += size
-        numbers += laid.numbers
-    return NativeLayout(operations, scalings, column, numbers)
-
-
-class _Frame:
-    """Tensors of a segment as C reads them.
-
-    Args:
-        segment: the segment.
-        found: in the network.
-        parts: tensors that have gradients.
-
-    Attributes:
-        rows: weights as filters one behind the other in memory, of those that don't lie so themselves.
-        read: addresses of all tensors.
-        layout: of the segment.
-    """
-
-    def __init__(self, segment: Segment, found: Found, parts: Parts) -> None:
-        self.alive: list[Tensor] = []
-        self.rows: dict[int, Layer] = {}
-        self.read: list[int] = []
-        for i, (weight, reader) in enumerate(zip(parts.weights, segment.readers, strict=True)):
-            if found.forms[reader].transposed or not weight.is_contiguous():
-                self.rows[i] = Layer(weight, found.forms[reader])
-                weight = self.rows[i].memory
-            self.read.append(weight.data_ptr())
-        self.read += [t.data_ptr() for some in parts[1:] for t in some]
-        ranks = []
-        for i, s in enumerate(segment.scalings):
-            shift, scale, directions = found.constants[3 * i : 3 * i + 3]
-            assert shift is not None
-            assert scale is not None
-            rank, address = 0, 0
-            if directions is not None and s.weight is not None:
-                rank = len(directions)
-                if s.weight in self.rows or not directions.is_contiguous():
-                    directions = to_rows(directions, found.forms[i], like=parts.weights[s.weight]).contiguous()
-                    self.alive.append(directions)
-                address = directions.data_ptr()
-            ranks.append(rank)
-            self.read += shift.data_ptr(), scale.data_ptr(), address
-        outside = tuple(i in self.rows and self.rows[i].outside for i in range(len(parts.weights))) if self.rows else ()
-        self.layout = segment.layout(LayoutKey(torch.get_num_threads(), found.forms, tuple(ranks), outside, found.slopes))
-
-    def empty(self, index: int, weight: Tensor) -> Tensor:
-        """Memory for another weight that lies as one does."""
-        return self.rows[index].empty() if index in self.rows else torch.empty_like(weight)
-
-    def laid(self, index: int, grad: Tensor) -> Tensor:
-        """A gradient that lies as a weight does."""
-        if index in self.rows:
-            return self.rows[index].laid(grad)
-        return grad if grad.is_contiguous() else grad.contiguous()
-
-    def shaped(self, index: int, memory: Tensor) -> Tensor:
-        """Such memory in the weight's shape."""
-        return self.rows[index].shaped(memory) if index in self.rows else memory
-
-    def address(self, tensor: Tensor | None) -> int:
-        """Where the numbers of a tensor are, one behind the other; 0 for none."""
-        if tensor is None:
-            return 0
-        if not tensor.is_contiguous():
-            tensor = tensor.contiguous()
-            self.alive.append(tensor)
-        return tensor.data_ptr()
-
-
-class _Compiled(torch.autograd.Function):
-    """A segment in compiled arithmetic. Differentiated again, the backward is that of `Segment.plain`."""
-
-    @staticmethod
-    def forward(ctx: Any, segment: Segment, found: Found, *tensors: Tensor) -> tuple[Tensor | None, ...]:
-        ctx.segment, ctx.forms, ctx.slopes = segment, found.forms, found.slopes
-        ctx.set_materialize_grads(False)
-        parts = segment.parts(tensors)
-        frame = _Frame(segment, found, parts)
-        layout = frame.layout
-        memory, columns = tensors[-1].new_empty(segment.size), tensors[-1].new_empty(5, layout.channels)
-        filters = [None if s.weight is None else frame.empty(s.weight, parts.weights[s.weight]) for s in segment.scalings]
-        native = library()
-        assert not isinstance(native, str)
-        into = [0 if t is None else t.data_ptr() for t in filters]
-        native.lane(memory.dtype, layout, frame.read, into, memory.data_ptr(), columns.data_ptr())
-        factors, offsets, *_ = (row.split(segment.widths) for row in columns.unbind())
-        outputs: list[Tensor | None] = []
-        for s, multiplied, f, b in zip(segment.scalings, filters, factors, offsets, strict=True):
-            if s.weight is None or multiplied is None:
-                outputs += None, f, b
-            else:
-                outputs += frame.shaped(s.weight, multiplied), None, b
-        for place, shape in segment.exports:
-            outputs += (memory[at : at + place.size].view(shape) for at in (place.mean, place.var))
-        ctx.save_for_backward(*tensors, *found.constants, memory, columns)
-        return tuple(outputs)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        segment = ctx.segment
-        *saved, memory, columns = ctx.saved_tensors
-        constants = len(saved) - 3 * len(segment.scalings)
-        tensors = saved[:constants]
-        found, parts = Found(ctx.forms, tuple(saved[constants:]), ctx.slopes), segment.parts(tensors)
-        if torch.is_grad_enabled():
-            return (None, None, *gradients_again(lambda t: segment.plain(found, segment.parts(t)), tensors, grads))
-        needs = ctx.needs_input_grad[2:]
-        return (None, None, *_gradients(segment, found, parts, memory, columns, grads, needs))
-
-
-def _gradients(
-    segment: Segment,
-    found: Found,
-    parts: Parts,
-    memory: Tensor,
-    columns: Tensor,
-    grads: Sequence[Tensor | None],
-    needs: Sequence[bool],
-) -> list[Tensor | None]:
-    """Gradients of weights, γ, β, and of given means and variances.
-
-    That of a weight is written into what its filters got, which is nobody else's.
-    """
-    frame = _Frame(segment, found, parts)
-    given: list[int] = []
-    by_filters: list[Tensor | None] = []
-    for i, s in enumerate(segment.scalings):
-        by_multiplied, *others = grads[3 * i : 3 * i + 3]
-        into = None
-        if s.weight is not None and (by_multiplied is not None or others[1] is not None):
-            if by_multiplied is not None:
-                by_multiplied = frame.laid(s.weight, by_multiplied)
-                frame.alive.append(by_multiplied)
-            if needs[s.weight]:
-                into = by_multiplied if by_multiplied is not None else frame.empty(s.weight, parts.weights[s.weight])
-        given.append(0 if by_multiplied is None else by_multiplied.data_ptr())
-        given += map(frame.address, others)
-        by_filters.append(into)
-    given += map(frame.address, grads[3 * len(segment.scalings) :])
-    sizes = [t.numel() for some in parts[1:] for t in some]
-    rest = memory.new_zeros(sum(sizes)).split(sizes)
-    native = library()
-    assert not isinstance(native, str)
-    native.lane_gradients(
-        memory.dtype,
-        frame.layout,
-        frame.read,
-        given,
-        [0 if t is None else t.data_ptr() for t in by_filters],
-        [0] * segment.weights + [t.data_ptr() for t in rest] + [0] * len(found.constants),
-        (memory.data_ptr(), segment.size),
-        columns.data_ptr(),
-    )
-    by_weights: list[Tensor | None] = [None] * segment.weights
-    for s, one in zip(segment.scalings, by_filters, strict=True):
-        if s.weight is not None and one is not None:
-            shaped, other = frame.shaped(s.weight, one), by_weights[s.weight]
-            by_weights[s.weight] = shaped if other is None else other + shaped
-    shapes = (t.shape for some in parts[1:] for t in some)
-    shaped_rest = [g if g.shape == shape else g.view(shape) for g, shape in zip(rest, shapes, strict=True)]
-    sites, moments = segment.asked(grads)
-    count, more = len(segment.channels), len(segment.given)
-    reached = [i in sites for i in range(count)] * 2 + [i in moments for i in range(more)] * 2
-    return [*by_weights, *(g if here else None for g, here in zip(shaped_rest, reached, strict=True))]
+def _mapped(x: Moments, weight: Tensor | None, bias: Tensor | None, groups: int) -> Moments:
+    """Moments behind a linear layer."""
+    assert weight is not None
+    count = weight.shape[1] * groups
+    mean, var = weight_moments(weight, x.mean.expand(count), x.var.expand(count), groups=groups)
+    return Moments(mean if bias is None else mean + bias, var)

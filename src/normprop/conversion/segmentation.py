@@ -9,18 +9,33 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from normprop.activations.compiled_curves import native_curve
 from normprop.channel_moments import Moments
-from normprop.conversion.segment import Kind, Place, Scaling, Segment, Step
+from normprop.conversion.activation_setting import Setting, module_setting, named_setting
+from normprop.conversion.compiled_segment import run_segment
+from normprop.conversion.segment import Kind, Map, Place, Scaling, Segment, Step
 from normprop.graph.node import Node, map_nodes, placed
 from normprop.graph.node import run as run_target
 from normprop.precision import reference_tensor
-from normprop.rules import arithmetic, combine, shape
-from normprop.rules.elementwise import module_activation, module_slope, named_activation, named_slope
+from normprop.rules import arithmetic, combine, linear, pooling, reduction, shape
+from normprop.rules.elementwise import module_activation, named_activation, named_parameters
 from normprop.sites import site as sites
 from normprop.sites.rows import Form
 from normprop.sites.site import site_moments, site_scales
 
-_SAME = (shape.same, shape.same_module)
+# Rules after which every element has the moments that it had.
+_SAME = (shape.same, shape.same_module, shape.reshape, shape.reshape_module, shape.squeeze, shape.expand, shape.move)
+# Rules that multiply mean and variance by one number each; k and c, where those of the result are k m and c v.
+_AVERAGES = (
+    pooling.average_pool, pooling.functional_average_pool, pooling.adaptive_average_pool,
+    pooling.functional_adaptive_average_pool, reduction.mean, reduction.total,
+)  # fmt: skip
+# Rules after which the mean is m + k√v, and the variance c v.
+_LARGEST = (
+    pooling.max_pool, pooling.functional_max_pool, pooling.adaptive_max_pool, pooling.functional_adaptive_max_pool,
+    reduction.amax,
+)  # fmt: skip
+_MAPS = (linear.convolution, linear.linear)
 
 
 class SegmentGroup:
@@ -29,7 +44,7 @@ class SegmentGroup:
     Args:
         segment: what computes them.
         nodes: those that others read, in the order in which it returns them.
-        arguments: nodes of weights, sites, modules and given moments.
+        arguments: nodes of weights, sites, modules, given moments and maps.
         held: all nodes that it computes.
     """
 
@@ -45,11 +60,6 @@ class SegmentGroup:
     def call(self) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
         """The one call: it returns an entry per node."""
         return run_segment, (self.segment, *map(tuple, self.arguments)), {}
-
-
-def run_segment(segment: Segment, *arguments: Any) -> list[Any]:
-    """What a segment gives."""
-    return segment(*arguments)
 
 
 def segment_groups(
@@ -172,7 +182,7 @@ def _fits_site(moments: Any, weight: Tensor | None, site: Any, options: Any) -> 
 
 def _kind(node: Node, values: dict[Node, Any]) -> Kind | None:
     """What a node is for a segment, if it can hold it."""
-    target, args = node.target, node.args
+    target = node.target
     sources = [n for n in node.inputs if isinstance(values.get(n), Moments)]
     if any(_vector(values[n]) is None for n in sources):
         return None
@@ -180,14 +190,18 @@ def _kind(node: Node, values: dict[Node, Any]) -> Kind | None:
         return Kind.STANDARD
     if target is site_moments:
         return Kind.SITE
-    if target is module_activation:
-        return Kind.RECTIFIED if module_slope(values[args[0]]) is not None else None
-    if target is named_activation and len(sources) == 1 and len(node.inputs) == 1:
-        name, parameters, _, *rest = args
-        slope = named_slope(name, parameters, values[sources[0]], *rest, **node.kwargs)
-        return Kind.RECTIFIED if slope is not None else None
-    if target in _SAME and len(sources) == 1:
-        return Kind.COPIED
+    if target in (module_activation, named_activation):
+        known = _setting(node, values)
+        return None if known is None else Kind.RECTIFIED if type(known) is float else Kind.CURVED
+    if target in _MAPS:
+        return Kind.MAPPED if _is_map(node, values, sources) else None
+    if len(sources) == 1 and _shape(values[node]).numel() == _shape(values[sources[0]]).numel():
+        if target in _SAME:
+            return Kind.COPIED
+        if target in _AVERAGES:
+            return Kind.SCALED
+        if target in _LARGEST:
+            return Kind.LARGEST
     if getattr(target, "__name__", "") == "detached" and len(sources) == 1:
         return Kind.DETACHED
     if target in (arithmetic.add, arithmetic.sub):
@@ -197,6 +211,42 @@ def _kind(node: Node, values: dict[Node, Any]) -> Kind | None:
     if target is combine.cat and _is_joined(node, values):
         return Kind.READ  # its parts are copied to where it is
     return None
+
+
+def _setting(node: Node, values: dict[Node, Any]) -> Setting | None:
+    """Which rectifier or compiled activation a node is, if it is one."""
+    if node.target is module_activation:
+        found = module_setting(values[node.args[0]])
+    elif len(node.inputs) != 1 or not isinstance(values[node.inputs[0]], Moments):
+        return None
+    else:
+        name, parameters, source, *rest = node.args
+        found = named_setting(name, named_parameters(name, parameters, values[source], *rest, **node.kwargs))
+    if type(found) is tuple and native_curve(*found, True) is None:
+        return None
+    return found
+
+
+def _is_map(node: Node, values: dict[Node, Any], sources: Sequence[Node]) -> bool:
+    """Whether a linear layer reads moments that vary along its channels, if at all."""
+    module = values[node.args[0]]
+    if len(node.args) != 2 or node.kwargs or len(sources) != 1 or not isinstance(module.weight, Tensor):
+        return False
+    dims = module.weight.dim() - 2
+    found = _vector(values[sources[0]])
+    assert found is not None
+    count = module.weight.shape[1] * getattr(module, "groups", 1)
+    return found[1] == 1 or found == (values[sources[0]].mean.dim() - 1 - dims, count)
+
+
+def _factors(node: Node, source: Node, values: dict[Node, Any]) -> tuple[float, float]:
+    """Mean and variance that a node makes of 1 and 1 if it is an average, of 0 and 1 if it is a maximum."""
+    like = values[source].mean
+    ones = like.new_ones(like.shape, dtype=torch.float64)
+    given = values | {source: Moments(ones if node.target in _AVERAGES else torch.zeros_like(ones), ones)}
+    args, kwargs = placed(map_nodes((node.args, node.kwargs), given.__getitem__), like.device)
+    found = run_target(node.target, args, kwargs)
+    return float(found.mean.flatten()[0]), float(found.var.flatten()[0])
 
 
 def _sum(node: Node, sources: Sequence[Node]) -> Kind | None:
@@ -249,6 +299,7 @@ class _Layout:
         self.sites: dict[Node, int] = {}
         self.modules: dict[Node, int] = {}
         self.given: dict[Node, int] = {}
+        self.maps: dict[Node, int] = {}
 
     def group(self) -> SegmentGroup:
         """The segment with what it reads."""
@@ -268,8 +319,9 @@ class _Layout:
             tuple(self.steps), tuple(scalings), tuple(exports), tuple(self.joins), self.size,
             tuple(self.values[n].num_features for n in self.sites),
             tuple((m.mean.numel(), m.var.numel()) for m in given), len(self.weights),
+            tuple(map(_map, map(self.values.__getitem__, self.maps))),
         )  # fmt: skip
-        arguments = [list(some) for some in (self.weights, self.sites, self.modules, self.given)]
+        arguments = [list(some) for some in (self.weights, self.sites, self.modules, self.given, self.maps)]
         return SegmentGroup(segment, [*scaled, *exported], arguments, self.nodes)
 
     def _scaling(self, node: Node) -> Scaling:
@@ -301,8 +353,13 @@ class _Layout:
             return self._written(kind, out)
         if kind is Kind.SITE:
             return self._written(kind, out, source=_index(self.sites, node.args[0][0]))
-        if kind is Kind.RECTIFIED:
-            return self._rectified(node, out, sources[0])
+        if kind in (Kind.RECTIFIED, Kind.CURVED):
+            return self._activated(kind, node, out, sources[0])
+        if kind is Kind.MAPPED:
+            return self._written(kind, out, self._read(sources[0]), source=_index(self.maps, node.args[0]))
+        if kind is not None and (kind is Kind.LARGEST or node.target in _AVERAGES):
+            number, other = _factors(node, sources[0], self.values)
+            return self._written(kind, out, self._read(sources[0]), number=number, other=other)
         if kind is Kind.SUM:
             first, second = map(self._read, node.args)
             factor = float(node.kwargs.get("alpha", 1)) * (-1.0 if node.target is arithmetic.sub else 1.0)
@@ -312,17 +369,22 @@ class _Layout:
             return self._written(kind, out, first, second)
         if kind is Kind.SCALED:
             factor = next((float(a) for a in node.args if type(a) in (int, float)), 1.0 + node.kwargs.get("alpha", 1))
-            return self._written(kind, out, self._read(sources[0]), number=factor)
+            return self._written(kind, out, self._read(sources[0]), number=factor, other=factor * factor)
         assert kind is Kind.DETACHED
         return self._written(kind, out, self._read(sources[0]))
 
-    def _rectified(self, node: Node, out: Place, source: Node) -> Place:
+    def _activated(self, kind: Kind, node: Node, out: Place, source: Node) -> Place:
+        a = self._read(source)
+        slopes: Place | None = None
+        if kind is Kind.CURVED:  # four numbers a channel
+            slopes = self._place(2 * out.size)
         if node.target is module_activation:
-            return self._written(Kind.RECTIFIED, out, self._read(source), module=_index(self.modules, node.args[0]))
-        name, parameters, _, *rest = node.args
-        slope = named_slope(name, parameters, self.values[source], *rest, **node.kwargs)
-        assert slope is not None
-        return self._written(Kind.RECTIFIED, out, self._read(source), number=slope)
+            return self._written(kind, out, a, slopes, module=_index(self.modules, node.args[0]))
+        found = _setting(node, self.values)
+        if type(found) is float:
+            return self._written(kind, out, a, number=found)
+        assert type(found) is tuple
+        return self._written(kind, out, a, slopes, curve=found)
 
     def _joined(self, node: Node) -> Place:
         parts, dim = node.args
@@ -350,6 +412,10 @@ class _Layout:
     def _written(self, kind: Kind, out: Place, a: Place | None = None, b: Place | None = None, **options: Any) -> Place:
         self.steps.append(Step(kind, out, a, b, **options))
         return out
+
+
+def _map(module: Any) -> Map:
+    return Map(tuple(module.weight.shape), getattr(module, "groups", 1), module.bias is not None)
 
 
 def _index(known: dict[Node, int], node: Node) -> int:

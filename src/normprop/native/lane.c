@@ -58,7 +58,7 @@ static void NAME(laid)(const scaling *all, int64_t count, int64_t channels, REAL
 int NAME(lane)(const operation *operations, int64_t steps, const scaling *scalings, int64_t count, int64_t channels,
                REAL *const *tensors, REAL *const *outputs, REAL *memory, REAL *columns, parallel_t parallel, int64_t threads)
 {
-    NAME(moments)(operations, steps, tensors, memory);
+    NAME(moments)(operations, steps, tensors, memory, parallel, threads);
     NAME(site) *sites = malloc((count + 1) * sizeof(*sites));
     if (!sites) return 1;
     NAME(laid)(scalings, count, channels, tensors, outputs, memory, columns, sites);

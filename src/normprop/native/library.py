@@ -7,6 +7,7 @@ import functools
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -16,10 +17,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from normprop.native.structures import MomentOperation, SiteScaling
+from normprop.native.structures import Curve, MomentOperation, SiteScaling
 
-_SOURCES = [Path(__file__).with_name(name) for name in ("scales.c", "rectifiers.c", "moments.c", "lane.c")]
-_HEADERS = [Path(__file__).with_name(name) for name in ("threads.h", "scales.h", "moments.h", "rectify.h")]
+_SOURCES = [Path(__file__).with_name(name) for name in ("scales.c", "rectifiers.c", "curves.c", "moments.c", "lane.c")]
+_HEADERS = [Path(__file__).with_name(name) for name in ("threads.h", "scales.h", "curves.h", "moments.h", "rectify.h")]
 _FLAGS = ("-std=c11", "-O3", "-march=native", "-fno-math-errno", "-ffp-contract=fast", "-fopenmp-simd", "-shared", "-fPIC")
 _SUFFIXES = {torch.float32: "float", torch.float64: "double"}
 # With fewer numbers than this, handing work to other threads takes longer than doing it.
@@ -142,13 +143,15 @@ class NativeLayout(NamedTuple):
         operations: on moments.
         scalings: of sites.
         channels: of all sites.
-        numbers: how many weights there are.
+        numbers: how many weights there are, or what costs as much.
+        curves: that operations point to.
     """
 
     operations: ctypes.Array[MomentOperation]
     scalings: ctypes.Array[SiteScaling]
     channels: int
     numbers: int
+    curves: tuple[Curve, ...]
 
     @property
     def arguments(self) -> tuple[Any, ...]:
@@ -160,8 +163,9 @@ class NativeLayout(NamedTuple):
 def library() -> Library | str:
     """The compiled functions, or why there are none.
 
-    They are built with `$CC` or `cc` into `$XDG_CACHE_HOME/normprop` (`~/.cache/normprop`), which takes about a second and
-    happens once for a processor and version. `NORMPROP_NATIVE=0` in the environment does without.
+    They are built with `$CC` or `cc`, and `$CFLAGS` behind flags of their own, into `$XDG_CACHE_HOME/normprop`
+    (`~/.cache/normprop`), which takes about a second and happens once for a processor and version. `NORMPROP_NATIVE=0` in
+    the environment does without.
     """
     if os.environ.get("NORMPROP_NATIVE") == "0":
         return "switched off by NORMPROP_NATIVE=0"
@@ -182,7 +186,8 @@ def _built(compiler: str) -> Path:
     Its name ends with a checksum of what is in it: one that isn't whole is built anew; loading it would end the process.
     """
     sources = [path.read_bytes() for path in (*_SOURCES, *_HEADERS)]
-    key = hashlib.sha256(b"\0".join([*sources, compiler.encode(), *(f.encode() for f in _FLAGS), _processor()])).hexdigest()
+    flags = [*_FLAGS, *shlex.split(os.environ.get("CFLAGS", ""))]
+    key = hashlib.sha256(b"\0".join([*sources, compiler.encode(), *(f.encode() for f in flags), _processor()])).hexdigest()
     folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "normprop"
     there = list(folder.glob(f"lane-{key[:16]}-*.so"))
     for path in there:
@@ -191,7 +196,7 @@ def _built(compiler: str) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as place:
         fresh = Path(place) / "lane.so"
-        command = [compiler, *_FLAGS, *map(str, _SOURCES), "-o", str(fresh), "-lm"]
+        command = [compiler, *flags, *map(str, _SOURCES), "-o", str(fresh), "-lm"]
         subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
         path = folder / f"lane-{key[:16]}-{_checksum(fresh)}.so"
         fresh.replace(path)

@@ -5,6 +5,8 @@
  */
 #ifndef REAL
 
+#include <math.h>
+#include <stdatomic.h>
 #include <stddef.h>
 
 #include "moments.h"
@@ -21,21 +23,116 @@
 
 #else
 
-void NAME(moments)(const operation *all, int64_t count, REAL *const *tensors, REAL *x)
+typedef struct {
+    const operation *operation;
+    REAL *numbers;
+    _Atomic int64_t next;
+} NAME(curving);
+
+/* Channels of one activation, some at a time by whichever thread is free. */
+static void NAME(curve_some)(void *data)
+{
+    enum { SOME = 16 };
+    NAME(curving) *job = data;
+    const operation *o = job->operation;
+    REAL *x = job->numbers;
+    const int64_t step = o->a_size > 1;
+    int64_t start;
+    while ((start = atomic_fetch_add(&job->next, SOME)) < o->size)
+        for (int64_t j = start; j < start + SOME && j < o->size; j++) {
+            double found[6];
+            curve_moments(o->curve, x[o->a_mean + j * step], x[o->a_var + j * step], found);
+            x[o->mean + j] = (REAL)found[0];
+            x[o->var + j] = (REAL)found[1];
+            for (int64_t k = 0; k < 4; k++) x[o->slopes + k * o->size + j] = (REAL)found[2 + k];
+        }
+}
+
+/* A linear map without a site: E = W m + offset, Var = W² v, W in filters of `inputs` channels with some taps each. */
+static void NAME(map)(const operation *o, REAL *const *tensors, REAL *x)
+{
+    const int64_t step = o->a_size > 1, filters = o->size / o->groups, inputs = (int64_t)o->number, taps = o->taps;
+    const REAL *offset = o->second < 0 ? NULL : tensors[o->second];
+    for (int64_t j = 0; j < o->size; j++) {
+        const REAL *w = tensors[o->first] + j * inputs * taps;
+        const int64_t start = j / filters * inputs;
+        const REAL *am = x + o->a_mean + start * step, *av = x + o->a_var + start * step;
+        REAL mean = 0, var = 0;
+        if (taps == 1 && step) {
+#pragma omp simd reduction(+ : mean, var)
+            for (int64_t i = 0; i < inputs; i++) {
+                mean += w[i] * am[i];
+                var += w[i] * w[i] * av[i];
+            }
+        } else
+            for (int64_t i = 0; i < inputs * taps; i++) {
+                mean += w[i] * am[i / taps * step];
+                var += w[i] * w[i] * av[i / taps * step];
+            }
+        x[o->mean + j] = mean + (offset ? offset[j] : 0);
+        x[o->var + j] = var;
+    }
+}
+
+/* Gradients of its weight and offset, where wanted, and of its argument. */
+static void NAME(map_gradients)(const operation *o, REAL *const *tensors, const REAL *x, REAL *const *results, REAL *by)
+{
+    const int64_t step = o->a_size > 1, filters = o->size / o->groups, inputs = (int64_t)o->number, taps = o->taps;
+    REAL *by_offset = o->second < 0 ? NULL : results[o->second];
+    for (int64_t j = 0; j < o->size; j++) {
+        const REAL g = by[o->mean + j], h = by[o->var + j];
+        const REAL *w = tensors[o->first] + j * inputs * taps;
+        REAL *by_w = results[o->first] ? results[o->first] + j * inputs * taps : NULL;
+        const int64_t start = j / filters * inputs;
+        const REAL *am = x + o->a_mean + start * step, *av = x + o->a_var + start * step;
+        REAL *by_am = by + o->a_mean + start * step, *by_av = by + o->a_var + start * step;
+        if (by_offset) by_offset[j] += g;
+        if (taps == 1 && step) {
+#pragma omp simd
+            for (int64_t i = 0; i < inputs; i++) {
+                by_am[i] += g * w[i];
+                by_av[i] += h * w[i] * w[i];
+            }
+            if (by_w)
+#pragma omp simd
+                for (int64_t i = 0; i < inputs; i++) by_w[i] += g * am[i] + 2 * h * w[i] * av[i];
+        } else
+            for (int64_t i = 0; i < inputs * taps; i++) {
+                const int64_t p = i / taps * step;
+                by_am[p] += g * w[i];
+                by_av[p] += h * w[i] * w[i];
+                if (by_w) by_w[i] += g * am[p] + 2 * h * w[i] * av[p];
+            }
+    }
+}
+
+void NAME(moments)(const operation *all, int64_t count, REAL *const *tensors, REAL *x, parallel_t parallel, int64_t threads)
 {
     for (int64_t i = 0; i < count; i++) {
         const operation *o = &all[i];
-        const int64_t step = o->a_size > 1, other = o->b_size > 1;
+        if (o->kind == CURVED) {
+            NAME(curving) job = {.operation = o, .numbers = x};
+            if (parallel && threads > 1 && o->size > 64)
+                parallel(NAME(curve_some), &job, (unsigned)threads, 0);
+            else
+                NAME(curve_some)(&job);
+            continue;
+        }
+        if (o->kind == MAPPED) {
+            NAME(map)(o, tensors, x);
+            continue;
+        }
+        const int64_t step = o->a_size > 1, apart = o->b_size > 1;
         const REAL *am = x + o->a_mean, *av = x + o->a_var, *bm = x + o->b_mean, *bv = x + o->b_var;
         const REAL *first = NULL, *second = NULL;
         if (o->kind == GIVEN || o->kind == SITE) {
             first = tensors[o->first];
             second = tensors[o->second];
         }
-        const REAL k = (REAL)o->number;
+        const REAL k = (REAL)o->number, other = (REAL)o->other;
         REAL *m = x + o->mean, *v = x + o->var;
         for (int64_t j = 0; j < o->size; j++) {
-            const int64_t p = j * step, q = j * other;
+            const int64_t p = j * step, q = j * apart;
             double mean, var;
             switch (o->kind) {
             case STANDARD:
@@ -65,7 +162,11 @@ void NAME(moments)(const operation *all, int64_t count, REAL *const *tensors, RE
                 break;
             case SCALED:
                 m[j] = k * am[p];
-                v[j] = k * k * av[p];
+                v[j] = other * av[p];
+                break;
+            case LARGEST:
+                m[j] = am[p] + k * (av[p] > 0 ? (REAL)sqrt(av[p]) : 0);
+                v[j] = other * av[p];
                 break;
             case READ:
                 break;
@@ -82,8 +183,13 @@ void NAME(moment_gradients)(const operation *all, int64_t count, REAL *const *te
 {
     for (int64_t i = count - 1; i >= 0; i--) {
         const operation *o = &all[i];
-        const int64_t step = o->a_size > 1, other = o->b_size > 1;
+        if (o->kind == MAPPED) {
+            NAME(map_gradients)(o, tensors, x, results, by);
+            continue;
+        }
+        const int64_t step = o->a_size > 1, apart = o->b_size > 1;
         const REAL *am = x + o->a_mean, *av = x + o->a_var, *bm = x + o->b_mean, *bv = x + o->b_var;
+        const REAL *slopes = x + o->slopes;
         const REAL *first = NULL, *second = NULL;
         REAL *by_first = NULL, *by_second = NULL;
         if (o->kind == READ) {
@@ -94,11 +200,11 @@ void NAME(moment_gradients)(const operation *all, int64_t count, REAL *const *te
             by_first = results[o->first];
             by_second = results[o->second];
         }
-        const REAL k = (REAL)o->number;
+        const REAL k = (REAL)o->number, other = (REAL)o->other;
         REAL *by_am = by + o->a_mean, *by_av = by + o->a_var, *by_bm = by + o->b_mean, *by_bv = by + o->b_var;
         REAL *gm = by + o->mean, *gv = by + o->var;
         for (int64_t j = 0; j < o->size; j++) {
-            const int64_t p = j * step, q = j * other;
+            const int64_t p = j * step, q = j * apart;
             const REAL g = gm[j], h = gv[j];
             double mean, var;
             switch (o->kind) {
@@ -136,7 +242,15 @@ void NAME(moment_gradients)(const operation *all, int64_t count, REAL *const *te
                 break;
             case SCALED:
                 by_am[p] += k * g;
-                by_av[p] += k * k * h;
+                by_av[p] += other * h;
+                break;
+            case LARGEST:
+                by_am[p] += g;
+                by_av[p] += other * h + (av[p] > 0 ? g * k / (2 * (REAL)sqrt(av[p])) : 0);
+                break;
+            case CURVED:
+                by_am[p] += g * slopes[j] + h * slopes[2 * o->size + j];
+                by_av[p] += g * slopes[o->size + j] + h * slopes[3 * o->size + j];
                 break;
             default:
                 by_am[p] += g;

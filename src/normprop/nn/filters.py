@@ -1,12 +1,12 @@
 """Filters: the slices of a weight that feed one output channel each, and their unit-length form."""
 
-import math
-
 import torch
 from torch import Tensor
 
 from normprop.errors import NormPropError
 from normprop.precision import accumulation_dtype
+from normprop.sites.reference import plain_scale
+from normprop.sites.rows import Form, Operands
 
 
 def filter_view(weight: Tensor, channel_dim: int = 0, groups: int = 1) -> tuple[Tensor, tuple[int, ...]]:
@@ -68,17 +68,13 @@ def unit_filters(
     tensor([[1.2000, 1.6000],
             [0.0000, 0.0000]])
     """
-    dtype = accumulation_dtype(weight.dtype)
-    view, inside = filter_view(weight.to(dtype), channel_dim, groups)
-    finfo = torch.finfo(dtype)
-    noise: float | Tensor = math.sqrt(finfo.tiny)
-    if center:
-        mean = view.mean(inside, keepdim=True)
-        view = view - mean
-        fan_in = view.numel() // mean.numel()
-        noise = 16 * finfo.eps * math.sqrt(fan_in) * mean.detach().abs() + noise
-    norm = filter_norms(view, inside)
-    factor = scale / torch.where(norm > noise, norm, 1.0)
-    if gain is not None:
-        factor = factor * gain.to(dtype).reshape(norm.shape)
-    return (view * factor).reshape(weight.shape).to(weight.dtype)
+    if weight.ndim < 2 or channel_dim not in (0, 1):
+        filter_view(weight, channel_dim, groups)  # which says what is wrong
+    wide = weight.to(accumulation_dtype(weight.dtype))
+    form = Form(groups if channel_dim else 1, channel_dim == 1, 1, center)
+    count = weight.shape[1] * groups if channel_dim else len(weight)
+    gamma = wide.new_full((count,), scale) if gain is None else gain.to(wide.dtype).reshape(-1) * scale
+    zeros, ones = wide.new_zeros(count), wide.new_ones(count)
+    found = plain_scale(form, Operands(wide, None, None, gamma, zeros, zeros, ones)).weight
+    assert found is not None
+    return found.to(weight.dtype)

@@ -72,7 +72,7 @@ def named_activation(name: str, parameters: tuple[str, ...], x: Moments, *args: 
 def _activation(name: str, x: Moments, parameters: Mapping[str, Any]) -> Moments:
     if isinstance(x, Uniform) and (found := uniform_activation(name, x, parameters)) is not None:
         return found
-    slope = _rectifier_slope(name, parameters)
+    slope = rectifier_slope(name, parameters)
     if slope is not None:
         return (natively_rectified([x], slope) or [_rectified(x, slope)])[0]
     return Moments(*lane_moments(name, x.mean, x.var, parameters))
@@ -85,7 +85,7 @@ def _with_random_slopes(x: Moments, found: Moments, parameters: Mapping[str, Any
     return Moments(found.mean, found.var + (upper - lower) ** 2 / 12 * below)
 
 
-def _rectifier_slope(name: str, parameters: Mapping[str, Any]) -> float | None:
+def rectifier_slope(name: str, parameters: Mapping[str, Any]) -> float | None:
     """Slope below zero of ReLU or LeakyReLU, which moment lanes compute in one function; None for all else."""
     if name == "relu":
         return 0.0
@@ -95,13 +95,18 @@ def _rectifier_slope(name: str, parameters: Mapping[str, Any]) -> float | None:
 
 def named_slope(name: str, parameters: tuple[str, ...], x: Moments, *args: Any, **kwargs: Any) -> float | None:
     """Slope below zero of a named activation called as in torch, if it is ReLU or LeakyReLU; None for all else."""
-    return _rectifier_slope(name, _given(name, parameters, x, args, kwargs))
+    return rectifier_slope(name, named_parameters(name, parameters, x, *args, **kwargs))
+
+
+def named_parameters(name: str, parameters: tuple[str, ...], x: Moments, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    """The parameters of a named activation called as in torch."""
+    return _given(name, parameters, x, args, kwargs)
 
 
 def module_slope(module: nn.Module) -> float | None:
     """Slope below zero of a ReLU or LeakyReLU; None for any other module."""
     known = canonical(module)
-    return None if known is None else _rectifier_slope(*known)
+    return None if known is None else rectifier_slope(*known)
 
 
 def natively_rectified(xs: Sequence[Moments], slope: float) -> list[Moments] | None:
