@@ -5,10 +5,13 @@ BIN    := $(VENV)/bin
 JOBS   ?= 2
 PYTEST := $(BIN)/pytest -n $(JOBS) --dist worksteal
 
+# Workers share the processors: a thread each, or they wait for one another. `make two-threads` has two.
+export OMP_NUM_THREADS ?= 1
+
 # The test files of each word; a word that has none is an error.
 tests = $(foreach word,$(1),$(or $(shell find tests -name 'test_*$(word)*.py'),$(error no tests of $(word))))
 
-.PHONY: demo test lint types suite browser slices no-avx512 no-c one-thread inductor slow docs format clean
+.PHONY: demo test lint types suite browser slices no-avx512 no-c two-threads inductor slow docs format clean
 
 demo: $(VENV)/.installed-demo
 	$(BIN)/normprop demo
@@ -33,19 +36,20 @@ browser:
 	else echo "no Chromium: tests of pages in a browser are skipped"; fi
 
 # Parts of the suite as on other machines, those that the machine makes a difference to.
-slices: no-avx512 no-c one-thread inductor
+slices: no-avx512 no-c two-threads inductor
 
+# The library's own compiled functions, torch's, oneDNN's; torch.compile keeps what it compiled, whatever that was for.
 no-avx512: $(VENV)/.installed-dev
-	ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 $(PYTEST) \
-		$(call tests,memory_format models training nn convert fold promises own_network scales rectifier_lane)
+	CFLAGS=-march=haswell ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 \
+	TORCHINDUCTOR_CACHE_DIR=$(abspath $(VENV))/inductor-avx2 $(PYTEST) \
+		$(call tests,memory_format models training nn_reference fold promises own_network scales rectifier_lane segments)
 
 no-c: $(VENV)/.installed-dev
 	NORMPROP_NATIVE=0 $(PYTEST) \
 		$(call tests,native scales rectifier_lane directions accumulation calibrate fold promises own_network)
 
-one-thread: $(VENV)/.installed-dev
-	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(PYTEST) \
-		$(call tests,memory_format models training native scales rectifier_lane promises own_network)
+two-threads: $(VENV)/.installed-dev
+	OMP_NUM_THREADS=2 $(BIN)/pytest $(call tests,memory_format models training native scales rectifier_lane segments)
 
 inductor: $(VENV)/.installed-dev
 	$(PYTEST) --inductor

@@ -22,7 +22,9 @@ there = pytest.mark.skipif(isinstance(library(), str), reason=str(library()))
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where the library is built anew, in a process that may do without it."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("NORMPROP_NATIVE", raising=False)
     return tmp_path / "normprop"
 
 

@@ -601,7 +601,7 @@ def test_replicas_of_data_parallel(name: str) -> None:
     out = outputs(converted(x))
     converted.zero_grad()
     found = outputs(replicated(converted)(x))
-    close(found, out, 0.0)
+    close(found, out, 1e-12)  # the lane of a replica, which has no parameters, is torch's operations
     sum(t.square().sum() for t in found).backward()  # type: ignore[union-attr]
     for key, value in expected.items():
         torch.testing.assert_close(converted.get_parameter(key).grad, value)
