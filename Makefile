@@ -31,9 +31,9 @@ suite: $(VENV)/.installed-dev browser
 # A browser for tests of interactive pages: where there is none, root on Debian installs one; elsewhere those tests are skipped.
 browser:
 	@for name in chromium chromium-browser google-chrome chrome; do command -v $$name >/dev/null && exit 0; done; \
-	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; \
-	then apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends chromium fonts-dejavu-core; \
-	else echo "no Chromium: tests of pages in a browser are skipped"; fi
+	{ [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get update -qq && \
+	DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends chromium fonts-dejavu-core; } \
+	|| echo "no Chromium, and none could be installed: tests of pages in a browser are skipped"
 
 # Parts of the suite as on other machines, those that the machine makes a difference to.
 slices: no-avx512 no-c two-threads inductor
