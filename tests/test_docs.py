@@ -11,6 +11,10 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = [
+    pytest.mark.filterwarnings(f"ignore:{said}:UserWarning")  # Opacus says these to whoever tries it
+    for said in ("Secure RNG turned off", "Full backward hook is firing")
+]
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 RUN = [page for page in PAGES if "```python" in page.read_text()]
@@ -22,6 +26,7 @@ EXAMPLES = {
     "paper_layers.py": ["--quick"],
     "segment_batch_size_1.py": ["--quick"],
     "train_adamw.py": ["--quick"],
+    "train_privately.py": ["--quick"],
     "character_lstm.py": ["--updates", "20"],
 }
 _BLOCK = re.compile(r"^```(\w*)([^\n]*)\n(.*?)^```", re.MULTILINE | re.DOTALL)

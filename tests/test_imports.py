@@ -19,11 +19,11 @@ LAYERS = [
     "integrations optim",
     "graph",
     "conversion",
-    "inspection",
+    "inspection opacus",
     "lab",
 ]
 LEVEL = {name: level for level, line in enumerate(LAYERS) for name in line.split()}
-OUTER = {"lab", "integrations"}  # may need more than torch
+OUTER = {"lab", "integrations", "opacus"}  # may need more than torch
 
 
 def modules() -> dict[str, Path]:
@@ -58,7 +58,7 @@ def own(name: str) -> str | None:
 
 
 def family(module: str) -> str:
-    return module.partition(".")[0]
+    return "opacus" if module.startswith("integrations.opacus") else module.partition(".")[0]
 
 
 def edges() -> Iterator[tuple[str, str]]:

@@ -548,7 +548,7 @@ def _refuse_sample_gradients(layer: nn.Module, entry: Entry) -> None:
     if any(owner.startswith("opacus.") for owner in owners):
         raise NormPropError(
             f"Opacus takes the gradients of {entry.layer} by hooks, and would take those of its effective weight.\n"
-            "Give it normprop.integrations.opacus.WholeNetwork(model) instead of the model."
+            "Give it PrivateNetwork(model) or WholeNetwork(model) of normprop.integrations.opacus instead of the model."
         )
 
 

@@ -55,6 +55,16 @@ def running_copy(model: nn.Module) -> nn.Module:
     return _throwaway(model, memo, lanes=True)
 
 
+def sharing_copy(model: nn.Module) -> nn.Module:
+    """A copy of the modules alone: parameters and buffers are the model's own."""
+    memo: dict[int, Any] = {id(t): t.detach().clone() for t in _left_behind(model)}
+    memo |= {id(t): t for t in (*model.parameters(), *model.buffers())}
+    copied = copy.deepcopy(model, memo)
+    for module in copied.modules():
+        _rebind_forward(module, memo)
+    return copied
+
+
 def put_module(root: nn.Module, path: str, module: nn.Module) -> nn.Module:
     """The network with another module at a path, and wherever else the old one is held; the module itself for ``""``."""
     if path == "":
