@@ -91,25 +91,27 @@ class EffectiveTensors:
         self.parts: list[_Part] = []
         for path, root, lane in parts:
             entries = _entries(root, lane)
-            leaves = self._install(path, entries, _values(lane, root, entries))
+            trained = [_is_trained(lane, root, entry) for entry in entries]
+            leaves = self._install(path, entries, _values(lane, root, entries), trained)
             self.parts.append(_Part(lane, root, entries, leaves))
         detach(self.plain)
         for module in self.plain.modules():
             if getattr(module, "inplace", False) is True:
                 module.inplace = False  # type: ignore[assignment]  # what hooks look at must stay
         self.leaves = [leaf for part in self.parts for pair in part.leaves for leaf in pair]
+        self.model, self.trained = model, [p.requires_grad for p in model.parameters()]
         self.sources: list[Tensor] = []
         self.versions: list[int] = []
         self.settle()
 
     def _install(
-        self, path: str, entries: Sequence[Entry], values: Sequence[tuple[Tensor, Tensor]]
+        self, path: str, entries: Sequence[Entry], values: Sequence[tuple[Tensor, Tensor]], trained: Sequence[bool]
     ) -> list[tuple[nn.Parameter, nn.Parameter]]:
         """Give the plain copy of one part its leaves."""
         copied = self.plain.get_submodule(path)
         leaves: list[tuple[nn.Parameter, nn.Parameter]] = []
-        for entry, (weight, bias) in zip(entries, values, strict=True):
-            pair = _leaf(weight), _leaf(bias)
+        for entry, (weight, bias), requires_grad in zip(entries, values, trained, strict=True):
+            pair = _leaf(weight, requires_grad), _leaf(bias, requires_grad)
             leaves.append(pair)
             layer = ChannelAffine(*pair) if entry.layer is None else copied.get_submodule(entry.layer)
             layer.weight, layer.bias = pair
@@ -148,7 +150,7 @@ class EffectiveTensors:
             )
         sources = [t for part in self.parts for pair in _values(part.lane, part.root, part.entries) for t in pair]
         if torch.is_grad_enabled():
-            if [leaf.requires_grad for leaf in self.leaves] != [source.requires_grad for source in sources]:
+            if self.trained != [p.requires_grad for p in self.model.parameters()]:
                 raise NormPropError(
                     "parameters were frozen or unfrozen since the effective tensors were made.\nMake them anew afterwards."
                 )
@@ -173,8 +175,15 @@ class EffectiveTensors:
             torch.autograd.backward([source for source, _ in pairs], [gradient.clone() for _, gradient in pairs])
 
 
-def _leaf(value: Tensor) -> nn.Parameter:
-    return nn.Parameter(value.detach().clone(), requires_grad=value.requires_grad)
+def _leaf(value: Tensor, requires_grad: bool) -> nn.Parameter:
+    return nn.Parameter(value.detach().clone(), requires_grad=requires_grad)
+
+
+@torch.enable_grad()
+def _is_trained(lane: Lane, root: nn.Module, entry: Entry) -> bool:
+    """Whether what the lane computes for one entry depends on what is trainable; compiled segments don't say for each."""
+    (scale,) = lane.program([entry]).function(root)
+    return any(t is not None and t.requires_grad for t in scale)
 
 
 def _values(lane: Lane, root: nn.Module, entries: Sequence[Entry]) -> list[tuple[Tensor, Tensor]]:
