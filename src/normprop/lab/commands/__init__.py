@@ -92,11 +92,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _function(name: str, arguments: Sequence[str]) -> tuple[str, str]:
-    """Module and function of a command; `train` has other options where the model is one of text."""
+    """Module and function of a command; a model of text and runs to the end of training have other options."""
     models = [after for option, after in pairwise(arguments) if option == "--model"]
     models += [argument.removeprefix("--model=") for argument in arguments]
     if name == "train" and "charlstm" in models:
         return "normprop.lab.commands.train_text", "train_text"
+    if name == "reproduce" and arguments[:1] == ["long"]:
+        return "normprop.lab.commands.reproduce_long", "reproduce_long"
     return COMMANDS[name][:2]
 
 

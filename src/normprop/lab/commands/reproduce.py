@@ -83,7 +83,8 @@ def reproduce(
     """Run the paper's experiments with its method, exact moments, BatchNorm and no normaliser; compare with its figures.
 
     Every run is one line of runs.jsonl; experiments share runs, and the same command goes on after an interruption. Each
-    experiment gives a table, a figure and JSON. Under torchrun all processes share every batch.
+    experiment gives a table, a figure and JSON. Under torchrun all processes share every batch. Runs to the end of training
+    have options of their own: `normprop reproduce long --help`.
 
     Args:
         parts: Experiments: fig1 (data normalisation), fig2 (what enters hidden units), fig3 (accuracy per epoch), fig4

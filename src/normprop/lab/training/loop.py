@@ -23,7 +23,7 @@ from normprop.lab.training import checkpoint
 from normprop.lab.training.history import Row, Run, to_json_lines
 from normprop.lab.training.observer import Observer
 from normprop.lab.training.optimizer import build_optimizer
-from normprop.lab.training.preparation import build_model, placed, prepared, some
+from normprop.lab.training.preparation import build_model, kept, placed, prepared, some
 from normprop.lab.training.processes import Processes, processes
 from normprop.lab.training.recipe import Recipe
 from normprop.lab.training.schedules import build_schedule
@@ -110,6 +110,7 @@ class _Trainer:
         self.recipe, self.images, self.group, self.observer = recipe, images, group, observer
         self.model = build_model(recipe, images, group)
         self.optimizer = build_optimizer(recipe, self.model)
+        self.calibration = kept(recipe, self.model, self.optimizer, images, group)
         assert recipe.halve_every is not None
         steps = len(images.x_train) // recipe.batch_size
         self.schedule = build_schedule(
@@ -123,7 +124,8 @@ class _Trainer:
         self.rows: list[Row] = []
 
     def state(self) -> dict[str, Any]:
-        return {
+        calibration = {"calibration": self.calibration.state_dict()} if self.calibration else {}
+        return calibration | {
             "recipe": dataclasses.asdict(self.recipe),
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -155,6 +157,9 @@ class _Trainer:
             own = self.state()
             for part in ("schedule", "rate", "epoch", "step", "sums", "seconds", "rows"):
                 checkpoint.check_alike(state[part], own[part], part)
+            if self.calibration:
+                checkpoint.check_alike(state["calibration"], own["calibration"], "calibration")
+                self.calibration.load_state_dict(state["calibration"])
             self.schedule.load_state_dict(state["schedule"])
             self.epoch, self.step, self.rate = state["epoch"], state["step"], state["rate"]
             self.sums, self.seconds = state["sums"], state["seconds"]
@@ -230,7 +235,10 @@ class _Trainer:
         self.optimizer.zero_grad()
         loss.backward()
         self.rate = float(self.schedule.get_last_lr()[0])
-        self.optimizer.step()
+        try:
+            self.optimizer.step()
+        except NotFiniteError:  # of a measurement behind the step
+            return math.nan
         self.schedule.step()
         self.sums = [a + b for a, b in zip(self.sums, sums, strict=True)]
         self.seconds += time.perf_counter() - began

@@ -6,8 +6,10 @@ from collections import OrderedDict
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from normprop.conversion.calibration import calibrate
+from normprop.conversion.kept_calibration import KeptCalibration, keep_calibrated
 from normprop.conversion.stretch import init_beta_
 from normprop.data import InputStats, Standardize
 from normprop.errors import NormPropError
@@ -22,6 +24,8 @@ from normprop.lab.training.recipe import Recipe
 
 # Number of training samples from which frozen statistics are measured.
 _MEASURED = 512
+# Number of training samples of each measurement of `keep_calibrated`, its own default.
+_KEPT = 16
 
 
 def prepared(images: Images, recipe: Recipe) -> Images:
@@ -52,6 +56,22 @@ def build_model(recipe: Recipe, images: Images, group: Processes) -> nn.Module:
         prepare(network, standardize(placed(samples, group)), **recipe.covariance())
     measure_once(model, placed(some(images, derived(recipe.seed, -1), _MEASURED), group))
     return model
+
+
+def kept(recipe: Recipe, model: nn.Module, optimizer: Optimizer, images: Images, group: Processes) -> KeptCalibration | None:
+    """`keep_calibrated` where the recipe asks for it, without clipping, which is the recipe's own.
+
+    The samples of a measurement depend on (seed, step) alone, so that a resumed run takes the same.
+    """
+    if not recipe.keep_calibrated:
+        return None
+    standardize, network = model.children()
+
+    def samples(step: int) -> Tensor:
+        x: Tensor = standardize(placed(some(images, derived(recipe.seed, -2, step), _KEPT), group))
+        return x
+
+    return keep_calibrated(network, optimizer, samples, clip=0.0)
 
 
 @torch.no_grad()

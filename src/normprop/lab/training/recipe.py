@@ -28,7 +28,7 @@ OptimizerName = Literal["sgd", "adam", "adamw", "rmsprop"]
 # Rates as multiples of SGD's.
 RATES: dict[OptimizerName, float] = {"sgd": 1.0, "adam": 0.03, "adamw": 0.03, "rmsprop": 0.01}
 # What recipes had before they said so.
-_ADDED = {"optimizer": "sgd"}
+_ADDED = {"optimizer": "sgd", "keep_calibrated": False}
 # The rate at batch size 64 above which clipping gets tighter, so that steps don't get longer.
 CLIP_UP_TO = 0.1
 # Defaults of calibration: principal directions of inputs, their shrinkage where clipping restrains the gradients already,
@@ -115,6 +115,9 @@ class Recipe(Setting):
     beta: float | None = None
     """Initial β of every normaliser; above 0 a ReLU cuts off less. By default 0, and for a calibrated normprop the first of
     0, ½ and 1 with which the network doesn't stretch small differences too much."""
+    keep_calibrated: bool = False
+    """Let `normprop.keep_calibrated` start β, calibrate, and calibrate again, as it does in a loop of one's own; gradients
+    are clipped as --clip says."""
     seed: int = 0
     """Seed of initialisation, order, augmentation, dropout and the samples for calibration."""
 
@@ -139,7 +142,13 @@ class Recipe(Setting):
             raise NormPropError(
                 f"--norm {self.norm} has nothing to calibrate.\nLeave out --calibrate, or use --norm normprop."
             )
+        if self.keep_calibrated and (norm.method != "exact" or self.calibrate or self.beta is not None):
+            raise NormPropError(
+                "--keep-calibrated is for --norm normprop, and sees to calibration and β itself.\n"
+                "Leave out --calibrate and --beta, or --keep-calibrated."
+            )
         calibrate = norm.calibrate if self.calibrate is None else self.calibrate
+        calibrate = 0 if self.keep_calibrated else calibrate
         for name in ("directions", "shrinkage", "recalibrate"):
             if getattr(self, name) and not calibrate:
                 raise NormPropError(f"{_flag(name)} needs calibration.\nUse --calibrate 256, or leave it out.")
@@ -159,7 +168,7 @@ class Recipe(Setting):
             directions=_DIRECTIONS if calibrate and self.directions is None else self.directions,
             shrinkage=shrinkage if calibrate and self.shrinkage is None else self.shrinkage,
             recalibrate=_RECALIBRATE if calibrate and self.recalibrate is None else self.recalibrate,
-            beta=0.0 if self.beta is None and not calibrate else self.beta,
+            beta=0.0 if self.beta is None and not (calibrate or self.keep_calibrated) else self.beta,
             validation=self.validation or 0,
             halve_every=self.halve_every or max(1, self.epochs // 8),
         )

@@ -1,0 +1,1 @@
+"""Runs to the end of training, as a queue that goes on where it stopped."""
