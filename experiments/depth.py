@@ -1,4 +1,4 @@
-"""Do deep networks train from the start without tuning? The table and figure of docs/results.md.
+"""Do deep networks train from the start without tuning? The table and figure of docs/laboratory.md.
 
 python experiments/depth.py             # what isn't finished yet, then the page; about an hour of one core
 python experiments/depth.py --report    # the page from the runs that are there

@@ -1,4 +1,4 @@
-"""Run the comparisons of docs/results.md and write its tables.
+"""Run the comparisons of docs/laboratory.md and write its tables.
 
     python experiments/learning.py                      # what isn't finished yet, then the page; a killed one continues
     python experiments/learning.py --only resnet8       # that one alone
@@ -21,7 +21,7 @@ from normprop.lab.pages.marked_page import filled
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "experiments" / "results"
-PAGE = ROOT / "docs" / "results.md"
+PAGE = ROOT / "docs" / "laboratory.md"
 SHOWN = {
     "rate.png": "validation accuracy against the learning rate",
     "batch_size.png": "test accuracy against the batch size",

@@ -1,4 +1,4 @@
-"""How much the networks of docs/results.md stretch small differences, and what β `normprop train` starts them at.
+"""How much the networks of docs/laboratory.md stretch small differences, and what β `normprop train` starts them at.
 
 python experiments/stretch.py             # five minutes of one core, then the page
 python experiments/stretch.py --report    # the page from what was measured

@@ -38,7 +38,7 @@ def calibrate(
     together, and filters that add them up have many times the variance V has for them. So the `directions` U_r along which
     a layer's input varies most are measured first, and V = Σ c² v + Σ_r (Σ c √v U_r)² from there on, also while filters turn
     towards them. This is what lets a network train at BatchNorm's learning rates without clipping. With clipped gradients it
-    learns better with a covariance that is shrunk towards independence (docs/results.md).
+    learns better with a covariance that is shrunk towards independence (docs/laboratory.md).
 
     Args:
         model: a network that `convert` made; its constants are changed in place, and with `preserve` γ and β.

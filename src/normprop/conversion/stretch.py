@@ -85,8 +85,8 @@ def init_beta_(model: nn.Module, data: Any, *, limit: float = 2.5, directions: i
     """Start β of all sites of a fresh network where it doesn't `stretch` too much, and calibrate it.
 
     β = 0 has a ReLU cut off half of its inputs. With β above 0 it cuts off less, and layers are nearer to linear, which deep
-    networks need and shallow ones don't (docs/results.md). The first of 0, ½ and 1 within the limit is taken, and where none
-    is the one that stretches least; 0 where all outputs are still the same, as behind a last layer that starts at zero.
+    networks need and shallow ones don't (docs/laboratory.md). The first of 0, ½ and 1 within the limit is taken, and where
+    none is the one that stretches least; 0 where all outputs are still the same, as behind a last layer that starts at zero.
 
     Args:
         model: a network that `convert` made, before training; β and the constants are changed in place. Gains stay.
