@@ -30,12 +30,15 @@ RESULTS = Path("benchmarks", "results", "cost")
 GROWTH = Path("benchmarks", "results", "lane_growth.json")
 PAGE = ROOT / "docs" / "cost.md"
 
+_SHORT = "--threads 2 --seconds 6"
 _ALL = "--against plain batch group layer --threads 2 --seconds 6"
 _CALIBRATED = "--against plain calibrated --threads 2 --seconds 6 --skip-memory"
 _COMPILED = "--against plain batch --threads 2 --seconds 6 --compile --skip-memory"
 RUNS = {
     "resnet20": f"resnet20 --batch-size 1 8 64 {_ALL}",
     "resnet18": f"resnet18 --batch-size 1 8 64 {_ALL}",
+    "mobilenet-224": f"torchvision:mobilenet_v3_small --batch-size 1 8 --against plain batch --shape 3x224x224 {_SHORT}",
+    "mobilenet-96": f"torchvision:mobilenet_v3_small --batch-size 1 8 --against plain batch --shape 3x96x96 {_SHORT}",
     "resnet50": f"torchvision:resnet50 --batch-size 4 {_ALL}",
     "resnet20-compiled": f"resnet20 --batch-size 1 8 64 {_COMPILED}",
     "resnet18-compiled": f"resnet18 --batch-size 1 8 64 {_COMPILED}",
@@ -69,13 +72,20 @@ class Bar:
 
 _SMALL = ("resnet20", "resnet18")
 BARS = (
-    *(Bar(run, 64, "training", "plain", 1.05) for run in _SMALL),
+    *(Bar(run, 64, "training", "plain", 1.03) for run in _SMALL),
     *(Bar(run, 64, "training", "batch", 0.95) for run in _SMALL),
-    *(Bar(run, 8, "training", "plain", 1.2) for run in _SMALL),
-    *(Bar(run, 1, "training", "plain", 1.5) for run in _SMALL),
+    *(Bar(run, 8, "training", "plain", 1.12) for run in _SMALL),
+    *(Bar(run, 1, "training", "plain", 1.25) for run in _SMALL),
+    Bar("mobilenet-224", 8, "training", "plain", 1.1),
+    Bar("mobilenet-224", 1, "training", "plain", 1.35),
+    Bar("mobilenet-96", 8, "training", "plain", 1.15),
+    Bar("mobilenet-96", 1, "training", "plain", 1.4),
     Bar("resnet50", 4, "training", "plain", 1.05),
-    *(Bar(f"{run}-compiled", None, "training", "batch", 1.0) for run in (*_SMALL, "resnet50")),
+    *(Bar(f"{run}-compiled", size, "training", "batch", 1.0) for run in _SMALL for size in (8, 64)),
+    *(Bar(f"{run}-compiled", 1, "training", "batch", 1.1) for run in _SMALL),
+    Bar("resnet50-compiled", 4, "training", "batch", 1.0),
     *(Bar(run, None, "inference", "plain", 1.02) for run in (*_SMALL, "resnet50")),
+    *(Bar(run, None, "inference", "plain", 1.02) for run in ("mobilenet-224", "mobilenet-96")),
 )
 # Peak memory: at most the plain network's and so many copies of the weights; below BatchNorm's from this batch size on.
 COPIES, BELOW_BATCHNORM = 2.0, 64

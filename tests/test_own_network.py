@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.fx
 import torchvision
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
@@ -605,3 +606,17 @@ def test_replicas_of_data_parallel(name: str) -> None:
     sum(t.square().sum() for t in found).backward()  # type: ignore[union-attr]
     for key, value in expected.items():
         torch.testing.assert_close(converted.get_parameter(key).grad, value)
+
+
+@pytest.mark.parametrize("name", ["residual", "pre-activation", "gated", "mlp"])
+def test_graph_modules(name: str) -> None:
+    """What torch.fx traced, or another library made of an ONNX file, loses hooks of its own when it is copied."""
+    network, _, x = pair(name)
+    model = normprop.convert(torch.fx.symbolic_trace(network.eval()), example=x)
+    expected = outputs(model(x))
+    copied = copy.deepcopy(copy.deepcopy(model))
+    assert len(copied._forward_pre_hooks) == len(model._forward_pre_hooks) == 1
+    close(outputs(copied(x)), expected, 0.0)
+    folded = normprop.fold(model)
+    close(outputs(folded(x)), expected, 1e-9)
+    assert not copy.deepcopy(folded)._forward_pre_hooks

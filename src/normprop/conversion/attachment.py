@@ -6,11 +6,13 @@ import threading
 from typing import Any
 
 import torch
+import torch.fx
 from torch import Tensor, nn
 
-from normprop.conversion.lane import Entry, Lane, Run, is_covered
+from normprop.conversion.lane import Entry, Lane, Run, is_covered, lane_of
 from normprop.conversion.program import raw
 from normprop.errors import NormPropError
+from normprop.sites.site import Site
 
 _MISSING = object()
 
@@ -164,10 +166,29 @@ class Standardise:
         return (self.lane.standardise(self.path, args[0]), *args[1:])
 
 
-def attach(root: nn.Module, lane: Lane) -> None:
-    """Give a network its lane: hooks of its own, and of every layer with a site."""
+class Reattach:
+    """Gives a copy of a graph module, which loses the hooks of its forward, those of its lane again."""
+
+    unrecorded = True
+
+    def __call__(self, copied: nn.Module) -> None:
+        """After `copy.deepcopy`."""
+        lanes = (module.lane for module in copied.modules() if isinstance(module, Site))
+        found = next((lane for lane in lanes if lane is not None and lane.root is copied), None)
+        if found is not None and lane_of(copied) is None:
+            _begin_and_end(copied, found)
+
+
+def _begin_and_end(root: nn.Module, lane: Lane) -> None:
     root.register_forward_pre_hook(Begin(lane), with_kwargs=True)
     root.register_forward_hook(End(lane), always_call=True, prepend=True)
+
+
+def attach(root: nn.Module, lane: Lane) -> None:
+    """Give a network its lane: hooks of its own, and of every layer with a site."""
+    _begin_and_end(root, lane)
+    if isinstance(root, torch.fx.GraphModule):
+        root._register_deepcopy_hook(Reattach())
     for path in dict.fromkeys(path for mode in (False, True) for path in lane.standards[mode]):
         root.get_submodule(path).register_forward_pre_hook(Standardise(lane, path))
     for path in dict.fromkeys(path for mode in (False, True) for path in lane.layers[mode]):
@@ -199,6 +220,8 @@ class Unrecorded:
 def detach(root: nn.Module) -> None:
     """Take all hooks of lanes away."""
     for module in root.modules():
+        if isinstance(module, torch.fx.GraphModule):
+            module._deepcopy_hooks = [hook for hook in module._deepcopy_hooks if not isinstance(hook, Reattach)]
         for hooks in (module._forward_pre_hooks, module._forward_hooks):
             for key in [key for key, hook in hooks.items() if getattr(hook, "unrecorded", False)]:
                 del hooks[key]
