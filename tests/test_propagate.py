@@ -156,3 +156,33 @@ def test_standing_depends_on_the_arguments() -> None:
     standing = {row.name: row.standing for row in rows}
     names = [name for name in standing if "div" in name or "pow" in name]
     assert tuple(standing[name] for name in names) == ("exact", "exact", "approximate")
+
+
+class WrittenOut(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * 0.5 * (1 + torch.erf(x / 2**0.5))
+
+
+@pytest.mark.parametrize("activation", [nn.GELU(), WrittenOut()])
+def test_slopes_of_smooth_activations(activation: nn.Module) -> None:
+    report = normprop.propagate(activation, example=torch.zeros(2, 3))
+    slope = report[-1].slope
+    exact = normprop.moments("gelu")
+    assert slope == pytest.approx(float(exact.slope / exact.var), rel=1e-5)
+
+
+class WithToken(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.token = nn.Parameter(torch.randn(1, 1, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([self.token.expand(len(x), -1, -1), x], 1)
+
+
+def test_a_parameter_expanded_over_samples_is_the_same_for_all() -> None:
+    model = WithToken()
+    predicted = normprop.propagate(model, example=torch.zeros(3, 5, 4))[-1].predicted
+    assert predicted.mean.shape == (1, 6, 4)
+    torch.testing.assert_close(predicted.mean[:, :1], model.token.detach())
+    assert predicted.var[0, :, 0].tolist() == [0.0, 1.0, 1.0, 1.0, 1.0, 1.0]

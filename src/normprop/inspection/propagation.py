@@ -22,7 +22,7 @@ from normprop.inspection.row import Row
 from normprop.inspection.source_lines import SourceLines
 from normprop.precision import reference_tensor
 from normprop.rules import normalization
-from normprop.rules.composed import full_moments
+from normprop.rules.composed import squared_slope
 from normprop.rules.table import Key, Rule
 
 _NORMALISERS = frozenset(
@@ -100,8 +100,7 @@ def rows_of(walk: Walk, inputs: list[Moments]) -> list[Row]:
             module = walk.module(node) if node.op == "module" else None
             call = walk.call(node, moments.__getitem__, value, module)
             moments[node] = call[0](*call[1], **call[2])
-            full = full_moments(call)
-            slope = None if full is None else full.slope
+            slope = squared_slope(call)
             change[node] = _change(walk, node, call, moments, change, value, module, slope)
         if isinstance(moments[node], Moments):
             if slope is not None:

@@ -16,8 +16,13 @@ Shape = Sequence[int]
 
 
 def _known(x: Moments | Tensor) -> Moments:
-    """A parameter among activations is a constant: its own value, no variance."""
-    return x if isinstance(x, Moments) else Moments(x, torch.zeros_like(x))
+    """A parameter among activations is a constant: its own value, no variance; of size 1 where it was expanded."""
+    if isinstance(x, Moments):
+        return x
+    for dim in range(x.dim()):
+        if x.stride(dim) == 0:
+            x = x.narrow(dim, 0, 1)
+    return Moments(x, torch.zeros_like(x))
 
 
 def _along(x: Moments, dim: int, size: int) -> Moments:

@@ -173,6 +173,17 @@ def full_moments(call: tuple[Any, tuple[Any, ...], dict[str, Any]]) -> Activatio
     return composed_moments(*call[1]) if call[0] is composed else elementwise.full_moments(call)
 
 
+def squared_slope(call: tuple[Any, tuple[Any, ...], dict[str, Any]]) -> Tensor | None:
+    """``E f'(u)²`` of a scalar function for a rule's call, at every element; None for other rules."""
+    if call[0] is not composed:
+        return elementwise.squared_slope(call)
+    x, program, _, _, *operands = call[1]
+    known = None if operands else _known(program)
+    if known is None:
+        return composed_moments(*call[1]).slope
+    return elementwise.squared_slope((elementwise.named_activation, (known[0], (), x), dict(known[1])))
+
+
 def _broadcast(x: Moments, operands: Sequence[Operand]) -> tuple[Tensor, Tensor]:
     """Mean and variance expanded to the shape that they take together with the operands."""
     shapes = (o.shape for o in operands if isinstance(o, Tensor))

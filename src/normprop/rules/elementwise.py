@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from normprop.activations.activation_moments import ActivationMoments, activation_moments, canonical, moments
 from normprop.activations.catalogue import ROWS
 from normprop.activations.compiled_rectifiers import native_rectified
-from normprop.activations.fast_moments import lane_moments
+from normprop.activations.fast_moments import lane_moments, mean_square_slope
 from normprop.activations.rectifier_moments import rectified_moments
 from normprop.channel_moments import Moments
 from normprop.native.operands import handles
@@ -180,3 +180,18 @@ def full_moments(call: tuple[Any, tuple[Any, ...], dict[str, Any]]) -> Activatio
     if function is named_activation:
         return named_activation_moments(*args, **kwargs)
     return module_activation_moments(*args) if function is module_activation else None
+
+
+def squared_slope(call: tuple[Any, tuple[Any, ...], dict[str, Any]]) -> Tensor | None:
+    """``E f'(u)²`` of an activation for a rule's call, at every element; None for other rules."""
+    function, args, kwargs = call
+    found = None
+    if function is named_activation and isinstance(args[2], Moments):
+        given = _given(args[0], args[1], args[2], args[3:], kwargs)
+        if not any(isinstance(value, Moments) for value in given.values()):
+            found = mean_square_slope(args[0], args[2].mean, args[2].var, given)
+    elif function is module_activation and (known := canonical(args[0])) is not None:
+        found = mean_square_slope(known[0], args[1].mean, args[1].var, known[1])
+    if found is None and (full := full_moments(call)) is not None:
+        found = full.slope
+    return found
