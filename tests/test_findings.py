@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -161,6 +162,30 @@ def test_a_fault_is_found_at_its_place(kind: str) -> None:
     if kind not in ("input", "drift"):  # these need data
         predicted = {finding.kind: finding for finding in normprop.propagate(model).findings}
         assert predicted[kind].path == path
+
+
+def test_a_finding_says_nothing_twice() -> None:
+    for kind in ("explosion", "input", "dead"):
+        model, x, _ = faulty(kind)
+        for finding in normprop.inspect(model, x).findings:
+            clauses = [clause for clause in re.split("[.:;,] ", finding.sentence) if len(clause) > 12]
+            assert len(clauses) == len(set(clauses))
+            assert finding.sentence.count("predictions") <= 1
+
+
+@pytest.mark.parametrize("beta", [-0.1, 0.0])
+def test_a_site_that_magnifies_what_should_hardly_vary(beta: float) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(16, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 3))
+    with torch.no_grad():
+        net[0].weight[3].abs_()
+        net[1].weight[3], net[1].bias[3] = 0.02, beta
+    x = torch.randn(256, 1).repeat(1, 16)  # inputs that vary together: the first layer's output varies 4 times as much
+    findings = normprop.inspect(normprop.convert(net, center=False), x).findings
+    assert [finding.path for finding in findings if finding.kind == "scarce"] == (["3"] if beta < 0 else [])
+    if beta < 0:
+        assert findings[0].kind == "scarce"
+        assert "1 of 16 channels" in findings[0].sentence
 
 
 def test_what_is_far_from_gaussian_is_noted() -> None:

@@ -14,8 +14,8 @@ class Finding:
     """A fault, where it is, and how large.
 
     Attributes:
-        kind: "overflow", "jump", "explosion", "collapse", "statistics", "drift", "dead", "saturated", "mean", "input" or
-            "shape".
+        kind: "overflow", "jump", "explosion", "collapse", "statistics", "drift", "dead", "saturated", "mean", "input",
+            "shape" or "scarce".
         severity: "error" where nothing can be learned, "warning", or "note" for what a normaliser behind it takes back.
         name: of the `Row`.
         path: module path of the row.
