@@ -10,6 +10,7 @@ from normprop.inspection.row import Row
 
 DRIFT = 1.5  # octaves
 SCARCE, MORE = 1e-2, 4.0  # a channel's predicted standard deviation over that of all; the measured one over it
+MAGNIFIED = 10.0  # by the site
 _EPSILON = 1e-2  # a variance that the ε of usual normalisers changes
 
 
@@ -69,8 +70,11 @@ def scarce(evidence: Evidence) -> Iterator[Finding]:
         if row.operation != "Site" or row.role != "normaliser" or not sources or sources[0].measured is None:
             continue
         std, measured = sources[0].predicted.std, sources[0].measured.std.to(sources[0].predicted.std)
+        if not std.shape == measured.shape == row.predicted.std.shape:
+            continue
         few = (std > 0) & (std < SCARCE * std.square().mean().sqrt()) & (measured > MORE * std)
-        if std.shape == measured.shape == row.predicted.std.shape and bool(few.any()):
+        few &= row.predicted.std > MAGNIFIED * std
+        if bool(few.any()):
             found.append((float((row.predicted.std / std)[few].max()), row, int(few.sum())))
     if found:
         gain, row, count = found[0]
