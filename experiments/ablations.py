@@ -1,4 +1,4 @@
-"""What each part of the default is worth, and what else was tried: the tables of docs/results.md.
+"""What each part of the default is worth, and what else was tried: the tables of docs/laboratory.md.
 
     python experiments/ablations.py                        # what isn't finished yet, then the page; a killed one continues
     python experiments/ablations.py --only regularisation  # one table alone
@@ -19,7 +19,17 @@ from typing import Any
 
 import torch
 from learning import PAGE, RESULTS
-from treatments import BatchNoise, BranchGain, Treated, Treatment, Uncentred, learned_proxies, projected, untreated
+from treatments import (
+    BatchNoise,
+    BranchGain,
+    GainDecay,
+    Treated,
+    Treatment,
+    Uncentred,
+    learned_proxies,
+    projected,
+    untreated,
+)
 
 from normprop.lab.comparison import records
 from normprop.lab.comparison.records import RUNS, Record
@@ -41,6 +51,9 @@ TREATMENTS: dict[str, Treatment] = {
     "noise-64": BatchNoise(64),
     "noise-256": BatchNoise(256),
     "noise-1024": BatchNoise(1024),
+    "gains-32": GainDecay(32),
+    "gains-128": GainDecay(128),
+    "gains-512": GainDecay(512),
 }
 
 
@@ -185,12 +198,18 @@ STUDIES = {
             Variant("noise of 64 values", treat="noise-64"),
             Variant("noise of 256 values", treat="noise-256"),
             Variant("noise of 1024 values", treat="noise-1024"),
+            Variant("decay of γ as of batches of 32", treat="gains-32"),
+            Variant("decay of γ as of batches of 128", treat="gains-128"),
+            Variant("decay of γ as of batches of 512", treat="gains-512"),
             Variant("drop-path 0.1", {"model": "drop_path:resnet8"}),
             Variant("weight decay 0.002", {"weight_decay": 2e-3}),
+            Variant("weight decay 0.008", {"weight_decay": 8e-3}),
             Variant("flips and crops", {"flips": True, "crops": 4}),
             Variant("BatchNorm", _BATCH),
+            Variant("BatchNorm, decay of γ as of batches of 128", _BATCH, "gains-128"),
             Variant("BatchNorm, drop-path 0.1", {**_BATCH, "model": "drop_path:resnet8"}),
             Variant("BatchNorm, weight decay 0.002", {**_BATCH, "weight_decay": 2e-3}),
+            Variant("BatchNorm, weight decay 0.008", {**_BATCH, "weight_decay": 8e-3}),
             Variant("BatchNorm, flips and crops", {**_BATCH, "flips": True, "crops": 4}),
         ),
         loss=True,

@@ -173,5 +173,32 @@ class BatchNoise:
         scale.mul_(torch.distributions.Chi2(torch.full_like(scale, float(freedom))).sample() / freedom)
 
 
+@dataclass(frozen=True)
+class GainDecay:
+    """γ decays as if there were batches: λ γ²/2 is added to the loss, with λ = 1/(2n) for batches of n.
+
+    Of Luo et al. (2019, arXiv 1809.00846): batch statistics act on average as population statistics and a penalty
+    ζ γ². The part of ζ that belongs to the noisy mean is 1/(2n) times the mean slope of what follows, ½ for a ReLU at β = 0;
+    the part of the noisy variance, which depends on the Fisher information of γ, is left out.
+
+    Attributes:
+        size: n.
+    """
+
+    size: int
+
+    def __call__(self, network: nn.Module, optimizer: Optimizer) -> None:
+        """Add the gradient before each step; hooks run in order, so that clipping has been done."""
+        kinds = Site, nn.BatchNorm2d
+        gains = [m.weight for m in network.modules() if isinstance(m, kinds) and m.weight is not None]
+
+        def decay(*_: object) -> None:
+            for gain in gains:
+                if gain.grad is not None:
+                    gain.grad.add_(gain.detach(), alpha=1 / (2 * self.size))
+
+        optimizer.register_step_pre_hook(decay)
+
+
 def _sites(network: nn.Module) -> list[Site]:
     return [module for module in network.modules() if isinstance(module, Site)]

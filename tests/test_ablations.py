@@ -4,7 +4,7 @@ import ablations
 import pytest
 import torch
 from torch.nn import functional as F
-from treatments import BatchNoise, BranchGain, Uncentred, learned_proxies, projected
+from treatments import BatchNoise, BranchGain, GainDecay, Uncentred, learned_proxies, projected
 
 import normprop
 from normprop.lab.networks.models import build
@@ -107,6 +107,28 @@ def test_noise_follows_its_law():
     assert float(site.shift.std()) == pytest.approx(2 / 65**0.5, rel=0.03)
     assert float(site.scale.mean()) == pytest.approx(4.0, rel=0.01)
     assert float(site.scale.std()) == pytest.approx(4 * (2 / 64) ** 0.5, rel=0.03)
+
+
+def test_gains_decay_as_their_penalty_says():
+    """The penalty's gradient, taken by autograd, is what is added; nothing else is touched."""
+    norm = normalizer("normprop")
+    networks = []
+    for size in (None, 16):
+        torch.manual_seed(0)
+        network = realize(build("resnet8", shape=SHAPE, classes=4, norm=norm, width=0.25), norm, SHAPE)
+        sgd = torch.optim.SGD([p for p in network.parameters() if p.requires_grad], lr=0.1)
+        if size:
+            GainDecay(size)(network, sgd)
+        torch.manual_seed(1)
+        loss = F.cross_entropy(network.train()(torch.randn(4, *SHAPE)), torch.arange(4))
+        if not size:
+            gains = [m.weight for m in network.modules() if isinstance(m, Site)]
+            loss = loss + sum(gain.square().sum() for gain in gains) / (2 * 16) / 2
+        loss.backward()
+        sgd.step()
+        networks.append(network)
+    for a, b in zip(*(network.parameters() for network in networks), strict=True):
+        torch.testing.assert_close(a, b)
 
 
 def test_a_page_is_filled_between_its_marks():
