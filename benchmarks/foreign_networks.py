@@ -58,7 +58,7 @@ class StandIns(MetaPathFinder, Loader):
 
     def create_module(self, spec: ModuleSpec) -> types.ModuleType:
         module = types.ModuleType(spec.name)
-        module.__getattr__ = lambda name: _refuse(name) if name.startswith("__") else _Anything()  # type: ignore[method-assign]
+        module.__getattr__ = lambda name: _refuse(name) if name.startswith("__") else _Anything()
         return module
 
     def exec_module(self, module: types.ModuleType) -> None: ...

@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import statistics
 import time
 from pathlib import Path
 from typing import Any
 
+import runs_file
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -122,7 +122,7 @@ def main() -> None:
     parser.add_argument("--report", action="store_true")
     options = parser.parse_args()
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    runs = [json.loads(line) for line in options.out.read_text().splitlines()] if options.out.exists() else []
+    runs = runs_file.read(options.out)
     if not options.report:
         sets = data()
         for (name, batch), rates in RATES.items():
@@ -137,11 +137,7 @@ def main() -> None:
 
 def once(out: Path, runs: list[dict[str, Any]], sets: Any, what: tuple[Any, ...]) -> None:
     """Do a run that isn't done, and write it down."""
-    if not any(tuple(run[k] for k in KEYS) == what for run in runs):
-        runs.append(train(sets, what))
-        with out.open("a") as file:
-            file.write(json.dumps(runs[-1]) + "\n")
-        print(runs[-1], flush=True)
+    runs_file.once(out, runs, KEYS, what, lambda: train(sets, what))
 
 
 if __name__ == "__main__":

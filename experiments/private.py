@@ -14,13 +14,13 @@ from __future__ import annotations
 import argparse
 import functools
 import itertools
-import json
 import statistics
 import time
 import warnings
 from pathlib import Path
 from typing import Any
 
+import runs_file
 import torch
 import torch.nn.functional as F
 from opacus import PrivacyEngine
@@ -147,7 +147,7 @@ def main() -> None:
     parser.add_argument("--report", action="store_true")
     options = parser.parse_args()
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    runs = [json.loads(line) for line in options.out.read_text().splitlines()] if options.out.exists() else []
+    runs = runs_file.read(options.out)
     if not options.report:
         warnings.filterwarnings("ignore")  # of Opacus: its random numbers are not secure, and hooks without input gradients
         torch.set_num_threads(1)
@@ -163,11 +163,7 @@ def main() -> None:
 
 def once(out: Path, runs: list[dict[str, Any]], sets: Any, what: tuple[Any, ...]) -> None:
     """Do a run that isn't done, and write it down."""
-    if not any(tuple(run[k] for k in KEYS) == what for run in runs):
-        runs.append(train(sets, what))
-        with out.open("a") as file:
-            file.write(json.dumps(runs[-1]) + "\n")
-        print(runs[-1], flush=True)
+    runs_file.once(out, runs, KEYS, what, lambda: train(sets, what))
 
 
 if __name__ == "__main__":

@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import statistics
 import time
 from pathlib import Path
 from typing import Any
 
+import runs_file
 import torch
 import torch.nn.functional as F
 from rivals import NAMES, with_normalizer
@@ -90,7 +90,7 @@ def main() -> None:
     parser.add_argument("--report", action="store_true")
     options = parser.parse_args()
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    runs = read(options.out)
+    runs = runs_file.read(options.out)
     if not options.report:
         for batch in options.batches:
             for rate, clip, norm in itertools.product(options.rates, CLIPS, options.norms):
@@ -104,20 +104,10 @@ def main() -> None:
 
 def once(options: argparse.Namespace, runs: list[dict[str, Any]], *what: Any) -> None:
     """Do a run that isn't done, and write it down."""
-    keys = ("norm", "batch", "rate", "clip", "seed")
     if what[:2] == ("batch", 1):  # LR-ASPP's pooled branch has one value per channel: BatchNorm refuses it
         return
-    if any(tuple(run[k] for k in keys) == what for run in runs):
-        return
-    runs.append(train(*what, options.steps, options.size))
-    with options.out.open("a") as file:
-        file.write(json.dumps(runs[-1]) + "\n")
-    print(runs[-1], flush=True)
-
-
-def read(path: Path) -> list[dict[str, Any]]:
-    """The runs of a file."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    keys = ("norm", "batch", "rate", "clip", "seed")
+    runs_file.once(options.out, runs, keys, what, lambda: train(*what, options.steps, options.size))
 
 
 def chosen(runs: list[dict[str, Any]], norm: str, batch: int) -> dict[str, Any] | None:

@@ -14,6 +14,7 @@ import pytest
 from filelock import FileLock
 
 from normprop.errors import NormPropError
+from normprop.lab import claim
 from normprop.lab.commands import main
 from normprop.lab.comparison import records, workers
 from normprop.lab.comparison.comparison import cells, choices, columns, points, promoted, remaining_seconds, to_dict
@@ -238,7 +239,7 @@ def test_a_killed_grid_continues_with_what_is_missing(tmp_path, digits, trained)
 def test_what_another_process_is_doing_is_left_to_it(tmp_path, digits, trained, monkeypatch):
     recipes = TINY.recipes()
     places = []
-    monkeypatch.setattr(workers, "FileLock", lambda path: places.append(path) or FileLock(path))
+    monkeypatch.setattr(claim, "FileLock", lambda path: places.append(path) or FileLock(path))
     work(recipes[:1], tmp_path, images=digits)
     (tmp_path / RUNS).unlink()
     trained.clear()

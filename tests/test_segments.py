@@ -96,6 +96,17 @@ def test_second_derivatives(name: str) -> None:
         close(*(gradients(some, parameters(model)) for some in first), 1e-9)
 
 
+@pytest.mark.parametrize("name", SMALL)
+def test_gradients_that_somebody_holds_stay(name: str) -> None:
+    """What a weight gets is written into what its filters got, unless others hold that."""
+    model = converted(name, preserve=False)
+    for _, found, expected in both(model):
+        for some in (found, expected):
+            given = [torch.ones_like(t) for t in some]
+            torch.autograd.backward(some, given)
+            assert all(bool((g == 1).all()) for g in given)
+
+
 @pytest.mark.parametrize("threads", [1, 2])
 def test_threads_and_memory_formats(threads: int) -> None:
     before = torch.get_num_threads()

@@ -38,7 +38,7 @@ def on_files(files: Files, config: Any) -> Files:
     return files
 
 
-def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:  # noqa: ARG001
+def on_page_markdown(markdown: str, **_: Any) -> str:
     """Point links out of docs/ to their place in the site, and set formulas."""
     text = _OUTSIDE.sub(_inside, markdown)
     parts = _CODE.split(text)

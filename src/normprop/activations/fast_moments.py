@@ -13,7 +13,6 @@ from normprop.activations.activation_moments import activation_moments
 from normprop.activations.catalogue import outline
 from normprop.activations.panels import DOUBLE, SINGLE, Panels, lane_panels
 from normprop.activations.small_variance import continued
-from normprop.activations.smooth_forms import Smooth
 from normprop.double_backward import gradients_again
 from normprop.native.operands import is_traced
 from normprop.precision import working_dtype
@@ -79,15 +78,20 @@ def mean_square_slope(name: str, mean: Tensor, var: Tensor, parameters: Mapping[
     0.455851 0.455851
     """
     panels = _panels(name, mean, var, parameters)
-    if panels is None or panels.kinked or not isinstance(panels.form, Smooth):
+    if panels is None or panels.kinked:
         return None
     mean, var = torch.broadcast_tensors(mean, var)
     m, v = (t.reshape(-1).to(working_dtype(mean.device)) for t in (mean, var))
     far = panels.smallest(torch.finfo(m.dtype).eps)[1]
     std = v.sqrt().clamp(min=far)
-    passes = max(1, -(-m.numel() * panels.count // _TOGETHER)) if m.device.type == "cpu" else 1
+    passes = _passes(panels, m)
     parts = [_mean_square_slope(panels, *few) for few in zip(m.chunk(passes), std.chunk(passes), strict=True)]
     return torch.cat(parts).reshape(mean.shape).to(torch.promote_types(mean.dtype, var.dtype))
+
+
+def _passes(panels: Panels, mean: Tensor) -> int:
+    """In how many parts the nodes of so many means are computed."""
+    return max(1, -(-mean.numel() * panels.count // _TOGETHER)) if mean.device.type == "cpu" else 1
 
 
 def _mean_square_slope(panels: Panels, mean: Tensor, std: Tensor) -> Tensor:
@@ -132,9 +136,9 @@ class _LaneMoments(torch.autograd.Function):
     def forward(ctx: Any, mean: Tensor, var: Tensor, panels: Panels, plain: Plain) -> tuple[Tensor, Tensor]:
         work = working_dtype(mean.device)
         m, v = mean.reshape(-1).to(work), var.reshape(-1).to(work)
-        passes = -(-m.numel() * panels.count // _TOGETHER) if m.device.type == "cpu" else 1
+        passes = _passes(panels, m)
         slopes = any(ctx.needs_input_grad)
-        parts = [_sums(panels, *few, slopes) for few in zip(m.chunk(passes or 1), v.chunk(passes or 1), strict=True)]
+        parts = [_sums(panels, *few, slopes) for few in zip(m.chunk(passes), v.chunk(passes), strict=True)]
         found = parts[0] if len(parts) == 1 else [torch.cat(column) for column in zip(*parts, strict=True)]
         found = [x.reshape(mean.shape) for x in found]
         ctx.save_for_backward(mean, var, *found[2:])

@@ -119,7 +119,7 @@ def sign() -> Piecewise:
     return Piecewise([Polynomial(-1.0), Polynomial(1.0)], [0.0], continuous=False)
 
 
-def heaviside(values: Scalar = 0.0) -> Piecewise:  # noqa: ARG001
+def heaviside(values: Scalar = 0.0) -> Piecewise:  # noqa: ARG001  # torch's parameter, which a Gaussian never meets
     """0 below 0, 1 above; `values` at 0 alone."""
     return gt(0.0)
 

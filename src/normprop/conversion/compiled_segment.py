@@ -15,7 +15,7 @@ from normprop.conversion.segment import Found, Parts, Segment
 from normprop.conversion.segment_layout import LayoutKey, laid_out
 from normprop.double_backward import gradients_again
 from normprop.native.library import library
-from normprop.native.operands import handles
+from normprop.native.operands import handles, is_unshared
 from normprop.precision import full_precision, wide
 from normprop.sites.c_engine import Layer
 from normprop.sites.reference import Scale
@@ -29,7 +29,7 @@ def run_segment(
     sites: Sequence[Site],
     modules: Sequence[nn.Module],
     given: Sequence[Moments],
-    maps: Sequence[nn.Module],
+    maps: Sequence[nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d],
 ) -> list[Any]:
     """A `Scale` for every scaling, then `Moments` for every export."""
     weights = [wide(w) for w in weights]
@@ -53,7 +53,7 @@ def run_segment(
         [beta.contiguous() for _, beta in pairs],
         [wide(m.mean).contiguous() for m in given],
         [wide(m.var).contiguous() for m in given],
-        [t if t is None else wide(t).contiguous() for m in maps for t in (m.weight, m.bias)],  # type: ignore[arg-type]  # of linear layers
+        [t if t is None else wide(t).contiguous() for m in maps for t in (m.weight, m.bias)],
     )
     flat = _run(segment, found, parts)
     count = 3 * len(segment.scalings)
@@ -83,7 +83,7 @@ def _fits(segment: Segment, found: Found, parts: Parts) -> bool:
         weight is not None and weight.shape == m.shape and (bias is not None) is m.offset
         for m, weight, bias in zip(segment.maps, parts.maps[::2], parts.maps[1::2], strict=True)
     )
-    curves = (type(setting) is float or native_curve(*setting, True) is not None for setting in found.settings)  # type: ignore[misc]  # it is a tuple
+    curves = (isinstance(setting, float) or native_curve(*setting, True) is not None for setting in found.settings)
     return all(weights) and all(sites) and all(given) and all(maps) and all(curves)
 
 
@@ -207,7 +207,7 @@ def _gradients(
 ) -> list[Tensor | None]:
     """Gradients of weights, γ, β, and of given means and variances.
 
-    That of a weight is written into what its filters got, which is nobody else's.
+    That of a weight is written into what its filters got, where nobody else holds that.
     """
     frame = _Frame(segment, found, parts)
     given: list[int] = []
@@ -216,11 +216,14 @@ def _gradients(
         by_multiplied, *others = grads[3 * i : 3 * i + 3]
         into = None
         if s.weight is not None and (by_multiplied is not None or others[1] is not None):
+            free = False
             if by_multiplied is not None:
-                by_multiplied = frame.laid(s.weight, by_multiplied)
-                frame.alive.append(by_multiplied)
+                laid = frame.laid(s.weight, by_multiplied)
+                free = laid is not by_multiplied or is_unshared(laid)
+                by_multiplied = laid
+                frame.alive.append(laid)
             if needs[s.weight]:
-                into = by_multiplied if by_multiplied is not None else frame.empty(s.weight, parts.weights[s.weight])
+                into = by_multiplied if free else frame.empty(s.weight, parts.weights[s.weight])
         given.append(0 if by_multiplied is None else by_multiplied.data_ptr())
         given += map(frame.address, others)
         by_filters.append(into)
@@ -237,9 +240,7 @@ def _gradients(
         frame.read,
         given,
         [0 if t is None else t.data_ptr() for t in by_filters],
-        [0] * segment.weights
-        + [t.data_ptr() if n else 0 for t, n in zip(rest, sizes, strict=True)]
-        + [0] * len(found.constants),
+        results,
         (memory.data_ptr(), segment.size),
         columns.data_ptr(),
     )

@@ -97,7 +97,7 @@ class EffectiveTensors:
         detach(self.plain)
         for module in self.plain.modules():
             if getattr(module, "inplace", False) is True:
-                module.inplace = False  # type: ignore[assignment]  # what hooks look at must stay
+                module.__dict__["inplace"] = False  # what hooks look at must stay
         self.leaves = [leaf for part in self.parts for pair in part.leaves for leaf in pair]
         self.model, self.trained = model, [p.requires_grad for p in model.parameters()]
         self.sources: list[Tensor] = []
@@ -172,7 +172,7 @@ class EffectiveTensors:
         pairs = [(s, leaf.grad) for s, leaf in zip(self.sources, self.leaves, strict=True) if leaf.grad is not None]
         self.sources = []
         if pairs:
-            torch.autograd.backward([source for source, _ in pairs], [gradient.clone() for _, gradient in pairs])
+            torch.autograd.backward([source for source, _ in pairs], [gradient for _, gradient in pairs])
 
 
 def _leaf(value: Tensor, requires_grad: bool) -> nn.Parameter:
@@ -199,9 +199,9 @@ def _values(lane: Lane, root: nn.Module, entries: Sequence[Entry]) -> list[tuple
 
 
 def _kind(root: nn.Module, entry: Entry) -> torch.dtype:
-    if entry.layer is not None:
-        return root.get_submodule(entry.layer).weight.dtype  # type: ignore[return-value]
-    return root.get_submodule(entry.site).shift.dtype  # type: ignore[return-value]
+    holder: Any = root.get_submodule(entry.site if entry.layer is None else entry.layer)
+    kind: torch.dtype = (holder.shift if entry.layer is None else holder.weight).dtype
+    return kind
 
 
 def _entries(root: nn.Module, lane: Lane) -> list[Entry]:

@@ -413,7 +413,7 @@ def _asks_for_values(error: Exception) -> bool:
 
 def _check(model: nn.Module) -> None:
     for path, module in model.named_modules():
-        if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():  # type: ignore[misc]
+        if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():  # type: ignore[misc]  # torch types its self
             kind = type(module).__name__
             raise NormPropError(f"{path} is a {kind} that has not seen its input yet.\nRun one batch through it first.")
 

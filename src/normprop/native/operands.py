@@ -57,6 +57,12 @@ def handles(tensors: Iterable[Tensor | None], dtype: torch.dtype) -> bool:
     )
 
 
+def is_unshared(gradient: Tensor) -> bool:
+    """Whether nobody but the backward pass that received a gradient holds it, so that it may be written over."""
+    count: int = gradient._use_count()  # type: ignore[attr-defined]  # torch has no types for it
+    return count == 1
+
+
 def handles_whole(tensors: Iterable[Tensor | None], dtype: torch.dtype) -> bool:
     """The same where `torch.compile` traces a graph. An exported graph is to hold torch's own operations alone."""
     return (

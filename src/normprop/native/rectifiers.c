@@ -1,4 +1,4 @@
-/* Moments behind leaky rectifiers and their gradients: `normprop.rectifier_lane` has the equations.
+/* Moments behind leaky rectifiers and their gradients: activations/rectifier_moments.py has the equations.
  *
  * The file includes itself to define everything for float and for double; inside, all is double.
  */

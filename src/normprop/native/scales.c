@@ -1,4 +1,4 @@
-/* Scales of normalisation sites and their gradients, every filter in one visit: `normprop.scales` says what is computed.
+/* Scales of normalisation sites and their gradients, every filter in one visit: sites/reference.py says what is computed.
  *
  * Compiled where it runs (see library.py). The file includes itself to define everything for float and for double.
  */

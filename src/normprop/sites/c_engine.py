@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from normprop.native.library import library
+from normprop.native.operands import is_unshared
 from normprop.sites.reference import Scale, plain_backward
 from normprop.sites.rows import Form, Operands, from_rows, sites_of, taps_first, to_rows
 
@@ -173,7 +174,7 @@ class Call:
             columns: what `scales` gave.
             grads: of filters, factor and offset of each site; None for zero.
             needs: which weights need one.
-            in_place: write them into those of the filters.
+            in_place: write them into those of the filters, where nobody else holds these.
         """
         moments = [t.numel() for site in self.sites for t in site[1:3] if t is not None]
         blocks = max(geometry.blocks for geometry in self._geometries)
@@ -188,7 +189,8 @@ class Call:
             self.alive.append(given)
             weight = None
             if layer is not None and needs[i]:
-                weight = given if in_place and given is not None else layer.empty()
+                free = given is not None and (given is not by_filters or is_unshared(given))
+                weight = given if in_place and free else layer.empty()
             weights.append(weight)
             fields += [0 if t is None else address(t) for t in (given, *others, weight)]
             for t in site[1:3]:

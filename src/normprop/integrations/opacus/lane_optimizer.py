@@ -44,17 +44,17 @@ class LaneOptimizer(torch.optim.Optimizer):
         self.read = read
 
     @property
-    def param_groups(self) -> list[Any]:  # type: ignore[override]
+    def param_groups(self) -> list[Any]:  # type: ignore[override]  # an attribute in torch
         """The inner optimizer's groups; all that Opacus is to clip stands in the first."""
         return [_Group(group, [] if i else self.read) for i, group in enumerate(self.inner.param_groups)]
 
     @property
-    def state(self) -> Any:  # type: ignore[override]
+    def state(self) -> Any:  # type: ignore[override]  # an attribute in torch
         """The inner optimizer's."""
         return self.inner.state
 
     @property
-    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
+    def defaults(self) -> dict[str, Any]:  # type: ignore[override]  # an attribute in torch
         """The inner optimizer's."""
         return self.inner.defaults
 

@@ -9,17 +9,17 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from filelock import FileLock, Timeout
 
 from normprop.errors import NormPropError
+from normprop.lab.claim import claimed
 from normprop.lab.comparison import records
 from normprop.lab.comparison.records import RUNS, Record
 from normprop.lab.samples.datasets import load
@@ -69,7 +69,7 @@ def work(
     for recipe in recipes:
         if recipe in done:
             continue
-        with _claimed(recipe, folder) as mine:
+        with _claim(recipe, folder) as mine:
             done = {record.recipe for record in records.read(folder / RUNS)}
             if mine and recipe not in done:
                 records.append(folder / RUNS, measured(recipe, images, device, watch))
@@ -166,19 +166,7 @@ def _load_and_work(recipes: Sequence[Recipe], folder: Path, device: str, watch: 
     work(recipes, folder, images=images, device=device, watch=watch)
 
 
-@contextmanager
-def _claimed(recipe: Recipe, folder: Path) -> Iterator[bool]:
-    """Claim a run for the time of this block: True, or False if another process holds it."""
+def _claim(recipe: Recipe, folder: Path) -> AbstractContextManager[bool]:
+    """A run, claimed for the time of a block (see `claimed`)."""
     key = hashlib.blake2b(json.dumps(asdict(recipe)).encode(), digest_size=16).hexdigest()
-    claims = folder / ".claims"
-    claims.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(claims / key)
-    try:
-        lock.acquire(blocking=False)
-    except Timeout:
-        yield False
-        return
-    try:
-        yield True
-    finally:
-        lock.release()
+    return claimed(folder / ".claims" / key)

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from filelock import FileLock, Timeout
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from normprop.errors import NormPropError
+from normprop.lab.claim import claimed
 from normprop.lab.comparison import records
 from normprop.lab.convergence import cell_file, choice
 from normprop.lab.convergence.cell_file import CellFile
@@ -72,7 +71,7 @@ def continue_queue(
         NormPropError: results that can't be written or read.
     """
     for cell in cells:
-        with _locked(cell, folders) as mine:
+        with claimed(folders.root / ".locks" / cell.name) as mine:
             if mine:
                 _finish(cell, folders, load, device, observer or Observer())
 
@@ -104,22 +103,6 @@ def _finish(
         )
     train(file.recipe, out=folders.state(cell), resume=resume, device=device, images=images, observer=recording)
     shutil.rmtree(folders.state(cell), ignore_errors=True)
-
-
-@contextmanager
-def _locked(cell: Cell, folders: Folders) -> Iterator[bool]:
-    """Whether the cell is this process's for the time of the block."""
-    (folders.root / ".locks").mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folders.root / ".locks" / cell.name)
-    try:
-        lock.acquire(blocking=False)
-    except Timeout:
-        yield False
-        return
-    try:
-        yield True
-    finally:
-        lock.release()
 
 
 class _Recording(Observer):
