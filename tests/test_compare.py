@@ -311,8 +311,8 @@ def start_waiting(folder):
 
 def free_claims(folder):
     """Waits until nobody holds a claim: a lock ends with its process."""
-    for claim in (folder / ".claims").iterdir():
-        with FileLock(claim, timeout=30, is_singleton=False):
+    for path in (folder / ".claims").iterdir():
+        with FileLock(path, timeout=30, is_singleton=False):
             pass
 
 
