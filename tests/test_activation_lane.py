@@ -14,7 +14,7 @@ from normprop.activations.activation_moments import activation_moments
 from normprop.activations.fast_moments import lane_moments, mean_square_slope
 from normprop.activations.panels import SINGLE, lane_panels
 from normprop.activations.piecewise import Piecewise
-from normprop.conversion.program import composed_activations
+from normprop.conversion.program_calls import composed_activations
 from normprop.precision import working_dtype
 from normprop.rules.composed import _known
 from normprop.rules.elementwise import module_activation, named_activation

@@ -10,7 +10,7 @@ import torch.fx
 from torch import Tensor, nn
 
 from normprop.conversion.lane import Entry, Lane, Run, is_covered, lane_of
-from normprop.conversion.program import raw
+from normprop.conversion.program_calls import raw
 from normprop.errors import NormPropError
 from normprop.sites.site import Site
 

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from normprop.conversion.program import Program, raw, site_at, written
+from normprop.conversion.program import Program, written
+from normprop.conversion.program_calls import raw, site_at
 from normprop.errors import NormPropError
 from normprop.graph.example_inputs import Inputs
 from normprop.graph.node import Node

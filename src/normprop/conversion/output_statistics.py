@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from normprop.conversion.lane import Entry, Key, Lane
 from normprop.conversion.measuring_mode import measuring, take_paths_of_training
-from normprop.conversion.program import raw
+from normprop.conversion.program_calls import raw
 from normprop.errors import NormPropError, NotFiniteError
 from normprop.graph.example_inputs import Inputs
 from normprop.precision import wide
