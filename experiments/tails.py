@@ -1,6 +1,6 @@
 """The largest standard deviation in timm's repvgg_b0, whose sites without a layer divide by what nearly dead units vary.
 
-    python experiments/tails.py
+python experiments/tails.py
 """
 
 from __future__ import annotations
