@@ -3,7 +3,7 @@
     python experiments/characters.py                   # goes on where it stopped
     python experiments/characters.py --report          # the tables from what was run
 
-The text is `shakespeare.txt` in $NORMPROP_DATA, or what --data names. All have hidden size 128, one layer, 32 streams,
+The text is `shakespeare.txt` in $NORMPROP_DATA, or what --data names. All have one layer, of --hidden units, 32 streams,
 windows of 100 characters, Adam with a one-cycle rate and gradients no longer than 1; forget biases start at 0. `--extra`
 runs what else was tried. Seconds are CPU time of the whole run on one thread, with its evaluations.
 """
@@ -58,10 +58,10 @@ def table(cells: dict[str, Cell]) -> str:
     """A row for each setting, over its seeds."""
     rows: dict[str, list[Cell]] = {}
     for found in cells.values():
-        words = " | ".join(str(found[name]) for name in ("norm", "gain", "forget_bias", "lr", "updates"))
+        words = " | ".join(str(found[name]) for name in ("norm", "gain", "forget_bias", "lr", "hidden", "updates"))
         rows.setdefault(words, []).append(found)
-    lines = ["| norm | gain | forget bias | rate | updates | seeds | validation | test | CPU s |"]
-    lines.append("|---|---|---|---|---|---|---:|---:|---:|")
+    lines = ["| norm | gain | forget bias | rate | hidden | updates | seeds | validation | test | CPU s |"]
+    lines.append("|---|---|---|---|---|---|---|---:|---:|---:|")
     for words, found in rows.items():
         parts = [_several([validation(one) for one in found]), _several([one["test_bits"] or float("inf") for one in found])]
         seconds = statistics.mean(one["seconds"] for one in found)
@@ -78,6 +78,7 @@ def main() -> None:
     parser.add_argument("--data", default="shakespeare")
     parser.add_argument("--updates", type=int, default=800)
     parser.add_argument("--hidden", type=int, default=128)
+    parser.add_argument("--rates", nargs="+", type=float, default=RATES)
     parser.add_argument("--norms", nargs="+", help="some of the normalisers, all by default")
     parser.add_argument("--extra", nargs="*", default=[], help="norm,gain,forget_bias,rate of further runs, '-' for none")
     parser.add_argument("--out", type=Path, default=RESULTS)
@@ -103,7 +104,7 @@ def main() -> None:
                     run(norm=norm, gain=gain, forget_bias=forget_bias or 0.0, lr=lr, seed=seed)
         else:
             contenders = [(n, g) for n, g in CONTENDERS if n in (options.norms or [n])]
-            tried = {n: [run(norm=n, gain=g, lr=lr) for lr in RATES] for n, g in contenders}
+            tried = {n: [run(norm=n, gain=g, lr=lr) for lr in options.rates] for n, g in contenders}
             for seed in SEEDS[1:]:
                 for norm, gain in contenders:
                     run(norm=norm, gain=gain, lr=min(tried[norm], key=validation)["lr"], seed=seed)

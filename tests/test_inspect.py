@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import normprop
 from normprop.lab.commands import main
@@ -62,3 +62,28 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
 def test_bad_arguments(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_converted_network_with_values_in_its_forward_is_inspected(shared: bool) -> None:
+    """Where recording needs values, it runs with the lane's weights."""
+
+    class Counting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
+            self.head = nn.Conv2d(8, 4, 1)
+            self.seen: list[float] = []
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.body(x)
+            self.seen.append(x.std().item())
+            return self.head(x) + (self.head(2 * x) if shared else 0.0)
+
+    torch.manual_seed(0)
+    model = normprop.convert(Counting())
+    x = torch.randn(64, 3, 8, 8)
+    report = normprop.inspect(model, x)
+    (row,) = (row for row in report if row.operation == "Site")
+    torch.testing.assert_close(row.measured.std, torch.ones_like(row.measured.std), rtol=0.2, atol=0.0)
+    assert len(model.seen) == 1  # the one that measured

@@ -226,6 +226,30 @@ def test_a_trained_network_keeps_its_function_and_a_fresh_head_is_calibrated() -
     assert not bool(partly.get_parameter("bn2.bias").any())
 
 
+def test_what_a_fresh_network_s_own_code_gave_to_its_offsets_stays() -> None:
+    """timm's RepVGG draws γ and β at random: they say nothing of training."""
+    torch.manual_seed(0)
+    network = Residual().double()
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.weight, 0.1, 0.1)
+            nn.init.normal_(module.bias, 0.0, 0.1)
+    model, optimizer, handle = started(network, OPTIMIZERS["AdamW"], samples=64)
+    assert "β as it was initialised, calibrated" in repr(handle)
+    torch.testing.assert_close(model.get_parameter("bn2.bias"), network.bn2.bias)
+    report = normprop.inspect(model, images(64))
+    for row in report:
+        if row.operation == "Site":
+            gamma = model.get_submodule(row.path).get_parameter("weight")
+            torch.testing.assert_close(row.measured.std.flatten(), gamma.abs(), rtol=1e-6, atol=1e-6)
+    step(model, optimizer, 0)
+    handle.remove()
+    before = model(images(8))
+    again = normprop.keep_calibrated(model, torch.optim.AdamW(model.parameters(), lr=3e-3), images(64))
+    assert "trained function kept" in repr(again)
+    torch.testing.assert_close(model(images(8)), before)
+
+
 def test_gains_and_offsets_go_without_decay() -> None:
     model = normprop.convert(Residual().double())
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=0.5)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from normprop.conversion.epsilon import bounded
 from normprop.conversion.lane import Entry, Key, Lane, converted_lane
 from normprop.conversion.lockstep import LockStep
 from normprop.conversion.measuring_mode import measuring, take_paths_of_training
@@ -229,14 +230,16 @@ class _Calibration:
         assert filters is not None
         kind = next(layer.parameters()).dtype
         outputs = (run(filters.to(kind), batch) for batch in range(len(inputs)))
-        self._finish(entry, site, _measured(outputs, entry.options["channel"]), mean, var)
+        found = _measured(outputs, entry.options["channel"])
+        self._finish(entry, site, (found[0], bounded(self.lane, self.model, entry, found[1], filters, var)), mean, var)
 
     def _set_affine(self, entry: Entry, inputs: Sequence[Tensor]) -> None:
         if entry.key in self.done:
             return
         site: Any = self.model.get_submodule(entry.site)
         _, mean, var = site_statistics(self.lane.arguments(self.model, entry))
-        self._finish(entry, site, _measured(inputs, 1), mean, var)
+        found = _measured(inputs, 1)
+        self._finish(entry, site, (found[0], bounded(self.lane, self.model, entry, found[1], None, var)), mean, var)
 
     def _finish(self, entry: Entry, site: Site, target: Statistics, mean: Tensor, var: Tensor) -> None:
         if entry.key in self.kept:
@@ -301,7 +304,7 @@ def _measured(outputs: Iterable[Tensor], channel: int) -> Statistics:
     mean = total / count
     if not bool(torch.isfinite(square).all()):
         raise NotFiniteError("values after a layer are not finite.")
-    return mean, (square / count - mean.square()).clamp(min=1e-12)
+    return mean, (square / count - mean.square()).clamp(min=0.0)
 
 
 def set_constants(site: Site, call: int, target: Statistics, mean: Tensor, var: Tensor) -> None:

@@ -14,6 +14,7 @@ from normprop.conversion.agreement import Agreement
 from normprop.conversion.attachment import Unrecorded, attach
 from normprop.conversion.calibration import Statistics, preserve_
 from normprop.conversion.fingerprint import set_fingerprints_
+from normprop.conversion.initial_values import initial_values
 from normprop.conversion.lane import Entry, Lane, lanes_in
 from normprop.conversion.lane_writer import LaneWriter, passing_noise
 from normprop.conversion.paper_form import start_as_printed_
@@ -162,6 +163,8 @@ class _Settings:
             start_as_printed_(root, self.walks[False], self.plans[False])
         if self.keep:
             preserve_(root, lane, statistics, biases)
+        else:
+            lane.initial = initial_values(root, lane.by_site)
         set_fingerprints_(root, lane)
         attach(root, lane)
         lane.prepare()

@@ -89,6 +89,8 @@ def kind_of(node: Node, values: dict[Node, Any]) -> Kind | None:
             return Kind.SCALED
         if target in _LARGEST:
             return Kind.LARGEST
+        if target is sites.widened:
+            return Kind.WIDENED
     if getattr(target, "__name__", "") == "detached" and len(sources) == 1:
         return Kind.DETACHED
     if target in (arithmetic.add, arithmetic.sub):

@@ -13,11 +13,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from normprop.conversion.calibration import calibrate_keeping
+from normprop.conversion.initial_values import are_initial
 from normprop.conversion.lane import Lane, lane_of
 from normprop.conversion.recalibration import affines_of, follow, measure_again, take_along
 from normprop.conversion.sample_source import SampleSource
 from normprop.conversion.stretch import search_beta_
 from normprop.errors import NormPropError
+from normprop.graph.example_inputs import Inputs
 from normprop.optim import AdaptiveGradientClipping, clips
 
 _LOG = logging.getLogger("normprop")
@@ -44,7 +46,7 @@ def keep_calibrated(
 
     Now, and not again where the optimizer has a state already:
 
-    - a fresh network, whose β are all zero, gets the β that `init_beta_` finds, and is calibrated;
+    - a fresh network gets the β that `init_beta_` finds, where its own are all zero, and is calibrated;
     - in a trained one the constants are measured, and it computes what it did (`calibrate` with ``preserve=True``); layers
       in it that are fresh, as a new head is, are calibrated.
 
@@ -153,14 +155,20 @@ class KeptCalibration:
         batches = self._source.draw(0)
         fresh, trained = _fresh_sites(self._network, self._lane)
         if fresh and not trained:
-            biases = [beta for _, beta in affines_of(self._lane)]
-            few = [batch.map(lambda t: t[:_FEW] if t.dim() > 2 else t) for batch in batches]
-            self._started = f"β at {search_beta_(self._network, few, biases):g}, calibrated"
+            self._started = f"{self._start_biases(batches)}, calibrated"
         else:
             self._started = f"trained function kept{f', {len(fresh)} fresh ones calibrated' if fresh else ''}"
         calibrate_keeping(self._network, self._lane, batches, directions, shrinkage, trained, _PATCHES)
         self._agree()
         self._note(began)
+
+    def _start_biases(self, batches: Sequence[Inputs]) -> str:
+        """Find where β starts, if the network leaves that open; says where."""
+        biases = [beta for _, beta in affines_of(self._lane)]
+        if any(bool(beta.detach().any()) for beta in biases):
+            return "β as it was initialised"
+        few = [batch.map(lambda t: t[:_FEW] if t.dim() > 2 else t) for batch in batches]
+        return f"β at {search_beta_(self._network, few, biases):g}"
 
     def follow(self, average: nn.Module) -> None:
         """Keep an average of the network in step: a copy of it, as `torch.optim.swa_utils.AveragedModel` makes one.
@@ -273,12 +281,13 @@ def _check_trained(network: nn.Module, optimizers: Sequence[Optimizer]) -> None:
 
 
 def _fresh_sites(network: nn.Module, lane: Lane) -> tuple[list[str], list[str]]:
-    """Sites as a new BatchNorm starts, without β or with one that is zero and a γ of one value; and the others."""
+    """Sites as their network started, or as a new BatchNorm does: β zero, and γ of one value; and the others."""
     fresh, trained = list[str](), list[str]()
     for path in dict.fromkeys(entry.site for entry in lane.all_entries()):
         site: Any = network.get_submodule(path)
         values: list[Tensor] = [t.detach() for t in (site.bias, site.weight) if t is not None]
         new = (site.bias is None or not bool(site.bias.any())) and all(bool((t == t.flatten()[:1]).all()) for t in values)
+        new = new or are_initial(site, path, lane.initial)
         (fresh if new and site.bias is not None else trained).append(path)
     return fresh, trained
 

@@ -39,6 +39,7 @@ class Entry:
         bare: the layer had no normaliser: nothing calls the site.
         rank: of the tensor that the site gives, in the record.
         channel: dimension of its channels.
+        eps: what `moments` holds besides the variance of what the site reads.
         site_names: the path of the site, taken apart.
         layer_names: that of the layer.
     """
@@ -52,6 +53,7 @@ class Entry:
     bare: bool = False
     rank: int = 2
     channel: int = 1
+    eps: float = 0.0
     site_names: tuple[str, ...] = field(init=False)
     layer_names: tuple[str, ...] = field(init=False)
 
@@ -124,6 +126,7 @@ class Lane:
         by_site: the entries of every site, by its calls.
         filters: weights that nothing but sites reads, as `normprop.optim` takes them.
         standards: of the paper's form, for each mode and layer, what the input of each call is standardised by.
+        initial: γ and β that a fresh network started with, by site, as `initial_values` tells them; of a trained one nothing.
         observer: what calibration puts between layers and sites while it runs.
         shared: scales that micro-batches share, see `accumulate`.
     """
@@ -146,6 +149,7 @@ class Lane:
         self.method = method
         self.filters: list[dict[str, Any]] = []
         self.standards: dict[bool, dict[str, list[Node | None]]] = {False: {}, True: {}}
+        self.initial: dict[str, tuple[float, float]] = {}
         self.observer: Any = None
         self.shared: Any = None
         self.runs: dict[int, Run] = {}

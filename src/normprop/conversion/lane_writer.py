@@ -16,8 +16,14 @@ from normprop.conversion.program import constant
 from normprop.conversion.site_plan import SitePlan, argument, is_site, linear_layer, nodes_behind
 from normprop.graph.node import HERE, Node, map_nodes
 from normprop.graph.walk import Walk
+from normprop.rules import arithmetic, elementwise, linear
+from normprop.rules.composed import composed
 from normprop.sites import site as sites
 from normprop.sites.site import Site
+
+# Rules of what may leave a channel nearly constant, and of layers, whose scale nobody is to feel.
+_ACTIVATIONS = (elementwise.module_activation, elementwise.named_activation, composed)
+_LAYERS = (linear.linear, linear.convolution, linear.transposed_convolution)
 
 
 class LaneWriter:
@@ -99,13 +105,35 @@ class LaneWriter:
         moments = self.lane.get(plan.source)
         if self.method == "paper" and (layer is not None or self._is_standard(plan.source)):
             moments = None  # the layer's input is standardised
+        eps = 0.0 if moments is None or self.method == "paper" else self._epsilon(plan)
+        if eps:
+            moments = Node("call", sites.widened, (moments, eps))
         options = {"channel": 1} if layer is None else layer.options()
         if plan.call:
             options["call"] = plan.call
         weight = None if layer is None else self._tensor(f"{layer.path}.weight")
         scale = Node("call", sites.site_scales, ((weight, site, moments, options),))
         path = None if layer is None else layer.path
-        return Entry(*plan.key, path, scale, moments, options, plan.bare, plan.node.value.dim(), self._channel(plan))
+        return Entry(*plan.key, path, scale, moments, options, plan.bare, plan.node.value.dim(), self._channel(plan), eps)
+
+    def _epsilon(self, plan: SitePlan) -> float:
+        """BatchNorm's ε where what a site reads may hardly vary: no layer, or a depthwise one, behind an activation."""
+        is_narrow = plan.layer is None or plan.layer.inputs == 1
+        return plan.eps if is_narrow and self._is_behind_activation(plan.source) else 0.0
+
+    def _is_behind_activation(self, node: Node) -> bool:
+        """Whether a tensor comes from an activation or product, by whatever stands between that and the layers before."""
+        stack = [node]
+        while stack:
+            node = stack.pop()
+            if node.op == "input" or node in self.plans or is_site(self.walk, node):
+                continue
+            function, arguments = self.walk.rules[node].function, self.walk.data_arguments(node)
+            if function in _ACTIVATIONS or (function is arithmetic.mul and len(arguments) > 1):
+                return True
+            if function not in _LAYERS:
+                stack.extend(arguments)
+        return False
 
     def standards(self) -> dict[str, list[Node | None]]:
         """For every call of every linear layer the moments by which its input is standardised, None for not at all."""

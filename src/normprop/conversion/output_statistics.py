@@ -33,7 +33,7 @@ def output_statistics(
         batches: one after the other.
 
     Returns:
-        Statistics by site and call, ``(C,)`` each, variances at least 1e-12; and factor and offset of each site's call.
+        Statistics by site and call, ``(C,)`` each; and factor and offset of each site's call.
 
     Raises:
         NormPropError: one value per channel, which has no variance.
@@ -105,4 +105,4 @@ def _statistics(count: int, mean: Tensor, square: Tensor) -> Statistics:
         raise NormPropError("one value per channel has no variance to measure.\nPass more samples.")
     if not bool(torch.isfinite(square).all()):
         raise NotFiniteError("values after a layer are not finite.")
-    return mean, (square / count).clamp(min=1e-12)
+    return mean, square / count

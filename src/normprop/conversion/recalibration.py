@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from normprop.conversion.calibration import Statistics, calibrate, free_sites, keep_function, samples, set_constants
+from normprop.conversion.epsilon import bounded
 from normprop.conversion.lane import Entry, Key, Lane, converted_lane, sites_of
 from normprop.conversion.output_statistics import output_statistics
 from normprop.errors import NormPropError
@@ -87,7 +88,14 @@ def measure_again(model: nn.Module, lane: Lane, batches: Sequence[Inputs]) -> No
         raise NormPropError("the paper's form has no constants to calibrate.\nConvert with method='exact'.")
     measured, functions = output_statistics(model, lane, batches)
     missing = {e.key: lane.function(model, e) for e in lane.all_entries() if e.key not in functions}
-    reparametrise(model, lane, lambda entry, mean, var: measured.get(entry.key, (mean, var)), {**missing, **functions})
+
+    def standards(entry: Entry, filters: Tensor | None, mean: Tensor, var: Tensor) -> Statistics:
+        if entry.key not in measured:
+            return mean, var
+        average, square = measured[entry.key]
+        return average, bounded(lane, model, entry, square, filters, var)
+
+    reparametrise(model, lane, standards, {**missing, **functions})
 
 
 @torch.no_grad()
@@ -109,7 +117,7 @@ def follow(average: nn.Module, model: nn.Module) -> None:
         if isinstance(theirs, Site) and isinstance(mine, Site) and theirs.directions is not None:
             mine.directions = nn.Parameter(theirs.directions.detach().clone(), requires_grad=False)
 
-    def constants(entry: Entry, mean: Tensor, var: Tensor) -> Statistics:
+    def constants(entry: Entry, _: Tensor | None, mean: Tensor, var: Tensor) -> Statistics:
         theirs: Any = sites[entry.site][1]
         shift, scale = (t[entry.call] if t.dim() == 2 else t for t in (theirs.shift, theirs.scale))
         return mean + shift * var.sqrt(), scale * var
@@ -121,7 +129,7 @@ def follow(average: nn.Module, model: nn.Module) -> None:
 def reparametrise(
     model: nn.Module,
     lane: Lane,
-    standards: Callable[[Entry, Tensor, Tensor], Statistics],
+    standards: Callable[[Entry, Tensor | None, Tensor, Tensor], Statistics],
     kept: Mapping[Key, Statistics],
 ) -> None:
     """Standardise by other statistics, and change γ and β so that the function stays.
@@ -129,15 +137,16 @@ def reparametrise(
     Args:
         model: a converted network.
         lane: its lane.
-        standards: mean and variance to standardise by, for every site and call and the computed E and V of it.
+        standards: mean and variance to standardise by, for every site and call, the filters before it, and the computed
+            E and V of it.
         kept: factor and offset of all calls.
     """
     owners = free_sites(model)
     for entry in lane.all_entries():
         site: Any = model.get_submodule(entry.site)
-        _, mean, var = site_statistics(lane.arguments(model, entry))
+        filters, mean, var = site_statistics(lane.arguments(model, entry))
         free = entry.call == 0 and site in owners
-        target = keep_function(site, *kept[entry.key], standards(entry, mean, var), free=free)
+        target = keep_function(site, *kept[entry.key], standards(entry, filters, mean, var), free=free)
         set_constants(site, entry.call, target, mean, var)
 
 

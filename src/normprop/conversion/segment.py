@@ -20,6 +20,7 @@ from normprop.rules.linear import weight_moments
 from normprop.sites.engine import scales
 from normprop.sites.reference import plain_scale
 from normprop.sites.rows import Form, Operands
+from normprop.sites.site import widened
 
 _DERIVED = ("layouts", "readers", "widths", "_sources")
 
@@ -27,7 +28,9 @@ _DERIVED = ("layouts", "readers", "widths", "_sources")
 class Kind(IntEnum):
     """What an operation does; the order is that of moments.h."""
 
-    STANDARD, GIVEN, SITE, RECTIFIED, SUM, PRODUCT, SCALED, COPIED, DETACHED, READ, CURVED, MAPPED, LARGEST = range(13)
+    STANDARD, GIVEN, SITE, RECTIFIED, SUM, PRODUCT, SCALED, COPIED, DETACHED, READ, CURVED, MAPPED, LARGEST, WIDENED = range(
+        14
+    )
 
 
 # What reads tensors that have gradients.
@@ -54,7 +57,7 @@ class Step:
         source: GIVEN: which of the given moments; SITE: which site; READ: which export; MAPPED: which map.
         number: RECTIFIED: slope below zero; SUM: factor of b; SCALED: factor of the mean; LARGEST: how many standard
             deviations the mean moves.
-        other: SCALED, LARGEST: factor of the variance.
+        other: SCALED, LARGEST: factor of the variance; WIDENED: what is added to it.
         module: RECTIFIED, CURVED: which module knows the slope, or the activation; None for `number`, or `curve`.
         curve: CURVED: the activation, by its name and parameters.
     """
@@ -293,6 +296,8 @@ class Segment:
                 result = Moments(read(step.a).mean * step.number, read(step.a).var * step.other)
             case Kind.LARGEST:
                 result = Moments(read(step.a).mean + read(step.a).std * step.number, read(step.a).var * step.other)
+            case Kind.WIDENED:
+                result = widened(read(step.a), step.other)
             case Kind.DETACHED:
                 result = Moments(read(step.a).mean.detach(), read(step.a).var.detach())
             case _:

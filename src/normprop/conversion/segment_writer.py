@@ -120,6 +120,8 @@ class SegmentWriter:
         if kind is not None and (kind is Kind.LARGEST or node.target in AVERAGES):
             number, other = factors_of(node, sources[0], self.values)
             return self._written(kind, out, self._read(sources[0]), number=number, other=other)
+        if kind is Kind.WIDENED:
+            return self._written(kind, out, self._read(sources[0]), other=node.args[1])
         if kind is Kind.SUM:
             first, second = map(self._read, node.args)
             factor = float(node.kwargs.get("alpha", 1)) * (-1.0 if node.target is arithmetic.sub else 1.0)

@@ -62,10 +62,14 @@ class LinearLayer:
         return math.prod(self.module.stride) if self.transposed else 0
 
     @property
+    def inputs(self) -> int:
+        """Number of input channels that a filter reads."""
+        return int(self.module.in_features if self.dims == 0 else self.module.in_channels) // self.groups
+
+    @property
     def can_center(self) -> bool:
         """Whether a filter has something left without its mean: more than one weight, and more than one input channel."""
-        inputs = int(self.module.in_features if self.dims == 0 else self.module.in_channels)
-        return inputs // self.groups > 1
+        return self.inputs > 1
 
     def options(self) -> dict[str, Any]:
         """What the arithmetic of a site depends on, defaults left out."""
@@ -89,6 +93,7 @@ class SitePlan:
         layer_call: which of that layer's calls it is.
         center: centre the filters.
         call: index among the calls of this site.
+        eps: ε of the BatchNorm; 0 where there was none.
     """
 
     path: str
@@ -98,6 +103,7 @@ class SitePlan:
     layer_call: int
     center: bool
     call: int
+    eps: float
 
     @property
     def key(self) -> tuple[str, int]:
@@ -137,14 +143,15 @@ def plan_sites(walk: Walk, normalize: Literal["batchnorm", "all"], center: bool)
             if layer is not None and layer.channel % before.value.dim() != 1:
                 layer = None  # tokens: BatchNorm's channels are not the layer's
             path, source = node.target, before if layer is None else argument(before)
-            at = before
+            at, eps = before, float(getattr(walk.module(node), "eps", 0.0))
         elif node in bare and not any(is_batch_norm(walk, user) for user in node.users):
             layer, source, at = layers[node], argument(node), node
+            eps = 0.0
             path = f"{layer.path}.site"
         else:
             continue
         centred = center and layer is not None and layer.can_center
-        plans.append(SitePlan(path, node, source, layer, 0 if layer is None else layer_calls[at], centred, calls[path]))
+        plans.append(SitePlan(path, node, source, layer, 0 if layer is None else layer_calls[at], centred, calls[path], eps))
         calls[path] += 1
     return plans
 

@@ -41,15 +41,8 @@ def meta_copy(model: nn.Module) -> nn.Module:
     return _throwaway(model, memo)
 
 
-def throwaway_copy(model: nn.Module) -> nn.Module:
-    """As `meta_copy` with real tensors: parameters are the model's own, buffers are copies."""
-    memo: dict[int, Any] = {id(t): t.detach() for t in _left_behind(model)}
-    memo |= {id(p): p for p in model.parameters()}
-    return _throwaway(model, memo)
-
-
 def running_copy(model: nn.Module) -> nn.Module:
-    """As `throwaway_copy` with its moment lane."""
+    """As `meta_copy` with real tensors, and with its moment lane: parameters are the model's own, buffers are copies."""
     memo: dict[int, Any] = {id(t): t.detach() for t in _left_behind(model)}
     memo |= {id(p): p for p in model.parameters()}
     return _throwaway(model, memo, lanes=True)

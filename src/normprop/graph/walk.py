@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from normprop import integrations
 from normprop.channel_moments import Moments
 from normprop.errors import NormPropError, TracingError, UnsupportedOpError
-from normprop.graph.copies import meta_copy, throwaway_copy
+from normprop.graph.copies import meta_copy, running_copy
 from normprop.graph.example_inputs import Inputs, Shape, Shapes, candidates, first_kinds, kinds_seen, no_inputs
 from normprop.graph.fusion import Fused, Fusion
 from normprop.graph.node import Node, map_nodes, nodes_in, placed, run
@@ -344,7 +344,7 @@ class _Copies:
 
     def real(self) -> nn.Module:
         """With values."""
-        return self._set(throwaway_copy(self.model))
+        return self._set(running_copy(self.model))
 
     def _set(self, copied: nn.Module) -> nn.Module:
         return copied if self.training is None else copied.train(self.training)

@@ -168,6 +168,10 @@ void NAME(moments)(const operation *all, int64_t count, REAL *const *tensors, RE
                 m[j] = am[p] + k * (av[p] > 0 ? (REAL)sqrt(av[p]) : 0);
                 v[j] = other * av[p];
                 break;
+            case WIDENED:
+                m[j] = am[p];
+                v[j] = av[p] + other;
+                break;
             case READ:
                 break;
             default:

@@ -7,7 +7,7 @@
 #include "curves.h"
 #include "threads.h"
 
-enum { STANDARD, GIVEN, SITE, RECTIFIED, SUM, PRODUCT, SCALED, COPIED, DETACHED, READ, CURVED, MAPPED, LARGEST };
+enum { STANDARD, GIVEN, SITE, RECTIFIED, SUM, PRODUCT, SCALED, COPIED, DETACHED, READ, CURVED, MAPPED, LARGEST, WIDENED };
 
 /* One operation, 64 bits a field: places are counted in numbers from the beginning of the memory. */
 typedef struct {
@@ -20,7 +20,7 @@ typedef struct {
                                    * MAPPED: weight, and offset or −1 */
     double number;                /* RECTIFIED: slope below zero; SUM: factor of b; SCALED: factor of the mean; LARGEST: how
                                    * many standard deviations the mean moves */
-    double other;                 /* SCALED, LARGEST: factor of the variance */
+    double other;                 /* SCALED, LARGEST: factor of the variance; WIDENED: what is added to it */
     int64_t groups, taps;         /* MAPPED */
     int64_t slopes;               /* CURVED: where four derivatives are, as many numbers each as the result has */
     const curve *curve;           /* CURVED */

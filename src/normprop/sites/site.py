@@ -129,6 +129,14 @@ def given_moments(mean: Tensor, var: Tensor) -> Moments:
     return Moments(mean, var)
 
 
+def widened(moments: Moments, eps: float) -> Moments:
+    """What a site takes moments for that may hardly vary, as a rectifier's do far below zero: ε besides, like BatchNorm.
+
+    A variance of 1e-20 says what Gaussian tails say, and data has others; 1/√V of it has no bound.
+    """
+    return Moments(moments.mean, moments.var + eps)
+
+
 def site_moments(*calls: tuple[Site, int, int]) -> list[Moments]:
     """What leaves several sites: ``u = γ û + β ~ N(β, γ²)`` (derived).
 
