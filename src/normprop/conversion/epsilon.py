@@ -16,7 +16,7 @@ _SHARE = 1e-5
 def bounded(
     lane: Lane, root: torch.nn.Module, entry: Entry, measured: Tensor, filters: Tensor | None, var: Tensor
 ) -> Tensor:
-    """A measured variance, or the ε that the computed one holds where that is more (`LaneWriter` says where); never far below V.
+    """A measured variance, or the ε that the computed one holds where that is more; never far below the computed one.
 
     Args:
         lane: the lane.

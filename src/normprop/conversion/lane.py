@@ -126,7 +126,7 @@ class Lane:
         by_site: the entries of every site, by its calls.
         filters: weights that nothing but sites reads, as `normprop.optim` takes them.
         standards: of the paper's form, for each mode and layer, what the input of each call is standardised by.
-        initial: γ and β that a fresh network started with, by site, as `initial_values` tells them; of a trained one nothing.
+        initial: γ and β that a fresh network started with, by site; of a trained one nothing.
         observer: what calibration puts between layers and sites while it runs.
         shared: scales that micro-batches share, see `accumulate`.
     """
