@@ -31,10 +31,10 @@ def network() -> nn.Sequential:
 
 
 def save(page: Any, name: str) -> None:
-    """A small picture: half the resolution's colours are enough for a page."""
+    """A small picture: half of a byte's colours are enough for a page."""
     path = HERE / f"{name}.png"
     page.screenshot(path=str(path))
-    Image.open(path).convert("RGB").quantize(64).save(path, optimize=True)
+    Image.open(path).convert("RGB").quantize(128).save(path, optimize=True)
 
 
 def main() -> None:

@@ -102,7 +102,7 @@ class GraphView {
   }
 
   fit() {
-    this.cy.fit(undefined, 24);
+    this.cy.fit(undefined, 48); // the legend lies over the lower edge
   }
 
   // The top of the graph at a size that can be read.
