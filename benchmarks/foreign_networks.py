@@ -18,7 +18,7 @@ PACKAGES = (
     "pytorchcv segmentation-models-pytorch monai efficientnet-pytorch==0.7.1 pretrainedmodels munch kornia kornia_rs "
     "torchreid torchaudio speechbrain hyperpyyaml ruamel.yaml joblib sentencepiece pytorch-tcn rtdl "
     "rtdl_revisiting_models braindecode mne skorch tabulate einops docstring-inheritance pooch lazy_loader decorator "
-    "platformdirs pandas h5py linear-attention-transformer torchinfo torch-ecg wfdb ultralytics ultralytics-thop "
+    "platformdirs pandas h5py linear-attention-transformer torchinfo torch-ecg deprecated wrapt easydict wfdb ultralytics ultralytics-thop "
     "opencv-python-headless psutil polars polars-runtime-32 pyyaml requests urllib3 certifi idna charset-normalizer tsai "
     "fastai fastcore fastprogress imbalanced-learn pyts deprecate-kwargs bib-lookup python-dateutil pytz six gdown "
     "beautifulsoup4 yacs torchcrepe resampy librosa numba llvmlite soundfile soxr audioread msgpack cffi pycparser "
@@ -28,8 +28,8 @@ PACKAGES = (
 ).split()
 # What some of these import and their networks don't use: empty modules stand for it.
 UNUSED = (
-    "tensorboard mne_bids biosppy boto3 botocore feedparser colt5_attention astroscrappy fasthtml "
-    "peakutils itsdangerous fastdownload bidict shortuuid eegprep torchdata torchcodec starlette uvicorn httpx pybtex"
+    "torch.utils.tensorboard mne_bids biosppy boto3 botocore feedparser colt5_attention astroscrappy fasthtml "
+    "peakutils itsdangerous fastdownload bidict shortuuid eegprep edfio torchdata torchcodec starlette uvicorn httpx pybtex"
 ).split()
 
 
@@ -54,7 +54,7 @@ class StandIns(MetaPathFinder, Loader):
     """Finds empty modules for `UNUSED`."""
 
     def find_spec(self, name: str, *_: Any) -> ModuleSpec | None:
-        return ModuleSpec(name, self, is_package=True) if name.partition(".")[0] in UNUSED else None
+        return ModuleSpec(name, self, is_package=True) if {name, name.partition(".")[0]} & {*UNUSED} else None
 
     def create_module(self, spec: ModuleSpec) -> types.ModuleType:
         module = types.ModuleType(spec.name)
@@ -201,7 +201,7 @@ def _torchreid(name: str) -> tuple[nn.Module, Any]:
     shape = {"hacnn": (3, 160, 64), "inceptionv4": (3, 299, 299), "inceptionresnetv2": (3, 299, 299)}.get(
         name, (3, 256, 128)
     )
-    return load("torchreid.models.build_model")(name, num_classes=10, pretrained=False), noise(*shape)
+    return load("torchreid.reid.models.build_model")(name, num_classes=10, pretrained=False), noise(*shape)
 
 
 _KORNIA = {
