@@ -94,25 +94,26 @@ PYTORCHCV = (
     "xdensenet40_2_k24_bc_cifar10 sqnxt23_w1 shufflenet_g1_w1 shufflenetv2_wd2 menet108_8x1_g3 mobilenet_wd4 "
     "mobilenetb_wd4 fdmobilenet_wd4 mobilenetv2_wd4 mobilenetv3_large_w1 igcv3_wd4 ghostnet mnasnet_b1 darts "
     "proxylessnas_cpu fbnet_cb xception inceptionv3 inceptionresnetv1 nasnet_4a1056 spnasnet efficientnet_b0 "
-    "efficientnet_edge_small_b mixnet_s nin_cifar10 ror3_56_cifar10 rir_cifar10 resdropresnet20_cifar10 "
+    "efficientnet_edge_small_b mixnet_s ror3_56_cifar10 rir_cifar10 resdropresnet20_cifar10 "
     "shakeshakeresnet20_2x16d_cifar10 shakedropresnet20_cifar10 fractalnet_cifar10 isqrtcovresnet18 resneta10 resnetabc14b "
     "resnetd50b octresnet10_ad2 tresnet_m fastscnn_cityscapes cgnet_cityscapes dabnet_cityscapes sinet_cityscapes "
     "bisenet_resnet18_celebamaskhq fpenet_cityscapes lednet_cityscapes esnet_cityscapes edanet_cityscapes enet_cityscapes "
-    "erfnet_cityscapes linknet_cityscapes segnet_cityscapes unet_cityscapes sqnet_cityscapes simplepose_resnet18_coco "
+    "erfnet_cityscapes linknet_cityscapes segnet_cityscapes unet_cityscapes simplepose_resnet18_coco "
     "lwopenpose2d_mobilenet_cmupan_coco centernet_resnet18_voc pfpcnet quartznet5x5_en_ls jasper5x3 resnet20_cifar10 "
     "preresnet20_cifar10 seresnet20_cifar10 densenet40_k12_cifar10 wrn20_10_1bit_cifar10"
 ).split()
 
 
 def _pytorchcv(name: str) -> tuple[nn.Module, Any]:
-    model = load("pytorchcv.model_provider.get_model")(name, pretrained=False)
+    options: dict[str, Any] = {}
+    if "cityscapes" in name or "celeba" in name:
+        side = 256 if name.startswith(("fastscnn", "bisenet")) else 128
+        options = {"in_size": (side, side), "fixed_size": False}
+    model = load("pytorchcv.model_provider.get_model")(name, pretrained=False, **options)
     if name.startswith(("quartznet", "jasper")):
         return model, (noise(getattr(model, "in_channels", 64), 96), torch.tensor([96, 96]))
-    size = getattr(model, "in_size", (224, 224))
-    if "cityscapes" in name or "celeba" in name:
-        size = (128, 128) if not name.startswith("fastscnn") else (256, 256)
-        model.in_size, model.fixed_size = size, False
-    return model, noise(getattr(model, "in_channels", 3), *size)
+    first = next(m for m in model.modules() if isinstance(m, nn.Conv2d))
+    return model, noise(first.in_channels, *getattr(model, "in_size", (224, 224)))
 
 
 def _smp(name: str) -> tuple[nn.Module, Any]:
@@ -203,7 +204,7 @@ def _torchreid(name: str) -> tuple[nn.Module, Any]:
     shape = {"hacnn": (3, 160, 64), "inceptionv4": (3, 299, 299), "inceptionresnetv2": (3, 299, 299)}.get(
         name, (3, 256, 128)
     )
-    return load("torchreid.reid.models.build_model")(name, num_classes=10, pretrained=False), noise(*shape)
+    return load("torchreid.reid.models.build_model")(name, 10, pretrained=False, use_gpu=False), noise(*shape)
 
 
 _KORNIA = {
@@ -460,6 +461,7 @@ def build(name: str) -> tuple[nn.Module, Any]:
     """A network in float64, and what its forward takes: two samples."""
     if not any(isinstance(finder, StandIns) for finder in sys.meta_path):
         sys.meta_path.insert(0, StandIns())
+        sys.modules["coverage"] = None  # type: ignore[assignment]  # not the file beside this one, which numba would find
     family, _, network = name.partition(":")
     torch.manual_seed(0)
     model, example = _FAMILIES[family][0](network)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import normprop
+from normprop import UnsupportedOpError
 from tests.zoo import randomise
 
 Part = Callable[[Any, Tensor], Tensor]
@@ -73,6 +74,8 @@ SPELLINGS: dict[str, tuple[Part, Part]] = {
     "entries that are not numbers": (without_nan, lambda net, x: x),
     "entries above": (capped, lambda net, x: x.clamp(max=1.0)),
     "copy_": (lambda net, x: torch.empty_like(x).copy_(x), lambda net, x: x),
+    "names of NumPy's": (lambda net, x: x - x.mean(axis=1, keepdims=True), lambda net, x: x - x.mean(1, keepdim=True)),
+    "a maximum's": (lambda net, x: x + x.max(dim=1, keepdims=True)[0], lambda net, x: x + x.amax(1, keepdim=True)),
     "sizes in place": (flattened_in_place, lambda net, x: x * net.scale + torch.cat([x, x], 1)[:, :4]),
     "memory given back": (freed, lambda net, x: torch.cat([x, x], 1)[:, 4:]),
 }
@@ -93,3 +96,9 @@ def test_spellings(name: str) -> None:
     torch.testing.assert_close(converted(x[:1]), expected[:1], rtol=1e-9, atol=1e-9)
     for mine, theirs in ((converted.end.shift, same.end.shift), (converted.end.scale, same.end.scale)):
         torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-12)  # d and k say what moments were found
+
+
+def test_arguments_that_a_rule_does_not_know_are_refused_by_name() -> None:
+    network = Between(lambda _, x: x + torch.mean(x, 1, keepdim=True, out=None))
+    with pytest.raises(UnsupportedOpError, match=r"torch\.mean.*does not know all of its arguments"):
+        normprop.convert(network)

@@ -50,6 +50,8 @@ _REFLECTED = {
     "__rmod__": operator.mod,
 }
 _RANDOM = frozenset("rand randn randint randperm normal bernoulli multinomial poisson".split())
+# Names that torch takes for its own, too.
+_NUMPY_NAMES = {"axis": "dim", "keepdims": "keepdim"}
 # These ask a tensor for its size alone: their values are made anew.
 _RANDOM_LIKE = frozenset("rand_like randn_like randint_like".split())
 _RANDOM_IN_PLACE = frozenset("bernoulli_ normal_ uniform_ random_ exponential_ geometric_ log_normal_ cauchy_".split())
@@ -272,6 +274,7 @@ class Recorder(TorchFunctionMode):
         if not changed and not _tensors(result):
             return result
         target, args = _key(func, args, self.table)
+        kwargs = {_NUMPY_NAMES.get(name, name): value for name, value in kwargs.items()}
         if target == "" or (target is getattr and args[1] in ("grad", "shape")):
             return result
         rest = [t for t in changed if not any(t is r for r in _tensors(result))]
