@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map
 
 # What `pip install --no-deps` fetches: torch is the one that is there.
 PACKAGES = (
@@ -108,7 +109,9 @@ def _pytorchcv(name: str) -> tuple[nn.Module, Any]:
     options: dict[str, Any] = {}
     if "cityscapes" in name or "celeba" in name:
         side = 256 if name.startswith(("fastscnn", "bisenet")) else 128
-        options = {"in_size": (side, side), "fixed_size": False}
+        options = {"in_size": (side, side), "fixed_size": name.startswith("bisenet")}
+    if name.startswith(("quartznet", "jasper")):
+        options = {"from_audio": False}
     model = load("pytorchcv.model_provider.get_model")(name, pretrained=False, **options)
     if name.startswith(("quartznet", "jasper")):
         return model, (noise(getattr(model, "in_channels", 64), 96), torch.tensor([96, 96]))
@@ -452,17 +455,23 @@ _FAMILIES: dict[str, tuple[Callable[[str], tuple[nn.Module, Any]], list[str]]] =
 }
 
 
+# Networks that make single-precision tensors of their own.
+SINGLE = ("torchreid:hacnn", "torchvision:optical_flow.raft_large")
+
+
 def names() -> list[str]:
     """All networks, as ``library:NETWORK``."""
     return [f"{family}:{name}" for family, (_, of) in _FAMILIES.items() for name in of]
 
 
 def build(name: str) -> tuple[nn.Module, Any]:
-    """A network in float64, and what its forward takes: two samples."""
+    """A network in float64 where it can be, and what its forward takes: two samples."""
     if not any(isinstance(finder, StandIns) for finder in sys.meta_path):
         sys.meta_path.insert(0, StandIns())
         sys.modules["coverage"] = None  # type: ignore[assignment]  # not the file beside this one, which numba would find
     family, _, network = name.partition(":")
     torch.manual_seed(0)
     model, example = _FAMILIES[family][0](network)
+    if name in SINGLE:
+        return model, tree_map(lambda t: t.float() if t.is_floating_point() else t, example)
     return model.double(), example
