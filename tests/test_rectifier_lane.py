@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import mpmath
 import pytest
 import torch
 from torch import Tensor, nn
@@ -71,6 +72,34 @@ def test_no_variance(dtype: torch.dtype, rectify: Rectify) -> None:
     assert float(second.abs().max().detach()) == 0.0
     gradients = torch.autograd.grad((first + second).sum(), (mean, var))
     assert all(bool(torch.isfinite(g).all()) for g in gradients)
+
+
+@BOTH
+def test_no_digits_are_lost_far_below_zero(rectify: Rectify) -> None:
+    """Mean and variance to their own size, which shrinks with φ(t), and so do their derivatives."""
+    std = 0.7
+    distances = [0.0, 0.3, 1.0, 2.9, 3.0, 3.1, 4.0, 6.0, 9.0, 14.0, 21.0, 30.0, 36.0]
+    mean = torch.tensor([-t * std for t in distances], dtype=torch.float64, requires_grad=True)
+    var = torch.full_like(mean, std * std).requires_grad_()
+    first, second = rectify(mean, var, 0.0)
+    slopes = [torch.autograd.grad(x.sum(), (mean, var), retain_graph=True) for x in (first, second)]
+    with mpmath.workdps(700):
+        for i, m in enumerate(mean.tolist()):
+            s, t = mpmath.mpf(std), mpmath.mpf(m) / mpmath.mpf(std)
+            below, density = mpmath.erfc(-t / mpmath.sqrt(2)) / 2, mpmath.npdf(t)
+            h = s * (t * below + density)
+            found = [
+                first.detach()[i],
+                second.detach()[i],
+                slopes[0][0][i],
+                slopes[0][1][i],
+                slopes[1][0][i],
+                slopes[1][1][i],
+            ]
+            square = s * t * h + s * s * below
+            exact = [h, square - h * h, below, density / 2 / s, 2 * h * (1 - below), below - h * density / s]
+            for value, x in zip(found, exact, strict=True):
+                assert abs(mpmath.mpf(float(value)) / x - 1) < 1e-12, (m, float(value), mpmath.nstr(x))
 
 
 def test_vmap() -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from normprop.activations.catalogue import known_form
+from normprop.activations.constant import Constant
 from normprop.activations.normal import gauss_legendre
 from normprop.activations.piecewise import Piecewise
 from normprop.activations.smooth_forms import Smooth
@@ -30,25 +31,6 @@ class Precision:
 
 DOUBLE = Precision(8.0, 28, 34)  # 1e-10 of the natural scale for all means and stds from 1e-3 to 1e3
 SINGLE = Precision(6.5, 16, 22)  # 1e-6
-
-
-class Constant:
-    """A tensor with a copy for each dtype and device where it is needed: copying it every time would make a GPU wait.
-
-    Args:
-        tensor: on a CPU.
-    """
-
-    def __init__(self, tensor: Tensor) -> None:
-        self.copies = {(tensor.dtype, tensor.device): tensor}
-
-    def like(self, other: Tensor) -> Tensor:
-        """The tensor with another's dtype and device."""
-        key = other.dtype, other.device
-        if key not in self.copies:
-            with torch.inference_mode(False):
-                self.copies[key] = next(iter(self.copies.values())).to(other.device, other.dtype)
-        return self.copies[key]
 
 
 @dataclass(frozen=True)

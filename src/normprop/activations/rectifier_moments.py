@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
+from normprop.activations.normal import tail_ratios
 from normprop.precision import working_dtype
 
 _ROOT_TWO_PI = 2.5066282746310002
+_ROOT_HALF = 0.7071067811865476
 
 
 def rectified_moments(mean: Tensor, var: Tensor, slope: float) -> tuple[Tensor, Tensor]:
@@ -29,14 +31,15 @@ class LeakyRectifierMoments(torch.autograd.Function):
         E f   = (1−a) h + a m
         Var f = (1−a)² Var relu + 2a(1−a) v Φ + a² v                     as Cov(u, relu(u)) = v Φ
         Var relu = v Φ − h h̄                                             as E relu² = m h + v Φ
+                 = √v h r − h²  for m < 0, r = I_2(|t|)/I_1(|t|)          as E relu² = v I_2(−t) there
 
         ∂E/∂m = (1−a)Φ + a            ∂Var/∂m = (1−a)² 2h(1−Φ) + 2a(1−a) √v φ
         ∂E/∂v = (1−a) φ/(2√v)         ∂Var/∂v = (1−a)² (Φ − hφ/√v) + 2a(1−a)(Φ − tφ/2) + a²
 
-    (derived). Of h and h̄ the one beyond the mean's side is computed and |m| added for the other, so that neither cancels by
-    more than t². Where v = 0 the derivative that would be infinite is 0. `activation_moments` gives the same values, and the
-    slopes besides, from the general engine for piecewise polynomials. Beside the two moments, Φ, h and φ/√v are returned,
-    for the backward.
+    (derived; I_n and r as in `tail_moments`). Of h and h̄ the one beyond the mean's side is √v Φ(−|t|)/(|t| + r), and
+    |m| is added for the other, so that nothing cancels, however far the mean is from zero. Where v = 0 the derivative
+    that would be infinite is 0. `activation_moments` gives the same values, and the slopes besides, from the general
+    engine for piecewise polynomials. Beside the two moments, Φ, h and φ/√v are returned, for the backward.
     """
 
     generate_vmap_rule = True
@@ -87,13 +90,15 @@ def _rectified(mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor, Tensor, Tenso
     std = torch.where(known, var, torch.finfo(var.dtype).tiny).sqrt()
     distance = mean.abs()
     t = distance / std
-    tail = torch.special.ndtr(-t)
     pdf = torch.exp(-0.5 * t.square()) / _ROOT_TWO_PI
-    low = std * pdf - distance * tail
+    mills, ratio = tail_ratios(t)
+    tail = pdf * mills
+    beyond = tail / (t + ratio)
+    low = std * beyond
     high = low + distance
     above = mean > 0
     cdf = torch.where(above, 1.0 - tail, tail)
-    rectified = (var * cdf - low * high).clamp(min=0.0)
+    rectified = torch.where(above, var * cdf - low * high, var * (beyond * (ratio - beyond)))
     return cdf, torch.where(above, high, low), torch.where(known, pdf / std, 0.0), rectified
 
 
@@ -102,6 +107,6 @@ def _differentiable(mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     known = var > 0
     std = torch.where(known, torch.where(known, var, 1.0).sqrt(), torch.finfo(var.dtype).tiny)
     t = mean / std
-    cdf = torch.special.ndtr(t)
+    cdf = 0.5 * torch.erfc(-t * _ROOT_HALF)  # ndtr is 0 far below zero
     pdf = torch.where(known, torch.exp(-0.5 * torch.where(known, t, 0.0).square()) / _ROOT_TWO_PI, 0.0)
     return cdf, mean * cdf + std * pdf, pdf / std

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -177,6 +178,32 @@ class Reattach:
         found = next((lane for lane in lanes if lane is not None and lane.root is copied), None)
         if found is not None and lane_of(copied) is None:
             _begin_and_end(copied, found)
+            _keep_in_pickles(copied)
+
+
+def _keep_in_pickles(root: nn.Module) -> None:
+    """Have a pickled graph module, which loses the hooks of its forward, too, attached again: its class is its own."""
+    type(root).__reduce__ = _reduce_with_lane  # type: ignore[method-assign]
+
+
+def _reduce_with_lane(root: nn.Module) -> tuple[Any, ...]:
+    return unpickled, (lane_of(root), *super(type(root), root).__reduce__())
+
+
+def unpickled(lane: Lane | None, build: Callable[..., nn.Module], args: tuple[Any, ...]) -> nn.Module:
+    """A graph module as torch builds it from a pickle, with the hooks of its lane.
+
+    Args:
+        lane: of the network; it may have no attributes yet.
+        build: torch's function.
+        args: of it.
+    """
+    root = build(*args)
+    if lane is not None:
+        _begin_and_end(root, lane)
+        root._register_deepcopy_hook(Reattach())
+        _keep_in_pickles(root)
+    return root
 
 
 def _begin_and_end(root: nn.Module, lane: Lane) -> None:
@@ -189,6 +216,7 @@ def attach(root: nn.Module, lane: Lane) -> None:
     _begin_and_end(root, lane)
     if isinstance(root, torch.fx.GraphModule):
         root._register_deepcopy_hook(Reattach())
+        _keep_in_pickles(root)
     for path in dict.fromkeys(path for mode in (False, True) for path in lane.standards[mode]):
         root.get_submodule(path).register_forward_pre_hook(Standardise(lane, path))
     for path in dict.fromkeys(path for mode in (False, True) for path in lane.layers[mode]):
@@ -222,6 +250,8 @@ def detach(root: nn.Module) -> None:
     for module in root.modules():
         if isinstance(module, torch.fx.GraphModule):
             module._deepcopy_hooks = [hook for hook in module._deepcopy_hooks if not isinstance(hook, Reattach)]
+            if type(module).__dict__.get("__reduce__") is _reduce_with_lane:
+                del type(module).__reduce__
         for hooks in (module._forward_pre_hooks, module._forward_hooks):
             for key in [key for key, hook in hooks.items() if getattr(hook, "unrecorded", False)]:
                 del hooks[key]

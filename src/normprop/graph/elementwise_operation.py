@@ -42,6 +42,7 @@ def _spellings(*names: str) -> Iterator[tuple[Any, str]]:
 # Operations without a rule of their own that still are functions of one tensor.
 _FURTHER: dict[Any, str] = {
     **dict(_spellings("masked_fill", "gt", "ge", "lt", "le", "logical_not", "logical_and", "logical_or")),
+    **dict(_spellings("isnan", "isinf", "isfinite")),
     **dict(_spellings("log1p", "expm1", "atan", "asinh", "exp2", "sinc", "logaddexp", "ndtr")),
     torch.pow: "power", operator.pow: "power", "pow": "power", torch.lerp: "lerp", "lerp": "lerp", torch.where: "where",
     operator.and_: "logical_and", operator.or_: "logical_or", operator.invert: "logical_not",

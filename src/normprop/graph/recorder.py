@@ -50,10 +50,14 @@ _REFLECTED = {
     "__rmod__": operator.mod,
 }
 _RANDOM = frozenset("rand randn randint randperm normal bernoulli multinomial poisson".split())
+# Names that torch takes for its own, too.
+_NUMPY_NAMES = {"axis": "dim", "keepdims": "keepdim"}
 # These ask a tensor for its size alone: their values are made anew.
 _RANDOM_LIKE = frozenset("rand_like randn_like randint_like".split())
 _RANDOM_IN_PLACE = frozenset("bernoulli_ normal_ uniform_ random_ exponential_ geometric_ log_normal_ cauchy_".split())
 _RANDOM_OVER = _RANDOM_LIKE | _RANDOM_IN_PLACE
+# These give a tensor the size or kind of another, of which they read nothing else.
+_ALIKE = {"expand_as": "expand", "view_as": "reshape", "reshape_as": "reshape", "type_as": "to", "to": "to"}
 _MEMORY = ("new_empty", "empty_like", torch.empty_like, torch.empty)  # of no values
 
 
@@ -117,6 +121,9 @@ class Recorder(TorchFunctionMode):
         self.aliases: dict[int, list[Tensor]] = {}
         self.paths = {id(t): path for path, t in (*model.named_buffers(), *model.named_parameters())}
         self.kept = {id(t): t for t in (*model.parameters(), *model.buffers())}
+        self.own: dict[int, list[Tensor]] = {}
+        for tensor in self.kept.values():
+            self.own.setdefault(_storage(tensor), []).append(tensor)
         self.twins: dict[int, tuple[Tensor, Tensor]] = {}
         self.scopes = [""]
         self.within = 0
@@ -267,6 +274,7 @@ class Recorder(TorchFunctionMode):
         if not changed and not _tensors(result):
             return result
         target, args = _key(func, args, self.table)
+        kwargs = {_NUMPY_NAMES.get(name, name): value for name, value in kwargs.items()}
         if target == "" or (target is getattr and args[1] in ("grad", "shape")):
             return result
         rest = [t for t in changed if not any(t is r for r in _tensors(result))]
@@ -305,6 +313,13 @@ class Recorder(TorchFunctionMode):
             name = target if isinstance(target, str) else getattr(target, "__name__", "")
             if op == "call" and _is_random(name):
                 args, kwargs = args[name in _RANDOM_OVER :], {**kwargs, "dtype": result.dtype, "device": HERE}
+            if target is operator.setitem and _is_mask(*args):
+                target = "masked_fill_"
+            if target == "copy_":
+                target, args, kwargs = "expand", (args[1], tuple(result.shape)), {}
+            if name in _ALIKE and len(args) == 2 and isinstance(args[1], Tensor) and not self._node_of(args[0]).data:
+                target = _ALIKE[name]
+                args = args[0], result.dtype if target == "to" else tuple(result.shape)
             node = self._add(op, target, self._nodes_for(args), self._nodes_for(kwargs), result)
             self._bind_all(result, node)
 
@@ -321,7 +336,7 @@ class Recorder(TorchFunctionMode):
                     self._bind_all(entry, self._add("call", operator.getitem, (node, key), {}, entry))
 
     def _add(self, op: Any, target: Any, args: Any, kwargs: Any, value: Any) -> Node:
-        node = Node(op, target, args, kwargs, value, scope=self.scopes[-1], source=_source())
+        node = Node(op, target, args, kwargs, _sizes(value), scope=self.scopes[-1], source=_source())
         node.detached = self.gradients and not torch.is_grad_enabled()
         name = target if isinstance(target, str) else getattr(target, "__name__", "call")
         node.data = any(n.data for n in node.inputs) or op == "unseen" or _is_random(name)
@@ -380,7 +395,7 @@ class Recorder(TorchFunctionMode):
         found = self.known.get(id(tensor))
         if found is not None:
             return found[1]
-        path = self.paths.get(id(tensor))
+        path = self.paths.get(id(tensor)) or self._path_of_alias(tensor)
         if path is not None:
             node = Node("tensor", path, value=tensor)
         elif self.meta and not tensor.is_meta:
@@ -390,6 +405,13 @@ class Recorder(TorchFunctionMode):
         self.record.nodes.append(node)
         self._bind(tensor, node)
         return node
+
+    def _path_of_alias(self, tensor: Tensor) -> str | None:
+        """The parameter or buffer whose memory a tensor is, all of it: what `torch.autograd.Variable` makes of one."""
+        for own in self.own.get(_storage(tensor), ()):
+            if own.shape == tensor.shape and _whole(own, tensor):
+                return self.paths[id(own)]
+        return None
 
     def _unseen(self, tensor: Tensor) -> Node:
         node = self._add(
@@ -459,6 +481,13 @@ def _key(func: Any, args: tuple[Any, ...], table: RuleTable) -> tuple[Any, tuple
     return (name if method and own is not None else func), args
 
 
+def _is_mask(x: Any, index: Any, value: Any) -> bool:
+    """Whether ``x[index] = value`` puts a number wherever the index, of the same shape, is true."""
+    return (
+        isinstance(index, Tensor) and index.dtype == torch.bool and index.shape == x.shape and not isinstance(value, Tensor)
+    )
+
+
 def _is_random(name: str) -> bool:
     return name in _RANDOM or name in _RANDOM_OVER
 
@@ -476,6 +505,12 @@ def _tensors(value: Any) -> list[Tensor]:
     if pytree.tree_is_leaf(value):
         return []
     return [t for t in pytree.tree_leaves(value) if isinstance(t, Tensor)]
+
+
+def _sizes(value: Any) -> Any:
+    """A value's sizes and kinds as they are now: a network may change those of its tensors in place."""
+    with torch._C.DisableTorchFunction():
+        return pytree.tree_map_only(Tensor, lambda t: t.detach() if t.is_meta else _on_meta(t), value)
 
 
 def _on_meta(tensor: Tensor) -> Tensor:

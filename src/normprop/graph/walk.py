@@ -240,7 +240,10 @@ def walk_over(model: nn.Module, record: Record, example: Inputs, table: RuleTabl
         if not node.data or node.op == "input":
             continue
         rule = rule_of(record.model, node, table)
-        standing, reason = ("unsupported", _no_rule(node)) if rule is None else standing_for(node, rule)
+        if rule is not None and not _takes(rule, node):
+            standing, reason = "unsupported", "its rule does not know all of its arguments"
+        else:
+            standing, reason = ("unsupported", _no_rule(node)) if rule is None else standing_for(node, rule)
         if rule is None or standing == "unsupported":
             missing[node] = reason
         else:
@@ -268,6 +271,21 @@ def _without_moments(found: Mapping[Node, Rule]) -> list[Node]:
         and node.args[0] in found
         and found[node.args[0]].function in _HALF_KNOWN
     ]
+
+
+def _takes(rule: Rule, node: Node) -> bool:
+    """Whether a rule can be called with a node's arguments."""
+    given = (*rule.leading, *((None,) if node.op == "module" else ()), *node.args)
+    named = dict(node.kwargs) | (dict.fromkeys(("in_shapes", "out_shape")) if rule.shaped else {})
+    if not node.args and "input" in named:
+        given = (*given, named.pop("input"))
+    try:
+        inspect.signature(rule.function).bind(*given, **named)
+    except TypeError:
+        return False
+    except ValueError:  # a function of C that doesn't tell what it takes
+        return True
+    return True
 
 
 def _no_rule(node: Node) -> str:

@@ -6,8 +6,11 @@ import operator
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from normprop.channel_moments import Moments
-from normprop.graph.node import Node
+from normprop.graph.node import Node, nodes_in
 from normprop.graph.walk import Walk, site_rule
 from normprop.inspection.rewalk import Claim
 from normprop.rules import (
@@ -58,7 +61,8 @@ _MOVES = frozenset(
         arithmetic.neg,
     ]
 )
-_PARTS = frozenset([select.getitem, select.narrow, select.select, combine.split, combine.chunk, combine.unbind])
+_PICKS = frozenset([select.getitem, select.index_select])
+_PARTS = _PICKS | {select.narrow, select.select, combine.split, combine.chunk, combine.unbind}
 _REPEATS = frozenset(
     [
         shape.repeat,
@@ -105,6 +109,10 @@ _REGROUPS = frozenset(
     [shape.pixel_unshuffle, shape.pixel_unshuffle_module, select.unfold, select.patches, select.patches_module]
 )
 
+_WEIGHTED = frozenset([linear.convolution, linear.functional_convolution, linear.linear, linear.functional_linear])
+# A sum over no more numbers than these is as far from Gaussian as they are.
+_FEW = 4
+
 DEPENDENT = "both sides are functions of one tensor, and are taken for independent"
 REPEATED = "its input holds the same numbers several times, and they are taken for independent"
 MIXED = "its input is not Gaussian: a mixture, or the function of something that is"
@@ -116,7 +124,7 @@ Root = tuple[Node, tuple[Node, ...]]
 class Assumptions:
     """Follows what of a walk's tensors is Gaussian, and what repeats, from node to node.
 
-    Inputs, sums over many numbers and what a BatchNorm gives count as Gaussian.
+    Inputs, sums over more than a few numbers and what a BatchNorm gives count as Gaussian.
 
     Args:
         walk: of a network.
@@ -173,10 +181,10 @@ class Assumptions:
             self.uneven.add(node)
         if rule in _SUMS or isinstance(rule, Claim):
             several_phases = rule in (linear.transposed_convolution, linear.functional_transposed_convolution)
-            if several_phases:
+            if several_phases or (mixed and rule in _WEIGHTED and self._terms(node) <= _FEW):
                 self.mixed.add(node)
             return
-        if repeated or (rule in _REPEATS and not channels_alone):
+        if repeated or (rule in _REPEATS and not channels_alone) or (rule in _PICKS and self._picks_twice(node)):
             self.repeated.add(node)
         if rule in _NORMALISERS:
             return
@@ -185,6 +193,22 @@ class Assumptions:
         squared = rule is arithmetic.mul and len(sources) > 1
         if mixed or squared or not (pure or affine):
             self.mixed.add(node)
+
+    def _picks_twice(self, node: Node) -> bool:
+        """Whether an index names an entry several times."""
+        chosen = [self.walk.known(n) for n in nodes_in((node.args[1:], node.kwargs)) if not n.data]
+        return any(len(c.unique()) < c.numel() for c in chosen if isinstance(c, Tensor) and c.dtype != torch.bool)
+
+    def _terms(self, node: Node) -> int:
+        """Over how many numbers a layer sums."""
+        if node.op == "module":
+            weight: Any = self.walk.module(node).weight
+        else:
+            known = [n.value for n in nodes_in((node.args[1:], node.kwargs)) if not n.data]
+            if not known:
+                return _FEW + 1
+            weight = known[0]
+        return int(weight[0].numel())
 
     def _passes(self, node: Node) -> bool:
         """Whether a node is noise of training, and switched off."""

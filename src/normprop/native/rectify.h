@@ -11,13 +11,28 @@ typedef struct {
     double cdf, positive, ratio, rectified;
 } rectified;
 
+/* I_2/I_1 for t > 3, I_n = ∫_t^∞ (z − t)ⁿ φ(z) dz. By I_{n+1} = n I_{n−1} − t I_n every r_n = I_n/I_{n−1} is n/(t + r_{n+1});
+ * far on they are alike. */
+static inline double tail_ratio(double t)
+{
+    double r = 84 / (t + sqrt(t * t + 168));
+    for (int n = 41; n > 1; n--)
+        r = n / (t + r);
+    return r;
+}
+
 static inline rectified rectify(double m, double v)
 {
     const double distance = fabs(m), std = sqrt(v > 0 ? v : DBL_MIN), t = distance / std;
     const double tail = 0.5 * erfc(t * 0.70710678118654752440), pdf = exp(-0.5 * t * t) * 0.39894228040143267794;
-    const double low = std * pdf - distance * tail, high = low + distance;
-    const double cdf = m > 0 ? 1 - tail : tail, var = v * cdf - low * high;
-    return (rectified){cdf, m > 0 ? high : low, v > 0 ? pdf / std : 0, var < 0 ? 0 : var};
+    double low = std * pdf - distance * tail, var;
+    if (m < 0 && t > 3) { /* where both would cancel */
+        const double ratio = tail_ratio(t), beyond = tail / (t + ratio);
+        low = std * beyond;
+        var = v * (beyond * (ratio - beyond));
+    } else
+        var = v * (m > 0 ? 1 - tail : tail) - low * (low + distance);
+    return (rectified){m > 0 ? 1 - tail : tail, m > 0 ? low + distance : low, v > 0 ? pdf / std : 0, var < 0 ? 0 : var};
 }
 
 /* Mean and variance behind max(u, 0) + a·min(u, 0). */

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from normprop.channel_moments import Moments
 from normprop.errors import NormPropError
@@ -25,16 +25,28 @@ def _plain(x: Any) -> bool:
     return x is None or x is Ellipsis or isinstance(x, int | slice)
 
 
+def _is_choice(x: Any) -> bool:
+    """Whether an index picks entries of one dimension by their numbers, or by a mask."""
+    return isinstance(x, Tensor) and x.dim() == 1
+
+
+def _has_integers(entries: Sequence[Any]) -> bool:
+    return any(type(e) is int or isinstance(e, list) for e in entries)
+
+
 @rule(operator.getitem)
 def getitem(x: Any, index: Any) -> Any:
     """One of several outputs, or a slice: along a dimension over which the moments vary they are sliced too."""
     if not isinstance(x, Moments):
         return x[index]
     entries = list(index) if isinstance(index, tuple) else [index]
-    if not all(_plain(e) for e in entries):
-        raise NormPropError("an index that is a tensor has no moment rule; slices, integers, None and … have.")
-    if Ellipsis in entries:
-        at = entries.index(Ellipsis)
+    picked = [e for e in entries if _is_choice(e)]
+    if not all(_plain(e) or _is_choice(e) for e in entries) or (picked and (len(picked) > 1 or _has_integers(entries))):
+        raise NormPropError(
+            "an index has no moment rule unless it is a slice, an integer, None, …, or one vector of known integers."
+        )
+    if any(e is Ellipsis for e in entries):
+        at = next(i for i, e in enumerate(entries) if e is Ellipsis)
         missing = x.mean.dim() - sum(e is not None for e in entries) + 1
         entries[at : at + 1] = [slice(None)] * missing
     dim = 0
@@ -44,7 +56,7 @@ def getitem(x: Any, index: Any) -> Any:
             adapted.append(None)
             continue
         constant = max(x.mean.shape[dim], x.var.shape[dim]) == 1
-        adapted.append(entry if not constant else slice(None) if isinstance(entry, slice | list) else 0)
+        adapted.append(entry if not constant else slice(None) if isinstance(entry, slice | list | Tensor) else 0)
         dim += 1
     return x.moved(lambda t: t[tuple(adapted)])
 
@@ -58,6 +70,12 @@ def narrow(x: Moments, dim: int, start: int, length: int) -> Any:
 @rule(torch.select, "select")
 def select(x: Moments, dim: int, index: int) -> Any:
     """One entry of a dimension, which goes."""
+    return getitem(x, _at(x, dim, index))
+
+
+@rule(torch.index_select, "index_select")
+def index_select(x: Moments, dim: int, index: Any) -> Any:
+    """Entries of a dimension by their numbers, in whatever order."""
     return getitem(x, _at(x, dim, index))
 
 

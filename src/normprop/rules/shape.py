@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from normprop.channel_moments import Moments
 from normprop.errors import NormPropError
@@ -175,11 +175,13 @@ _MOVES: dict[str, tuple[Callable[..., Any], ...]] = {
 }
 for _method, _functions in _MOVES.items():
     TABLE.add(_method, Rule(move, leading=(_method,)))
+    if hasattr(Tensor, f"{_method}_"):
+        TABLE.add(f"{_method}_", Rule(move, leading=(_method,)))
     for _function in _functions:
         TABLE.add(_function, Rule(move, leading=(_method,)))
 
 
-@rule(torch.squeeze, "squeeze", shaped=True)
+@rule(torch.squeeze, "squeeze", "squeeze_", shaped=True)
 def squeeze(x: Moments, *_: Any, in_shapes: Sequence[Shape], out_shape: Shape, **__: Any) -> Moments:
     """Dimensions of size 1 go."""
     return reshaped(x, in_shapes[0], out_shape)
@@ -207,8 +209,10 @@ def same_module(module: nn.Module, x: Moments) -> Moments:
     return x
 
 
+# What is not a number, or not finite, has no moments: `nan_to_num` meets none.
 for _key in ("contiguous", "clone", "to", "float", "type_as", "detach", "double", "half", "type", "bfloat16", "cpu",
-             "requires_grad_", torch.clone, torch.detach, torch.as_tensor, torch.asarray):  # fmt: skip
+             "requires_grad_", "nan_to_num", "nan_to_num_", torch.nan_to_num, torch.nan_to_num_,
+             torch.clone, torch.detach, torch.as_tensor, torch.asarray):  # fmt: skip
     TABLE.add(_key, Rule(same))
 TABLE.add(nn.Identity, Rule(same_module))
 
