@@ -18,7 +18,7 @@ from normprop.graph.example_inputs import Inputs
 from normprop.graph.node import Node
 from normprop.graph.recorder import unrecorded
 from normprop.native.library import library
-from normprop.native.operands import is_native
+from normprop.native.operands import is_native, is_native_whole
 from normprop.sites.reference import Scale
 from normprop.sites.site import Site, site_parts
 
@@ -223,14 +223,20 @@ class Lane:
 
     def compiled(self, root: nn.Module, entries: Sequence[Entry]) -> Program | None:
         """The program in compiled segments, where these can run."""
-        if not entries or not is_native(root):
-            return None
+        if torch.compiler.is_compiling():
+            runs = bool(entries) and is_native_whole(root) and _written_ahead(self, root, tuple(e.key for e in entries))
+        else:
+            runs = bool(entries) and is_native(root)
+            if runs:
+                self._write_compiled(root, entries)
+        return self.programs["compiled", *(entry.key for entry in entries)] if runs else None
+
+    def _write_compiled(self, root: nn.Module, entries: Sequence[Entry]) -> None:
         key = "compiled", *(entry.key for entry in entries)
         if key not in self.programs:
             with torch.no_grad():
                 self.program(entries).function(root)  # says what was changed since the conversion
             self.programs[key] = written([entry.scale for entry in entries], root, compiled=True)
-        return self.programs[key]
 
     def run(self) -> Run:
         """The present thread's."""
@@ -460,6 +466,16 @@ class Lane:
                 "or left out since the conversion.\nConvert again, from the network with that change in it."
             )
         return entry
+
+
+def _written_ahead(lane: Lane, root: nn.Module, keys: tuple[Key, ...]) -> bool:
+    """Write the program in compiled segments that a graph is about to read; runs while the graph is traced."""
+    lane._write_compiled(root, [lane.by_site[site][call] for site, call in keys])
+    return True
+
+
+# All that torch.compiler.assume_constant_result does; calling it would import the compiler, which takes a second.
+_written_ahead._dynamo_marked_constant = True  # type: ignore[attr-defined]  # a function takes any attribute
 
 
 def lane(model: nn.Module) -> Lane:

@@ -134,6 +134,16 @@ class Parts(NamedTuple):
         """One of them: all have one dtype and device."""
         return next(t for part in self for t in part if t is not None)
 
+    @property
+    def beside_weights(self) -> list[Tensor | None]:
+        """All but weights of layers with a site."""
+        return [t for part in self[1:] for t in part]
+
+    @property
+    def sizes(self) -> list[int]:
+        """Numbers of each of these."""
+        return [0 if t is None else t.numel() for t in self.beside_weights]
+
 
 @dataclass(frozen=True)
 class Segment:
