@@ -23,6 +23,8 @@ from normprop.sites.reference import Scale
 from normprop.sites.site import Site, site_parts
 
 Key = tuple[str, int]
+# In place of a thread's number. There from the start: a graph that made it would be traced again once it is there.
+_TRACED = 0
 
 
 @dataclass(eq=False)
@@ -99,6 +101,8 @@ class Run:
         calls: how often every layer and site has run.
         ready: entry, weight and bias of layers that run once in a forward, with nothing in between, until they run.
         handed: for each site, what layers before it gave.
+        open: layers that run now: the hook that covers each, its entry, what is still to be applied after it, and what the
+            layer's own attributes were.
     """
 
     root: nn.Module | None = None
@@ -106,6 +110,7 @@ class Run:
     calls: dict[str, int] = field(default_factory=dict)
     ready: dict[str, tuple[Entry, Tensor, Tensor]] = field(default_factory=dict)
     handed: dict[str, list[Handed]] = field(default_factory=dict)
+    open: list[tuple[Any, Entry | None, Any, Any, Any]] = field(default_factory=list)
 
 
 class Lane:
@@ -148,12 +153,12 @@ class Lane:
         self.standards: dict[bool, dict[str, list[Node | None]]] = {False: {}, True: {}}
         self.observer: Any = None
         self.shared: Any = None
-        self.runs: dict[int, Run] = {}
+        self.runs = {_TRACED: Run()}
         self.programs: dict[Any, Program] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         """All but what belongs to the process."""
-        return vars(self) | {"runs": {}, "observer": None, "shared": None}
+        return vars(self) | {"runs": {_TRACED: Run()}, "observer": None, "shared": None}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Lane:
         copied = Lane.__new__(Lane)
@@ -240,7 +245,7 @@ class Lane:
 
     def run(self) -> Run:
         """The present thread's."""
-        thread = 0 if torch.compiler.is_compiling() else threading.get_ident()
+        thread = _TRACED if torch.compiler.is_compiling() else threading.get_ident()
         if thread not in self.runs:
             self.runs[thread] = Run()
         return self.runs[thread]

@@ -13,7 +13,7 @@ from normprop.conversion.segment_layout import LayoutKey, laid_out
 from normprop.native.library import library
 from normprop.native.operands import is_unshared
 from normprop.sites.c_engine import Layer
-from normprop.sites.rows import to_rows
+from normprop.sites.rows import Form, taps_first, to_rows
 
 
 class Computed(NamedTuple):
@@ -39,53 +39,67 @@ class _Frame:
         parts: tensors that have gradients.
 
     Attributes:
-        rows: weights as filters one behind the other in memory, of those that don't lie so themselves.
+        copies: weights whose filters don't lie one behind the other in memory, with copies for which they do.
+        outside: which weights have the taps of a filter outside its inputs in memory.
         read: addresses of all tensors.
         layout: of the segment.
     """
 
     def __init__(self, segment: Segment, found: Found, parts: Parts) -> None:
         self.alive: list[Tensor] = []
-        self.rows: dict[int, Layer] = {}
-        self.read: list[int] = []
+        self.copies: dict[int, Layer] = {}
+        self.weights, self.outside = parts.weights, [False] * segment.weights
+        self.read = [0 if t is None else t.data_ptr() for some in parts for t in some]
         for i, (weight, reader) in enumerate(zip(parts.weights, segment.readers, strict=True)):
-            if found.forms[reader].transposed or not weight.is_contiguous():
-                self.rows[i] = Layer(weight, found.forms[reader])
-                weight = self.rows[i].memory
-            self.read.append(weight.data_ptr())
-        self.read += [0 if t is None else t.data_ptr() for some in parts[1:] for t in some]
+            form = found.forms[reader]
+            if weight.is_contiguous() and not form.transposed:
+                continue
+            self.outside[i] = not form.transposed and taps_first(weight)
+            if not self.outside[i]:
+                self.copies[i] = Layer(weight, form)
+                self.read[i] = self.copies[i].memory.data_ptr()
+        constants = iter(found.constants)
         ranks = []
-        for i, s in enumerate(segment.scalings):
-            shift, scale, directions = found.constants[3 * i : 3 * i + 3]
+        for s, shift, scale, directions in zip(segment.scalings, constants, constants, constants, strict=True):
             assert shift is not None
             assert scale is not None
             rank, address = 0, 0
             if directions is not None and s.weight is not None:
                 rank = len(directions)
-                if s.weight in self.rows or not directions.is_contiguous():
-                    directions = to_rows(directions, found.forms[i], like=parts.weights[s.weight]).contiguous()
-                    self.alive.append(directions)
-                address = directions.data_ptr()
+                address = self._directions(s.weight, s.form, directions).data_ptr()
             ranks.append(rank)
             self.read += shift.data_ptr(), scale.data_ptr(), address
-        outside = tuple(i in self.rows and self.rows[i].outside for i in range(len(parts.weights))) if self.rows else ()
         exact = parts.like.dtype == torch.float64
-        key = LayoutKey(torch.get_num_threads(), found.forms, tuple(ranks), outside, found.settings, exact)
+        threads = torch.get_num_threads()
+        key = LayoutKey(threads, found.forms, tuple(ranks), tuple(self.outside), found.settings, exact)
         self.layout = segment.layouts.get(key) or segment.layouts.setdefault(key, laid_out(segment, key))
 
-    def empty(self, index: int, weight: Tensor) -> Tensor:
+    def _directions(self, index: int, form: Form, directions: Tensor) -> Tensor:
+        """Directions that lie as a weight does."""
+        if self.outside[index]:
+            if taps_first(directions):
+                return directions
+        elif index not in self.copies and directions.is_contiguous():
+            return directions
+        directions = to_rows(directions, form, like=self.weights[index]).contiguous()
+        self.alive.append(directions)
+        return directions
+
+    def empty(self, index: int) -> Tensor:
         """Memory for another weight that lies as one does."""
-        return self.rows[index].empty() if index in self.rows else torch.empty_like(weight)
+        return self.copies[index].empty() if index in self.copies else torch.empty_like(self.weights[index])
 
     def laid(self, index: int, grad: Tensor) -> Tensor:
         """A gradient that lies as a weight does."""
-        if index in self.rows:
-            return self.rows[index].laid(grad)
-        return grad if grad.is_contiguous() else grad.contiguous()
+        if index in self.copies:
+            return self.copies[index].laid(grad)
+        if taps_first(grad) if self.outside[index] else grad.is_contiguous():
+            return grad
+        return torch.empty_like(self.weights[index]).copy_(grad)
 
     def shaped(self, index: int, memory: Tensor) -> Tensor:
         """Such memory in the weight's shape."""
-        return self.rows[index].shaped(memory) if index in self.rows else memory
+        return self.copies[index].shaped(memory) if index in self.copies else memory
 
     def address(self, tensor: Tensor | None) -> int:
         """Where the numbers of a tensor are, one behind the other; 0 for none."""
@@ -102,7 +116,7 @@ def computed(segment: Segment, found: Found, parts: Parts) -> Computed:
     frame = _Frame(segment, found, parts)
     memory = parts.like.new_empty(segment.size)
     columns = memory.new_empty(5, frame.layout.channels)
-    filters = [None if s.weight is None else frame.empty(s.weight, parts.weights[s.weight]) for s in segment.scalings]
+    filters = [None if s.weight is None else frame.empty(s.weight) for s in segment.scalings]
     native = library()
     assert not isinstance(native, str)
     into = [0 if t is None else t.data_ptr() for t in filters]
@@ -150,7 +164,7 @@ def gradients(
                 by_multiplied = laid
                 frame.alive.append(laid)
             if needs[s.weight]:
-                into = by_multiplied if free else frame.empty(s.weight, parts.weights[s.weight])
+                into = by_multiplied if free else frame.empty(s.weight)
         given.append(0 if by_multiplied is None else by_multiplied.data_ptr())
         given += map(frame.address, others)
         by_filters.append(into)
