@@ -103,9 +103,7 @@ class Cover:
             raise
         self._put(run, layer, (found, rest), None if _computed(layer) else weight, own_bias)
 
-    def _put(
-        self, run: Run, layer: nn.Module, what: tuple[Entry, Any], weight: Tensor | None, bias: Tensor | None
-    ) -> None:
+    def _put(self, run: Run, layer: nn.Module, what: tuple[Entry, Any], weight: Tensor | None, bias: Tensor | None) -> None:
         own = layer.__dict__
         run.open.append((self, *what, own.get("weight", _MISSING), own.get("bias", _MISSING)))
         if weight is not None:

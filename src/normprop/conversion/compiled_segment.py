@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from normprop.activations.compiled_curves import native_curve
 from normprop.channel_moments import Moments
 from normprop.conversion.activation_setting import Setting, present_setting
 from normprop.conversion.segment import Found, Parts, Segment
@@ -18,34 +17,41 @@ from normprop.double_backward import gradients_again
 from normprop.native.operands import handles, handles_whole
 from normprop.precision import full_precision, wide
 from normprop.sites.reference import Scale
-from normprop.sites.rows import Form
 from normprop.sites.site import Site, site_tensors
 
 
 def run_segment(
     segment: Segment,
+    calls: Sequence[tuple[int, int | None, int]],
     weights: Sequence[Tensor],
     sites: Sequence[Site],
     modules: Sequence[nn.Module],
     given: Sequence[Moments],
     maps: Sequence[nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d],
 ) -> list[Any]:
-    """A `Scale` for every scaling, then `Moments` for every export."""
+    """A `Scale` for every scaling, then `Moments` for every export.
+
+    Args:
+        segment: what is computed.
+        calls: of each scaling its site, weight and call. The segment knows them too; what stands in the program's own code
+            is not looked at again whenever a traced graph runs.
+        weights: of layers with a site.
+        sites: the sites.
+        modules: activations.
+        given: moments from elsewhere.
+        maps: linear layers without a site.
+    """
     weights = [wide(w) for w in weights]
     pairs: list[Any] = [None] * len(sites)
-    forms: list[Form] = []
+    centers: list[bool] = []
     constants: list[Tensor | None] = []
-    for s in segment.scalings:
-        site, form = sites[s.site], s.form
-        if s.weight is not None and site.center is not form.center:
-            form = Form(form.groups, form.transposed, form.stride, site.center)
-        forms.append(form)
-        weight = None if s.weight is None else weights[s.weight]
-        gamma, beta, shift, scale, directions = site_tensors(site, s.call, weight)
-        pairs[s.site] = gamma, beta
+    for at, index, call in calls:
+        weight = None if index is None else weights[index]
+        gamma, beta, shift, scale, directions = site_tensors(sites[at], call, weight)
+        pairs[at] = gamma, beta
         constants += shift.contiguous(), scale.contiguous(), directions
+        centers.append(weight is not None and sites[at].center)
     pairs = [pair or site_tensors(site, 0, None)[:2] for pair, site in zip(pairs, sites, strict=True)]
-    found = Found(tuple(forms), tuple(constants), tuple(map(present_setting, modules)))
     parts = Parts(
         weights,
         [gamma.contiguous() for gamma, _ in pairs],
@@ -54,47 +60,33 @@ def run_segment(
         [wide(m.var).contiguous() for m in given],
         [t if t is None else wide(t).contiguous() for m in maps for t in (m.weight, m.bias)],
     )
-    flat = _run(segment, found, parts)
-    count = 3 * len(segment.scalings)
+    flat = _run(segment, tuple(centers), tuple(map(present_setting, modules)), parts, tuple(constants))
+    count = 3 * len(calls)
     results: list[Any] = [Scale(*flat[i : i + 3]) for i in range(0, count, 3)]
     results += [Moments(*flat[i : i + 2]) for i in range(count, len(flat), 2)]
     return results
 
 
-def _run(segment: Segment, found: Found, parts: Parts) -> Sequence[Any]:
+def _run(
+    segment: Segment,
+    centers: tuple[bool, ...],
+    settings: tuple[Setting, ...],
+    parts: Parts,
+    constants: tuple[Tensor | None, ...],
+) -> Sequence[Any]:
     tensors = [t for part in parts for t in part]
+    every = (*tensors, *constants)
     like = parts.like
-    every = (*tensors, *found.constants)
-    if _fits(segment, found, parts):
-        if handles_whole(every, like.dtype):
-            return traced_segment(segment, found, tensors)
-        if handles(every, like.dtype):
-            flat: Sequence[Any] = _Compiled.apply(segment, found, *tensors)
-            return flat
+    if handles_whole(every, like.dtype):
+        traced = traced_segment(segment, centers, settings, every)
+        if traced is not None:
+            return traced
+    found = Found(segment.forms(centers), constants, settings)
+    if handles(every, like.dtype) and segment.fits(settings, parts):
+        flat: Sequence[Any] = _Compiled.apply(segment, found, *tensors)
+        return flat
     with full_precision(like):
         return segment.plain(found, parts, fast=True)
-
-
-def _fits(segment: Segment, found: Found, parts: Parts) -> bool:
-    """Whether tensors have the sizes for which the segment was laid out, and activations are compiled ones."""
-    weights = (s.weight is None or parts.weights[s.weight].shape == s.shape for s in segment.scalings)
-    sites = (g.numel() == b.numel() == n for g, b, n in zip(parts.gammas, parts.betas, segment.channels, strict=True))
-    given = (
-        (m.numel(), v.numel()) == sizes for m, v, sizes in zip(parts.means, parts.variances, segment.given, strict=True)
-    )
-    maps = (
-        weight is not None and weight.shape == m.shape and (bias is not None) is m.offset
-        for m, weight, bias in zip(segment.maps, parts.maps[::2], parts.maps[1::2], strict=True)
-    )
-    return all(weights) and all(sites) and all(given) and all(maps) and all(map(_is_compiled, found.settings))
-
-
-def _is_compiled(setting: Setting) -> bool:
-    return isinstance(setting, float) or native_curve(*setting, True) is not None
-
-
-# All that torch.compiler.assume_constant_result does; calling it would import the compiler, which takes a second.
-_is_compiled._dynamo_marked_constant = True  # type: ignore[attr-defined]  # a function takes any attribute
 
 
 class _Compiled(torch.autograd.Function):

@@ -53,27 +53,52 @@ class Traced(NamedTuple):
 _TRACED: dict[str, Traced] = {}
 
 
-def traced_segment(segment: Segment, found: Found, tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """Filters, factor and offset of each scaling, then mean and variance of each export, where a graph is traced."""
-    every = (*tensors, *found.constants)
-    name = _noted(segment, found.forms, found.settings, tuple(t is not None for t in every))
-    _, _, *outputs = _segment(name, [t for t in every if t is not None])
+def traced_segment(
+    segment: Segment, centers: tuple[bool, ...], settings: tuple[Setting, ...], tensors: Sequence[Tensor | None]
+) -> list[Tensor | None] | None:
+    """Filters, factor and offset of each scaling, then mean and variance of each export, where a graph is traced.
+
+    Args:
+        segment: the segment.
+        centers: of which scalings filters are centred.
+        settings: of the modules.
+        tensors: those with gradients, then d, k and U of each scaling.
+
+    Returns:
+        None if the segment was laid out for others.
+    """
+    shapes = tuple(None if t is None else tuple(t.shape) for t in tensors)
+    name, layers = _noted(segment, centers, settings, shapes)
+    if not name:
+        return None
+    _, _, *outputs = _segment(name, [t for t in tensors if t is not None])
     rest = iter(outputs)
-    scales = [t for s in segment.scalings for t in _scale(s.weight is not None, rest)]
+    scales = [t for has_layer in layers for t in _scale(has_layer == "1", rest)]
     return [*scales, *rest]
 
 
-def _scale(has_layer: bool, rest: Any) -> tuple[Tensor | None, Tensor | None, Tensor]:
+def _scale(has_layer: bool, rest: Any) -> tuple[Any, Any, Any]:
     first, offset = next(rest), next(rest)
     return (first, None, offset) if has_layer else (None, first, offset)
 
 
-def _noted(segment: Segment, forms: tuple[Form, ...], settings: tuple[Setting, ...], given: tuple[bool, ...]) -> str:
-    """The name of a traced segment; runs while the graph is traced."""
-    traced = Traced(segment, forms, settings, given)
+def _noted(
+    segment: Segment,
+    centers: tuple[bool, ...],
+    settings: tuple[Setting, ...],
+    shapes: tuple[tuple[int, ...] | None, ...],
+) -> tuple[str, str]:
+    """The name of a traced segment, nothing if it doesn't fit, and which scalings have a layer.
+
+    Runs while the graph is traced, and gives strings, which are no numbers that may vary.
+    """
+    traced = Traced(segment, segment.forms(centers), settings, tuple(shape is not None for shape in shapes))
+    likes = [torch.empty(shape, device="meta") for shape in shapes if shape is not None]
+    if not segment.fits(settings, segment.parts(traced.placed(likes)[1])):
+        return "", ""
     name = hashlib.sha256(repr(traced).encode()).hexdigest()[:32]
     _TRACED.setdefault(name, traced)
-    return name
+    return name, "".join(str(int(s.weight is not None)) for s in segment.scalings)
 
 
 # All that torch.compiler.assume_constant_result does; calling it would import the compiler, which takes a second.
