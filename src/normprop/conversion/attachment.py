@@ -62,7 +62,6 @@ class Cover:
 
     def __init__(self, lane: Lane, path: str) -> None:
         self.lane, self.path = lane, path
-        self.open: list[tuple[Run, Entry, Any, Any, Any] | None] = []
         self.lock = threading.RLock()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -86,7 +85,7 @@ class Cover:
             if weight.dtype is not (kind := raw(layer, "weight").dtype):
                 weight, bias = weight.to(kind), bias.to(kind)
             self._acquire()
-            self._put(layer, (run, entry, None), weight, bias)
+            self._put(run, layer, (entry, None), weight, bias)
             return
         if layer._parameters.get("weight") is None and not is_covered(layer) and not _computed(layer):
             raise NormPropError(
@@ -96,29 +95,29 @@ class Cover:
         found = self.lane.called(layer, self.path, args)
         self._acquire()
         if found is None:
-            self.open.append(None)
+            run.open.append((self, None, None, None, None))
             return
         try:
             weight, own_bias, rest = self.lane.cover(layer, found)
         except BaseException:
             self._release()
             raise
-        self._put(layer, (run, found, rest), None if _computed(layer) else weight, own_bias)
+        self._put(run, layer, (found, rest), None if _computed(layer) else weight, own_bias)
 
-    def _put(self, layer: nn.Module, what: tuple[Run, Entry, Any], weight: Tensor | None, bias: Tensor | None) -> None:
+    def _put(self, run: Run, layer: nn.Module, what: tuple[Entry, Any], weight: Tensor | None, bias: Tensor | None) -> None:
         own = layer.__dict__
-        self.open.append((*what, own.get("weight", _MISSING), own.get("bias", _MISSING)))
+        run.open.append((self, *what, own.get("weight", _MISSING), own.get("bias", _MISSING)))
         if weight is not None:
             own["weight"] = weight
         own["bias"] = bias
 
     def uncover(self, layer: nn.Module, output: Any) -> None:
         """Take the effective weight away, also after an exception, and hand the output to the site."""
-        if not self.open:
-            return
-        found = self.open.pop()
-        if found is not None:
-            run, entry, rest, *before = found
+        run = self.lane.run()
+        if not run.open or run.open[-1][0] is not self:
+            return  # it was refused
+        _, entry, rest, *before = run.open.pop()
+        if entry is not None:
             own = layer.__dict__
             for name, value in zip(("weight", "bias"), before, strict=True):
                 if value is _MISSING:
@@ -167,6 +166,21 @@ class Standardise:
         return (self.lane.standardise(self.path, args[0]), *args[1:])
 
 
+class Whole:
+    """Calls a network; what `torch.compile` finds for its ``__call__``, so that it traces hooks and forward as one graph.
+
+    Torch's own runs the hooks of the network that is compiled outside of the graph of its forward. The lane would be a
+    graph by itself, and every effective weight would be handed over from one to the other.
+    """
+
+    def __init__(self, root: nn.Module) -> None:
+        self.root = root
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the network."""
+        return self.root(*args, **kwargs)
+
+
 class Reattach:
     """Gives a copy of a graph module, which loses the hooks of its forward, those of its lane again."""
 
@@ -209,6 +223,7 @@ def unpickled(lane: Lane | None, build: Callable[..., nn.Module], args: tuple[An
 def _begin_and_end(root: nn.Module, lane: Lane) -> None:
     root.register_forward_pre_hook(Begin(lane), with_kwargs=True)
     root.register_forward_hook(End(lane), always_call=True, prepend=True)
+    root.__dict__["__call__"] = Whole(root)
 
 
 def attach(root: nn.Module, lane: Lane) -> None:
@@ -248,6 +263,8 @@ class Unrecorded:
 def detach(root: nn.Module) -> None:
     """Take all hooks of lanes away."""
     for module in root.modules():
+        if isinstance(module.__dict__.get("__call__"), Whole):
+            del module.__dict__["__call__"]
         if isinstance(module, torch.fx.GraphModule):
             module._deepcopy_hooks = [hook for hook in module._deepcopy_hooks if not isinstance(hook, Reattach)]
             if type(module).__dict__.get("__reduce__") is _reduce_with_lane:

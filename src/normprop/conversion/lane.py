@@ -18,11 +18,13 @@ from normprop.graph.example_inputs import Inputs
 from normprop.graph.node import Node
 from normprop.graph.recorder import unrecorded
 from normprop.native.library import library
-from normprop.native.operands import is_native
+from normprop.native.operands import is_native, is_native_whole
 from normprop.sites.reference import Scale
 from normprop.sites.site import Site, site_parts
 
 Key = tuple[str, int]
+# In place of a thread's number. There from the start: a graph that made it would be traced again once it is there.
+_TRACED = 0
 
 
 @dataclass(eq=False)
@@ -101,6 +103,8 @@ class Run:
         calls: how often every layer and site has run.
         ready: entry, weight and bias of layers that run once in a forward, with nothing in between, until they run.
         handed: for each site, what layers before it gave.
+        open: layers that run now: the hook that covers each, its entry, what is still to be applied after it, and what the
+            layer's own attributes were.
     """
 
     root: nn.Module | None = None
@@ -108,6 +112,7 @@ class Run:
     calls: dict[str, int] = field(default_factory=dict)
     ready: dict[str, tuple[Entry, Tensor, Tensor]] = field(default_factory=dict)
     handed: dict[str, list[Handed]] = field(default_factory=dict)
+    open: list[tuple[Any, Entry | None, Any, Any, Any]] = field(default_factory=list)
 
 
 class Lane:
@@ -152,12 +157,12 @@ class Lane:
         self.initial: dict[str, tuple[float, float]] = {}
         self.observer: Any = None
         self.shared: Any = None
-        self.runs: dict[int, Run] = {}
+        self.runs = {_TRACED: Run()}
         self.programs: dict[Any, Program] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         """All but what belongs to the process."""
-        return vars(self) | {"runs": {}, "observer": None, "shared": None}
+        return vars(self) | {"runs": {_TRACED: Run()}, "observer": None, "shared": None}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Lane:
         copied = Lane.__new__(Lane)
@@ -227,18 +232,24 @@ class Lane:
 
     def compiled(self, root: nn.Module, entries: Sequence[Entry]) -> Program | None:
         """The program in compiled segments, where these can run."""
-        if not entries or not is_native(root):
-            return None
+        if torch.compiler.is_compiling():
+            runs = bool(entries) and is_native_whole(root) and _written_ahead(self, root, tuple(e.key for e in entries))
+        else:
+            runs = bool(entries) and is_native(root)
+            if runs:
+                self._write_compiled(root, entries)
+        return self.programs["compiled", *(entry.key for entry in entries)] if runs else None
+
+    def _write_compiled(self, root: nn.Module, entries: Sequence[Entry]) -> None:
         key = "compiled", *(entry.key for entry in entries)
         if key not in self.programs:
             with torch.no_grad():
                 self.program(entries).function(root)  # says what was changed since the conversion
             self.programs[key] = written([entry.scale for entry in entries], root, compiled=True)
-        return self.programs[key]
 
     def run(self) -> Run:
         """The present thread's."""
-        thread = 0 if torch.compiler.is_compiling() else threading.get_ident()
+        thread = _TRACED if torch.compiler.is_compiling() else threading.get_ident()
         if thread not in self.runs:
             self.runs[thread] = Run()
         return self.runs[thread]
@@ -464,6 +475,16 @@ class Lane:
                 "or left out since the conversion.\nConvert again, from the network with that change in it."
             )
         return entry
+
+
+def _written_ahead(lane: Lane, root: nn.Module, keys: tuple[Key, ...]) -> bool:
+    """Write the program in compiled segments that a graph is about to read; runs while the graph is traced."""
+    lane._write_compiled(root, [lane.by_site[site][call] for site, call in keys])
+    return True
+
+
+# All that torch.compiler.assume_constant_result does; calling it would import the compiler, which takes a second.
+_written_ahead._dynamo_marked_constant = True  # type: ignore[attr-defined]  # a function takes any attribute
 
 
 def lane(model: nn.Module) -> Lane:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from normprop.activations.compiled_curves import native_curve
 from normprop.activations.fast_moments import lane_moments
 from normprop.activations.rectifier_moments import rectified_moments
 from normprop.channel_moments import Moments
@@ -22,7 +23,7 @@ from normprop.sites.reference import plain_scale
 from normprop.sites.rows import Form, Operands
 from normprop.sites.site import widened
 
-_DERIVED = ("layouts", "readers", "widths", "_sources")
+_DERIVED = ("layouts", "readers", "widths", "_forms", "_sources")
 
 
 class Kind(IntEnum):
@@ -137,6 +138,16 @@ class Parts(NamedTuple):
         """One of them: all have one dtype and device."""
         return next(t for part in self for t in part if t is not None)
 
+    @property
+    def beside_weights(self) -> list[Tensor | None]:
+        """All but weights of layers with a site."""
+        return [t for part in self[1:] for t in part]
+
+    @property
+    def sizes(self) -> list[int]:
+        """Numbers of each of these."""
+        return [0 if t is None else t.numel() for t in self.beside_weights]
+
 
 @dataclass(frozen=True)
 class Segment:
@@ -172,6 +183,32 @@ class Segment:
             found.append(tensors[start : start + count])
             start += count
         return Parts(*found)
+
+    def forms(self, centers: tuple[bool, ...]) -> tuple[Form, ...]:
+        """Of each scaling, with filters centred or not as the network has them now."""
+        found = self._forms.get(centers)
+        if found is None:
+            forms = (s.form._replace(center=center) for s, center in zip(self.scalings, centers, strict=True))
+            found = self._forms.setdefault(centers, tuple(forms))
+        return found
+
+    @functools.cached_property
+    def _forms(self) -> dict[tuple[bool, ...], tuple[Form, ...]]:
+        return {}
+
+    def fits(self, settings: Sequence[Setting], parts: Parts) -> bool:
+        """Whether tensors have the sizes for which this was laid out, and activations are compiled ones."""
+        weights = (s.weight is None or parts.weights[s.weight].shape == s.shape for s in self.scalings)
+        sites = (g.numel() == b.numel() == n for g, b, n in zip(parts.gammas, parts.betas, self.channels, strict=True))
+        given = (
+            (m.numel(), v.numel()) == sizes for m, v, sizes in zip(parts.means, parts.variances, self.given, strict=True)
+        )
+        maps = (
+            weight is not None and weight.shape == m.shape and (bias is not None) is m.offset
+            for m, weight, bias in zip(self.maps, parts.maps[::2], parts.maps[1::2], strict=True)
+        )
+        curves = (isinstance(setting, float) or native_curve(*setting, True) is not None for setting in settings)
+        return all(weights) and all(sites) and all(given) and all(maps) and all(curves)
 
     @functools.cached_property
     def readers(self) -> list[int]:

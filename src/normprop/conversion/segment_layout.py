@@ -25,7 +25,7 @@ class LayoutKey(NamedTuple):
         threads: that share the work.
         forms: of the layers.
         ranks: directions of each scaling, over all groups.
-        outside: whether the taps of each weight's filters lie outside their inputs in memory; nothing for nowhere.
+        outside: whether the taps of each weight's filters lie outside their inputs in memory.
         settings: of the modules.
         exact: whether numbers have double precision.
     """
@@ -81,7 +81,7 @@ def laid_out(segment: Segment, key: LayoutKey) -> NativeLayout:
     first = maps + 2 * len(segment.maps)
     for i, (c, s) in enumerate(zip(scalings, segment.scalings, strict=True)):
         size = segment.channels[s.site]
-        outside = s.weight is not None and bool(key.outside) and key.outside[s.weight]
+        outside = s.weight is not None and key.outside[s.weight]
         laid = geometry(key.forms[i], size, s.shape, outside, key.threads, key.ranks[i])
         c.weight = -1 if s.weight is None else s.weight
         c.gamma, c.beta, c.shift, c.scale = weights + s.site, weights + sites + s.site, first + 3 * i, first + 3 * i + 1

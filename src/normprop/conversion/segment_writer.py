@@ -37,7 +37,8 @@ class SegmentGroup:
 
     def call(self) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
         """The one call: it returns an entry per node."""
-        return run_segment, (self.segment, *map(tuple, self.arguments)), {}
+        calls = tuple((s.site, s.weight, s.call) for s in self.segment.scalings)
+        return run_segment, (self.segment, calls, *map(tuple, self.arguments)), {}
 
 
 class SegmentWriter:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import array
 import ctypes
 import functools
 import hashlib
@@ -61,9 +62,9 @@ class Library:
         Raises:
             MemoryError: there is none.
         """
-        others = None if gradients is None else _fields(gradients)
+        others = None if gradients is None else _Fields(gradients)
         threads = torch.get_num_threads() if numbers >= _WORTH_SHARING else 1
-        if self._scales[dtype](_fields(sites), others, count, self._parallel, threads):
+        if self._scales[dtype](_Fields(sites), others, count, self._parallel, threads):
             raise MemoryError("no memory for the moments of a layer")
 
     def rectifiers(self, dtype: torch.dtype, tensors: Sequence[int], count: int, slope: float) -> None:
@@ -75,7 +76,7 @@ class Library:
             count: of the tensors.
             slope: of the rectifier below zero.
         """
-        self._rectifiers[dtype](_fields(tensors), count, slope)
+        self._rectifiers[dtype](_Fields(tensors), count, slope)
 
     def lane(
         self,
@@ -100,7 +101,7 @@ class Library:
             MemoryError: there is none.
         """
         threads = torch.get_num_threads() if layout.numbers >= _WORTH_SHARING else 1
-        given = _fields(tensors), _fields(outputs), memory, columns, self._parallel, threads
+        given = _Fields(tensors), _Fields(outputs), memory, columns, self._parallel, threads
         if self._lane[dtype](*layout.arguments, *given):
             raise MemoryError("no memory for the moments of a layer")
 
@@ -131,7 +132,7 @@ class Library:
             MemoryError: there is none.
         """
         threads = torch.get_num_threads() if layout.numbers >= _WORTH_SHARING else 1
-        given = _fields(tensors), _fields(grads), _fields(by_weights), _fields(results), *memory, columns
+        given = _Fields(tensors), _Fields(grads), _Fields(by_weights), _Fields(results), *memory, columns
         if self._lane_gradients[dtype](*layout.arguments, *given, self._parallel, threads):
             raise MemoryError("no memory for the moments of a layer")
 
@@ -231,5 +232,9 @@ def _typed(compiled: ctypes.CDLL, name: str, arguments: list[Any], result: Any) 
     return functions
 
 
-def _fields(values: Sequence[int]) -> ctypes.Array[ctypes.c_int64]:
-    return (ctypes.c_int64 * len(values))(*values)
+class _Fields:
+    """Numbers of 64 bits as an argument; an array of ctypes takes three times as long to make."""
+
+    def __init__(self, values: Sequence[int]) -> None:
+        self.numbers = array.array("q", values)
+        self._as_parameter_ = self.numbers.buffer_info()[0]

@@ -73,3 +73,9 @@ def handles_whole(tensors: Iterable[Tensor | None], dtype: torch.dtype) -> bool:
         and dtype in _DTYPES
         and all(t is None or (t.is_cpu and t.dtype == dtype) for t in tensors)
     )
+
+
+def is_native_whole(root: nn.Module) -> bool:
+    """The same of a network's parameters."""
+    first = next(root.parameters(), None)
+    return first is not None and handles_whole([first], torch.promote_types(first.dtype, torch.float32))

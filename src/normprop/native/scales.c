@@ -84,14 +84,24 @@ static REAL NAME(mean)(const REAL *x, int64_t n)
     return first + rest / n;
 }
 
+/* Whether n numbers are all zero: several at a time, for as long as it looks like it. */
+static int NAME(nothing)(const REAL *x, int64_t n)
+{
+    for (int64_t from = 0; from < n; from += 1024) {
+        const int64_t to = from + 1024 < n ? from + 1024 : n;
+        int some = 0;
+#pragma omp simd reduction(| : some)
+        for (int64_t j = from; j < to; j++) some |= x[j] != 0;
+        if (some) return 0;
+    }
+    return 1;
+}
+
 /* √v U of a group; returns how many directions there are, none where all of them are zeros still. */
 static int64_t NAME(lean)(const NAME(site) *s, const REAL *v, int64_t group, REAL *basis)
 {
     const int64_t n = s->inputs * s->taps;
-    const REAL *all = s->directions + group * s->rank * n;
-    int64_t j = 0;
-    while (j < s->rank * n && all[j] == 0) j++;
-    if (j == s->rank * n) return 0;
+    if (NAME(nothing)(s->directions + group * s->rank * n, s->rank * n)) return 0;
     for (int64_t r = 0; r < s->rank; r++) {
         const REAL *u = s->directions + (group * s->rank + r) * n;
         for (int64_t j = 0; j < n; j++) basis[r * n + j] = v[j] > 0 ? (REAL)sqrt(v[j]) * u[j] : 0;

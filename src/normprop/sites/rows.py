@@ -140,6 +140,8 @@ def per_channel(values: Tensor, form: Form, weight: Tensor, likes: Sequence[Tens
 
 def taps_first(weight: Tensor) -> bool:
     """Whether the taps of a filter lie outside its inputs in memory, as channels last have it."""
+    if weight.dim() == 4:
+        return not weight.is_contiguous() and weight.is_contiguous(memory_format=torch.channels_last)
     return weight.dim() > 2 and not weight.is_contiguous() and weight.movedim(1, -1).is_contiguous()
 
 
