@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import copy
 import itertools
-import statistics
 import time
 from pathlib import Path
 from typing import Any
@@ -129,12 +128,6 @@ def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
     return 100 * float(torch.cat([model(part).argmax(1) for part in x.split(500)]).eq(y).double().mean())
 
 
-def chosen(runs: list[dict[str, Any]], norm: str, alpha: float) -> dict[str, Any] | None:
-    """The first seed's run that is best on validation images."""
-    mine = [run for run in runs if (run["norm"], run["alpha"], run["seed"]) == (norm, alpha, 0)]
-    return max(mine, key=lambda run: run["validation"], default=None)
-
-
 def table(runs: list[dict[str, Any]]) -> str:
     """Markdown: test accuracy of the chosen rate and clipping over seeds, and the first seed's of all."""
     grid = list(itertools.product(RATES, CLIPS))
@@ -143,19 +136,12 @@ def table(runs: list[dict[str, Any]]) -> str:
         "| ---: | --- | ---: | --- | " + "---: | " * len(grid),
     ]
     for alpha, norm in itertools.product(ALPHAS, NORMS):
-        best = chosen(runs, norm, alpha)
+        best = runs_file.chosen(runs, norm=norm, alpha=alpha)
         if best is None:
             continue
-        same = [run["test"] for run in runs if all(run[k] == best[k] for k in KEYS[:-1])]
-        spread = f" ± {statistics.stdev(same):.1f}" if len(same) > 1 else ""
-        cells = []
-        for rate, clip in grid:
-            found = [run["test"] for run in runs if tuple(run[k] for k in KEYS) == (norm, alpha, rate, clip, 0)]
-            cells.append(f"{found[0]:.1f}" if found else "–")
-        lines.append(
-            f"| {alpha:g} | {norm} | {statistics.mean(same):.1f}{spread} | {best['rate']:g}, {best['clip'] or '–'} | "
-            + " | ".join(cells) + " |"
-        )  # fmt: skip
+        cells = [runs_file.first_seed(runs, norm=norm, alpha=alpha, rate=rate, clip=clip) for rate, clip in grid]
+        found = f"{runs_file.over_seeds(runs, best, KEYS)} | {best['rate']:g}, {best['clip'] or '–'}"
+        lines.append(f"| {alpha:g} | {norm} | {found} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -179,7 +165,7 @@ def main() -> None:
             for rate, clip, norm in itertools.product(RATES, CLIPS, options.norms):
                 once(norm, alpha, rate, clip, 0)
             for seed, norm in itertools.product(range(1, options.seeds), options.norms):
-                best = chosen(runs, norm, alpha)
+                best = runs_file.chosen(runs, norm=norm, alpha=alpha)
                 if best is not None:
                     once(norm, alpha, best["rate"], best["clip"], seed)
     print(table(runs))
