@@ -34,8 +34,11 @@ import normprop
 from normprop.optim import AdaptiveGradientClipping
 
 OUT = Path(__file__).resolve().parent / "results" / "detection" / "runs.jsonl"
-RATES, CLIPS, SEEDS = (1e-3, 3e-3), (0.0, 0.05), 3
-SIZE, STEPS, MEASURED, EVALUATED = 96, 500, 16, 100
+# uncentred: converted without taking the means of filters away (`center=False`).
+NORMS = ("normprop", "uncentred", *NAMES[1:])
+# Rate and clipping.
+SETTINGS, SEEDS = ((1e-3, 0.0), (1e-3, 0.05), (3e-3, 0.05)), 3
+SIZE, STEPS, MEASURED, EVALUATED = 96, 700, 16, 100
 # Where the seeds of scenes begin: for measuring, validation, tests, and training.
 _MEASURE, _VALIDATE, _TEST, _TRAIN = 10_000_000, 20_000_000, 30_000_000, 0
 _CHANNELS = (64, 96, 128)
@@ -70,11 +73,17 @@ def detector(norm: str, samples: Tensor) -> SSD:
     """A fresh SSDlite with that normaliser."""
     boxes = DefaultBoxGenerator([[2], [2], [2]], scales=[0.25, 0.4, 0.6, 0.8])
     head = SSDLiteHead(list(_CHANNELS), boxes.num_anchors_per_location(), CLASSES, nn.BatchNorm2d)
-    backbone: nn.Module = with_normalizer(Backbone(), norm, samples)
+    center: Any = False if norm == "uncentred" else "auto"
+    converted = norm in ("normprop", "uncentred")
+    backbone: nn.Module = Backbone()
+    if converted:
+        normprop.convert(backbone, example=samples[:2], center=center, in_place=True)
+    else:
+        with_normalizer(backbone, norm, samples)
     with torch.no_grad():
         maps = list(backbone(samples).values())
-    if norm == "normprop":
-        normprop.convert(head, example=([m[:2] for m in maps],), in_place=True)
+    if converted:
+        normprop.convert(head, example=([m[:2] for m in maps],), center=center, in_place=True)
     else:
         with_normalizer(head, norm, maps)
     return SSD(
@@ -106,7 +115,7 @@ def train(parts: tuple[Scenes, Scenes], what: tuple[Any, ...], steps: int = STEP
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=rate)
     began = time.process_time()
     handles = []
-    if norm == "normprop":
+    if norm in ("normprop", "uncentred"):
         handles = kept(model, optimizer, samples, clip)
     elif clip:
         AdaptiveGradientClipping(optimizer, clip=clip)
@@ -139,15 +148,14 @@ def precision(model: SSD, scenes: Scenes, first: int) -> float:
 
 def table(runs: list[dict[str, Any]]) -> str:
     """Markdown: test AP of the chosen rate and clipping over seeds, and the first seed's of all."""
-    grid = list(itertools.product(RATES, CLIPS))
     lines = [
-        "| normaliser | test AP at IoU ½, % | rate, clip | " + " | ".join(f"{r:g}, {c or '–'}" for r, c in grid) + " |",
-        "| --- | ---: | --- | " + "---: | " * len(grid),
+        "| normaliser | test AP at IoU ½, % | rate, clip | " + " | ".join(f"{r:g}, {c or '–'}" for r, c in SETTINGS) + " |",
+        "| --- | ---: | --- | " + "---: | " * len(SETTINGS),
     ]
-    for norm in NAMES:
+    for norm in NORMS:
         best = runs_file.chosen(runs, norm=norm)
         if best is not None:
-            cells = [runs_file.first_seed(runs, norm=norm, rate=rate, clip=clip) for rate, clip in grid]
+            cells = [runs_file.first_seed(runs, norm=norm, rate=rate, clip=clip) for rate, clip in SETTINGS]
             found = f"{runs_file.over_seeds(runs, best, KEYS)} | {best['rate']:g}, {best['clip'] or '–'}"
             lines.append(f"| {norm} | {found} | {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -156,7 +164,7 @@ def table(runs: list[dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=OUT)
-    parser.add_argument("--norms", nargs="+", default=NAMES, choices=NAMES)
+    parser.add_argument("--norms", nargs="+", default=NORMS, choices=NORMS)
     parser.add_argument("--seeds", type=int, default=SEEDS)
     parser.add_argument("--report", action="store_true")
     options = parser.parse_args()
@@ -168,8 +176,8 @@ def main() -> None:
         def once(*what: Any) -> None:
             runs_file.once(options.out, runs, KEYS, what, lambda: train(parts, what))
 
-        for rate, clip, norm in itertools.product(RATES, CLIPS, options.norms):
-            once(norm, rate, clip, 0)
+        for setting, norm in itertools.product(SETTINGS, options.norms):
+            once(norm, *setting, 0)
         for seed, norm in itertools.product(range(1, options.seeds), options.norms):
             best = runs_file.chosen(runs, norm=norm)
             if best is not None:

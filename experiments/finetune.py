@@ -159,6 +159,7 @@ def table(runs: list[dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--batches", nargs="+", type=int, default=BATCHES)
     parser.add_argument("--seeds", type=int, default=SEEDS)
     parser.add_argument("--report", action="store_true")
     options = parser.parse_args()
@@ -171,7 +172,7 @@ def main() -> None:
         def once(*what: Any) -> None:
             runs_file.once(options.out, runs, KEYS, what, lambda: train(sets, start, what))
 
-        for batch, way in itertools.product(BATCHES, WAYS):
+        for batch, way in itertools.product(options.batches, WAYS):
             for rate, clip, network in itertools.product(RATES, CLIPS, NETWORKS):
                 once(network, batch, way, rate, clip, 0)
             for seed, network in itertools.product(range(1, options.seeds), NETWORKS):
