@@ -38,7 +38,7 @@ OUT = Path(__file__).resolve().parent / "results" / "detection" / "runs.jsonl"
 NORMS = ("normprop", "uncentred", *NAMES[1:])
 # Rate and clipping.
 SETTINGS, SEEDS = ((1e-3, 0.0), (1e-3, 0.05), (3e-3, 0.05)), 3
-SIZE, STEPS, MEASURED, EVALUATED = 96, 700, 16, 100
+SIZE, STEPS, MEASURED, EVALUATED = 96, 600, 16, 100
 # Where the seeds of scenes begin: for measuring, validation, tests, and training.
 _MEASURE, _VALIDATE, _TEST, _TRAIN = 10_000_000, 20_000_000, 30_000_000, 0
 _CHANNELS = (64, 96, 128)

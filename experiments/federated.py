@@ -3,7 +3,7 @@
     python experiments/federated.py            # what isn't finished yet; a killed one continues
     python experiments/federated.py --report   # the table from the runs that are there
 
-Ten clients of 300 images, whose classes are drawn from a Dirichlet distribution; every round each of them trains the
+Ten clients of 200 images, whose classes are drawn from a Dirichlet distribution; every round each of them trains the
 network on its images once, 8 a step, by SGD, and the server takes the mean of all that a network holds, running
 statistics among it. The same for all: clients, order of images, rates, adaptive clipping or none. Rate and clipping are
 chosen on 2,000 validation images with the first seed. A converted network starts calibrated, and frozen BatchNorm
@@ -32,8 +32,8 @@ from normprop.optim import AdaptiveGradientClipping
 
 OUT = Path(__file__).resolve().parent / "results" / "federated" / "runs.jsonl"
 NORMS = ("normprop", "batch", "frozen", "group", "layer", "mabn", "none")
-ALPHAS, RATES, CLIPS, SEEDS = (0.1, 0.3), (0.03, 0.1, 0.3), (0.0, 0.05), 3
-CLIENTS, IMAGES, ROUNDS, BATCH, HELD_OUT, GIVEN = 10, 300, 10, 8, 2000, 4
+ALPHAS, RATES, CLIPS, SEEDS = (0.1, 0.3), (0.1, 0.3), (0.0, 0.05), 3
+CLIENTS, IMAGES, ROUNDS, BATCH, HELD_OUT, GIVEN = 10, 200, 10, 8, 2000, 4
 KEYS = ("norm", "alpha", "rate", "clip", "seed")
 Images = tuple[Tensor, Tensor]
 

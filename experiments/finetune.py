@@ -35,7 +35,7 @@ from normprop.optim import AdaptiveGradientClipping
 OUT = Path(__file__).resolve().parent / "results" / "finetune" / "runs.jsonl"
 # measured: frozen BatchNorm whose statistics were taken anew from images of the new task (Li et al. 2016).
 NETWORKS = ("kept calibrated", "converted", "BatchNorm", "frozen", "measured")
-BATCHES, WAYS, RATES, CLIPS, SEEDS = (1, 4), ("full", "head"), (1e-3, 3e-3, 1e-2), (0.0, 0.05), 3
+BATCHES, WAYS, RATES, CLIPS, SEEDS = (1, 4), ("full", "head"), (1e-3, 3e-3), (0.0, 0.05), 3
 STEPS, TRAINED, HELD_OUT, MEASURED = 600, 10000, 2000, 256
 KEYS = ("network", "batch", "way", "rate", "clip", "seed")
 Images = tuple[Tensor, Tensor]
@@ -160,6 +160,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--batches", nargs="+", type=int, default=BATCHES)
+    parser.add_argument("--ways", nargs="+", default=WAYS, choices=WAYS)
     parser.add_argument("--seeds", type=int, default=SEEDS)
     parser.add_argument("--report", action="store_true")
     options = parser.parse_args()
@@ -172,7 +173,7 @@ def main() -> None:
         def once(*what: Any) -> None:
             runs_file.once(options.out, runs, KEYS, what, lambda: train(sets, start, what))
 
-        for batch, way in itertools.product(options.batches, WAYS):
+        for batch, way in itertools.product(options.batches, options.ways):
             for rate, clip, network in itertools.product(RATES, CLIPS, NETWORKS):
                 once(network, batch, way, rate, clip, 0)
             for seed, network in itertools.product(range(1, options.seeds), NETWORKS):
