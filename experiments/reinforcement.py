@@ -8,8 +8,8 @@ Double Q-learning (van Hasselt et al. 2016) with replay: 4,000 steps, two hidden
 transitions every second step, a target network that is copied every 100 updates. The result is the mean return of 20
 greedy episodes, five after each eighth of the steps in their second half. The same for all: rates, adaptive gradient
 clipping or none. The pair of them with the best result over two seeds is run with five others. BatchNorm trains on the
-batch's statistics, and acts and looks ahead with its running ones. A converted critic is calibrated on states from the
-memory when learning begins: once, or again and again by `keep_calibrated`.
+batch's statistics, and acts and looks ahead with its running ones. A converted critic has `keep_calibrated` with
+states from the memory.
 """
 
 from __future__ import annotations
@@ -32,7 +32,9 @@ import normprop
 from normprop.optim import AdaptiveGradientClipping
 
 OUT = Path(__file__).resolve().parent / "results" / "reinforcement" / "runs.jsonl"
-CRITICS = ("kept calibrated", "calibrated once", "BatchNorm", "LayerNorm", "none")
+# uncentred: converted without taking the means of filters away; once: calibrated when learning begins and not again.
+CONVERTED = ("normprop", "uncentred", "uncentred, once")
+CRITICS = (*CONVERTED, "BatchNorm", "LayerNorm", "none")
 # Rate and clipping.
 SETTINGS = ((1e-3, 0.0), (1e-3, 0.05), (3e-3, 0.0))
 CHOOSING, TESTING = (0, 1), (2, 3, 4, 5, 6)
@@ -83,7 +85,9 @@ def critic(name: str, features: int, actions: int, samples: Tensor) -> nn.Module
         norms = {"none": [], "LayerNorm": [nn.LayerNorm(64)]}.get(name, [nn.BatchNorm1d(64)])
         layers += [nn.Linear(inside, 64), *norms, nn.ReLU()]
     model = nn.Sequential(*layers, nn.Linear(64, actions))
-    return normprop.convert(model, example=samples) if "calibrated" in name else model
+    if name in CONVERTED:
+        return normprop.convert(model, example=samples, center="auto" if name == "normprop" else False)
+    return model
 
 
 @torch.no_grad()
@@ -151,8 +155,8 @@ class Learner:
         self.memory, self.updates = memory, 0
         self.optimizer = torch.optim.Adam(model.parameters(), rate)
         self.handle: Any = None
-        if "calibrated" in name:
-            every = 200 if name == "kept calibrated" else 0
+        if name in CONVERTED:
+            every = 0 if name.endswith("once") else 200
             states = lambda _step: memory.sample(MEASURED).state
             self.handle = normprop.keep_calibrated(model, self.optimizer, states, clip=clip, every=every)
         elif clip:
