@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from mabn import Centred, MovingAverageNorm
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -16,6 +17,7 @@ LAYERS: dict[str, Callable[[int, int], nn.Module]] = {
     "group": baselines.group,
     "layer": baselines.layer,
     "ws": baselines.group,
+    "mabn": lambda channels, _dims: MovingAverageNorm(channels),
     "none": baselines.nothing,
 }
 NAMES = ("normprop", "batch", *LAYERS)
@@ -26,7 +28,7 @@ def with_normalizer(network: nn.Module, name: str, samples: Tensor) -> nn.Module
 
     Args:
         network: is changed.
-        name: one of `NAMES`; ws is weight standardisation before GroupNorm.
+        name: one of `NAMES`; ws is weight standardisation before GroupNorm, mabn moving average batch normalisation.
         samples: on which the statistics of frozen BatchNorm are measured.
     """
     if name == "normprop":
@@ -40,8 +42,8 @@ def with_normalizer(network: nn.Module, name: str, samples: Tensor) -> nn.Module
             elif isinstance(child, nn.Conv2d) and child.bias is None:
                 if name == "none":
                     child.bias = nn.Parameter(torch.zeros(child.out_channels))
-                if name == "ws":
-                    nn.utils.parametrize.register_parametrization(child, "weight", Standardised())
+                if name in PARAMETRIZATIONS:
+                    nn.utils.parametrize.register_parametrization(child, "weight", PARAMETRIZATIONS[name]())
     baselines.measure_once(network, samples)
     return network
 
@@ -55,3 +57,7 @@ class Standardised(nn.Module):
         centred = flat - flat.mean(1, keepdim=True)
         size = centred.square().sum(1, keepdim=True) + 1e-10
         return (centred * size.rsqrt()).view_as(weight)
+
+
+# What is done to the filters before a normaliser.
+PARAMETRIZATIONS: dict[str, Callable[[], nn.Module]] = {"ws": Standardised, "mabn": Centred}

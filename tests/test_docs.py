@@ -23,6 +23,7 @@ EXAMPLES = {
     "finetune_batch_size_1.py": ["--quick"],
     "convert_timm.py": ["test_resnet", "--no-onnx"],
     "convert_detectors.py": ["lraspp_mobilenet_v3_large"],
+    "detect_batch_size_1.py": ["--quick"],
     "moments.py": [],
     "paper_layers.py": ["--quick"],
     "segment_batch_size_1.py": ["--quick"],
