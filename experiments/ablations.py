@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from group_noise import GroupNoise
 from learning import PAGE, RESULTS
 from treatments import (
     BatchNoise,
@@ -51,6 +52,8 @@ TREATMENTS: dict[str, Treatment] = {
     "noise-64": BatchNoise(64),
     "noise-256": BatchNoise(256),
     "noise-1024": BatchNoise(1024),
+    "group-64": GroupNoise(64),
+    "group-256": GroupNoise(256, groups=4),
     "gains-32": GainDecay(32),
     "gains-128": GainDecay(128),
     "gains-512": GainDecay(512),
@@ -198,6 +201,8 @@ STUDIES = {
             Variant("noise of 64 values", treat="noise-64"),
             Variant("noise of 256 values", treat="noise-256"),
             Variant("noise of 1024 values", treat="noise-1024"),
+            Variant("noise of groups of 64 images", treat="group-64"),
+            Variant("noise of groups of 256 images", treat="group-256"),
             Variant("decay of γ as of batches of 32", treat="gains-32"),
             Variant("decay of γ as of batches of 128", treat="gains-128"),
             Variant("decay of γ as of batches of 512", treat="gains-512"),

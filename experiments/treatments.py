@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+from group_noise import GroupNoise
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -48,6 +49,8 @@ class _Treating(Watcher):
 
     def started(self, recipe: Recipe, model: nn.Module, optimizer: Optimizer, *, train: int, test: int) -> None:
         standardize, network = model.children()
+        if isinstance(self.treat, GroupNoise):
+            self.treat.draw = lambda seed, count: standardize(some(self.images, derived(recipe.seed, -3, seed), count))
         self.treat(network, optimizer)
         if recipe.calibrate:
             samples = standardize(some(self.images, derived(recipe.seed, -1), recipe.calibrate))

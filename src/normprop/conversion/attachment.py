@@ -197,7 +197,7 @@ class Reattach:
 
 def _keep_in_pickles(root: nn.Module) -> None:
     """Have a pickled graph module, which loses the hooks of its forward, too, attached again: its class is its own."""
-    type(root).__reduce__ = _reduce_with_lane  # type: ignore[method-assign]
+    type(root).__reduce__ = _reduce_with_lane  # type: ignore[assignment,method-assign]  # of modules alone
 
 
 def _reduce_with_lane(root: nn.Module) -> tuple[Any, ...]:
@@ -215,7 +215,7 @@ def unpickled(lane: Lane | None, build: Callable[..., nn.Module], args: tuple[An
     root = build(*args)
     if lane is not None:
         _begin_and_end(root, lane)
-        root._register_deepcopy_hook(Reattach())
+        root._register_deepcopy_hook(Reattach())  # type: ignore[operator]  # a graph module's method
         _keep_in_pickles(root)
     return root
 
