@@ -1,7 +1,8 @@
 """Find digits with one image a step: torchvision's SSD with its SSDlite head, with GroupNorm, and converted in two ways.
 
 A digit of scikit-learn lies on a piece of one of its photographs. Backbone and head are converted each by itself, in place,
-and kept calibrated each by itself: the head on what the backbone makes of the same images at that time. Uncentred, filters keep their means.
+and kept calibrated each by itself: the head on what the backbone makes of the same images at that time. Uncentred, filters
+keep their means.
 
     python examples/detect_batch_size_1.py            # about a minute on one core
 """
@@ -89,9 +90,7 @@ def with_groups(module: nn.Module) -> None:
             with_groups(child)
 
 
-def convert_and_keep_calibrated(
-    model: SSD, samples: Tensor, rate: float, center: Literal["auto", False]
-) -> torch.optim.Optimizer:
+def converted(model: SSD, samples: Tensor, rate: float, *, center: Literal["auto", False]) -> torch.optim.Optimizer:
     """What a converted detector needs in all."""
     maps = lambda: [map.detach() for map in model.backbone(samples).values()]
     normprop.convert(model.backbone, center=center, in_place=True)
