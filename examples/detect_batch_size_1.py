@@ -2,7 +2,7 @@
 
 A digit of scikit-learn lies on a piece of one of its photographs. Backbone and head are converted each by itself, in place,
 and kept calibrated each by itself: the head on what the backbone makes of the same images at that time. Uncentred, filters
-keep their means.
+keep their means, and what inputs have in common is counted nearly whole (`shrinkage`).
 
     python examples/detect_batch_size_1.py            # about a minute on one core
 """
@@ -90,14 +90,18 @@ def with_groups(module: nn.Module) -> None:
             with_groups(child)
 
 
-def converted(model: SSD, samples: Tensor, rate: float, *, center: Literal["auto", False]) -> torch.optim.Optimizer:
+def converted(model: SSD, samples: Tensor, rate: float, *, centred: bool) -> torch.optim.Optimizer:
     """What a converted detector needs in all."""
+    center: Literal["auto", False] = "auto" if centred else False
+    shrinkage = 0.9 if centred else 0.1
     maps = lambda: [map.detach() for map in model.backbone(samples).values()]
     normprop.convert(model.backbone, center=center, in_place=True)
     normprop.convert(model.head, example=(maps(),), center=center, in_place=True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate)
-    print(normprop.keep_calibrated(model.backbone, optimizer, samples))
-    print(normprop.keep_calibrated(model.head, optimizer, lambda _step: [maps()], clip=0))  # clipped already
+    print(normprop.keep_calibrated(model.backbone, optimizer, samples, shrinkage=shrinkage))
+    print(
+        normprop.keep_calibrated(model.head, optimizer, lambda _step: [maps()], shrinkage=shrinkage, clip=0)
+    )  # clipped already
     return optimizer
 
 
@@ -128,8 +132,7 @@ def main() -> None:
         torch.manual_seed(options.seed)
         model = detector()
         if label != "GroupNorm":
-            center: Literal["auto", False] = "auto" if label == "converted" else False
-            optimizer = converted(model, samples, options.rate, center=center)
+            optimizer = converted(model, samples, options.rate, centred=label == "converted")
         else:
             with_groups(model)
             optimizer = torch.optim.AdamW(model.parameters(), lr=options.rate)
