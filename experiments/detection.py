@@ -22,7 +22,7 @@ from typing import Any
 import runs_file
 import torch
 from average_precision import mean_average_precision
-from rivals import NAMES, with_normalizer
+from rivals import CONVERTED, NAMES, conversion, with_normalizer
 from scenes import CLASSES, Scenes, training_and_test
 from torch import Tensor, nn
 from torchvision.models.detection.anchor_utils import DefaultBoxGenerator
@@ -34,8 +34,7 @@ import normprop
 from normprop.optim import AdaptiveGradientClipping
 
 OUT = Path(__file__).resolve().parent / "results" / "detection" / "runs.jsonl"
-# uncentred: converted without taking the means of filters away (`center=False`).
-NORMS = ("normprop", "uncentred", *NAMES[1:])
+NORMS = (*CONVERTED, *NAMES[1:])
 # Rate and clipping.
 SETTINGS, SEEDS = ((1e-3, 0.0), (1e-3, 0.05), (3e-3, 0.05)), 3
 SIZE, STEPS, MEASURED, EVALUATED = 96, 600, 16, 100
@@ -73,17 +72,11 @@ def detector(norm: str, samples: Tensor) -> SSD:
     """A fresh SSDlite with that normaliser."""
     boxes = DefaultBoxGenerator([[2], [2], [2]], scales=[0.25, 0.4, 0.6, 0.8])
     head = SSDLiteHead(list(_CHANNELS), boxes.num_anchors_per_location(), CLASSES, nn.BatchNorm2d)
-    center: Any = False if norm == "uncentred" else "auto"
-    converted = norm in ("normprop", "uncentred")
-    backbone: nn.Module = Backbone()
-    if converted:
-        normprop.convert(backbone, example=samples[:2], center=center, in_place=True)
-    else:
-        with_normalizer(backbone, norm, samples)
+    backbone: nn.Module = with_normalizer(Backbone(), norm, samples)
     with torch.no_grad():
         maps = list(backbone(samples).values())
-    if converted:
-        normprop.convert(head, example=([m[:2] for m in maps],), center=center, in_place=True)
+    if norm in CONVERTED:
+        normprop.convert(head, example=([m[:2] for m in maps],), in_place=True, **conversion(norm)[0])
     else:
         with_normalizer(head, norm, maps)
     return SSD(
@@ -92,16 +85,17 @@ def detector(norm: str, samples: Tensor) -> SSD:
     )  # fmt: skip
 
 
-def kept(model: SSD, optimizer: torch.optim.Optimizer, samples: Tensor, clip: float) -> list[Any]:
+def kept(model: SSD, norm: str, optimizer: torch.optim.Optimizer, samples: Tensor, clip: float) -> list[Any]:
     """The two parts kept calibrated: the head on what the backbone makes of the same images at that time."""
 
     @torch.no_grad()
     def maps(_step: int) -> list[list[Tensor]]:
         return [list(model.backbone(samples).values())]
 
+    options = conversion(norm)[1]
     return [
-        normprop.keep_calibrated(model.backbone, optimizer, samples, clip=clip),
-        normprop.keep_calibrated(model.head, optimizer, maps, clip=0),  # gradients are clipped already
+        normprop.keep_calibrated(model.backbone, optimizer, samples, clip=clip, **options),
+        normprop.keep_calibrated(model.head, optimizer, maps, clip=0, **options),  # gradients are clipped already
     ]
 
 
@@ -115,8 +109,8 @@ def train(parts: tuple[Scenes, Scenes], what: tuple[Any, ...], steps: int = STEP
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=rate)
     began = time.process_time()
     handles = []
-    if norm in ("normprop", "uncentred"):
-        handles = kept(model, optimizer, samples, clip)
+    if norm in CONVERTED:
+        handles = kept(model, norm, optimizer, samples, clip)
     elif clip:
         AdaptiveGradientClipping(optimizer, clip=clip)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, cycle_momentum=False)

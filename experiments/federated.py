@@ -23,7 +23,7 @@ import numpy as np
 import runs_file
 import torch
 import torch.nn.functional as F
-from rivals import with_normalizer
+from rivals import CONVERTED, conversion, with_normalizer
 from torch import Tensor, nn
 
 import normprop
@@ -31,8 +31,7 @@ from normprop.lab.samples.datasets import load
 from normprop.optim import AdaptiveGradientClipping
 
 OUT = Path(__file__).resolve().parent / "results" / "federated" / "runs.jsonl"
-# uncentred: converted without taking the means of filters away (`center=False`).
-NORMS = ("normprop", "uncentred", "batch", "frozen", "group", "layer", "mabn", "none")
+NORMS = (*CONVERTED, "batch", "frozen", "group", "layer", "mabn", "none")
 ALPHAS, RATES, CLIPS, SEEDS = (0.1, 0.3), (0.1, 0.3), (0.0, 0.05), 3
 CLIENTS, IMAGES, ROUNDS, BATCH, HELD_OUT, GIVEN = 10, 200, 10, 8, 2000, 4
 KEYS = ("norm", "alpha", "rate", "clip", "seed")
@@ -95,11 +94,10 @@ def client(model: nn.Module, x: Tensor, y: Tensor, rate: float, clip: float) -> 
 
 def start(norm: str, samples: Tensor) -> nn.Module:
     """The network before the first round."""
-    if norm not in ("normprop", "uncentred"):
-        return with_normalizer(network(), norm, samples)
-    model = normprop.convert(network(), example=samples[:2], center=False if norm == "uncentred" else "auto")
-    optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    normprop.keep_calibrated(model, optimizer, samples, samples=len(samples), every=0, clip=0).remove()
+    model = with_normalizer(network(), norm, samples)
+    if norm in CONVERTED:
+        optimizer, options = torch.optim.SGD(model.parameters(), 0.1), conversion(norm)[1]
+        normprop.keep_calibrated(model, optimizer, samples, samples=len(samples), every=0, clip=0, **options).remove()
     return model
 
 

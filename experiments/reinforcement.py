@@ -26,13 +26,14 @@ import numpy as np
 import runs_file
 import torch
 import torch.nn.functional as F
+from rivals import conversion
 from torch import Tensor, nn
 
 import normprop
 from normprop.optim import AdaptiveGradientClipping
 
 OUT = Path(__file__).resolve().parent / "results" / "reinforcement" / "runs.jsonl"
-# uncentred: converted without taking the means of filters away; once: calibrated when learning begins and not again.
+# once: calibrated when learning begins and not again.
 CONVERTED = ("normprop", "uncentred", "uncentred, once")
 CRITICS = (*CONVERTED, "BatchNorm", "LayerNorm", "none")
 # Rate and clipping.
@@ -86,7 +87,7 @@ def critic(name: str, features: int, actions: int, samples: Tensor) -> nn.Module
         layers += [nn.Linear(inside, 64), *norms, nn.ReLU()]
     model = nn.Sequential(*layers, nn.Linear(64, actions))
     if name in CONVERTED:
-        return normprop.convert(model, example=samples, center="auto" if name == "normprop" else False)
+        return normprop.convert(model, example=samples, **conversion(name.partition(",")[0])[0])
     return model
 
 
@@ -157,8 +158,9 @@ class Learner:
         self.handle: Any = None
         if name in CONVERTED:
             every = 0 if name.endswith("once") else 200
+            options = conversion(name.partition(",")[0])[1]
             states = lambda _step: memory.sample(MEASURED).state
-            self.handle = normprop.keep_calibrated(model, self.optimizer, states, clip=clip, every=every)
+            self.handle = normprop.keep_calibrated(model, self.optimizer, states, clip=clip, every=every, **options)
         elif clip:
             AdaptiveGradientClipping(self.optimizer, clip=clip)
         self.target = copy.deepcopy(model).eval()

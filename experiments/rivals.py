@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from mabn import Centred, MovingAverageNorm
@@ -21,6 +22,7 @@ LAYERS: dict[str, Callable[[int, int], nn.Module]] = {
     "none": baselines.nothing,
 }
 NAMES = ("normprop", "batch", *LAYERS)
+CONVERTED = ("normprop", "uncentred")
 
 
 def with_normalizer(network: nn.Module, name: str, samples: Tensor) -> nn.Module:
@@ -28,11 +30,12 @@ def with_normalizer(network: nn.Module, name: str, samples: Tensor) -> nn.Module
 
     Args:
         network: is changed.
-        name: one of `NAMES`; ws is weight standardisation before GroupNorm, mabn moving average batch normalisation.
+        name: of `NAMES` or `CONVERTED`; ws is weight standardisation before GroupNorm, mabn moving average batch
+            normalisation.
         samples: on which the statistics of frozen BatchNorm are measured.
     """
-    if name == "normprop":
-        return normprop.convert(network, example=samples[:2])
+    if name in CONVERTED:
+        return normprop.convert(network, example=samples[:2], **conversion(name)[0])
     if name == "batch":
         return network
     for module in list(network.modules()):
@@ -61,3 +64,12 @@ class Standardised(nn.Module):
 
 # What is done to the filters before a normaliser.
 PARAMETRIZATIONS: dict[str, Callable[[], nn.Module]] = {"ws": Standardised, "mabn": Centred}
+
+
+def conversion(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Options of `convert` and of `keep_calibrated`: normprop has the defaults.
+
+    uncentred: filters keep their means, and what inputs have in common is counted nearly whole (`shrinkage`), as it has to
+    be where nothing takes it away.
+    """
+    return ({"center": False}, {"shrinkage": 0.1}) if name == "uncentred" else ({}, {})
