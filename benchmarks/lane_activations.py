@@ -2,7 +2,7 @@
 
     python benchmarks/lane_activations.py
 
-The general path is `activation_moments`, or quadrature of mean and variance for what is written out; it is what compiled
+The general path is `activation_moments`, or quadrature of mean and variance for what is written out; it is what exported
 lanes run. The two take turns; the table shows the medians, and the median and quartiles of the ratio within a turn.
 """
 

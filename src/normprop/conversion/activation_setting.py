@@ -33,6 +33,28 @@ def present_setting(module: nn.Module) -> Setting:
     return found
 
 
+def traced_setting(module: nn.Module) -> Setting:
+    """`present_setting` where a graph is traced, as numbers that are none of the graph's variables.
+
+    The graph is for these numbers only: it looks at them whenever it runs.
+    """
+    now, known = present_setting(module), _known_setting(module)
+    if isinstance(now, float) and isinstance(known, float):
+        return known if now == known else now
+    assert isinstance(now, tuple)
+    assert isinstance(known, tuple)
+    same = all(value == other for (_, value), (_, other) in zip(now[1], known[1], strict=True))
+    return known if same and now[0] == known[0] else now
+
+
+def _known_setting(module: nn.Module) -> Setting:
+    return present_setting(module)
+
+
+# All that torch.compiler.assume_constant_result does; calling it would import the compiler, which takes a second.
+_known_setting._dynamo_marked_constant = True  # type: ignore[attr-defined]  # a function takes any attribute
+
+
 def module_setting(module: nn.Module) -> Setting | None:
     """The slope of a rectifier below zero, or name and parameters of another activation; None where these are learned."""
     known = canonical(module)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from normprop.channel_moments import Moments
-from normprop.conversion.activation_setting import Setting, present_setting
+from normprop.conversion.activation_setting import Setting, present_setting, traced_setting
 from normprop.conversion.segment import Found, Parts, Segment
 from normprop.conversion.segment_calls import apart, computed, gradients
 from normprop.conversion.traced_segment import traced_segment
@@ -60,7 +60,8 @@ def run_segment(
         [wide(m.var).contiguous() for m in given],
         [t if t is None else wide(t).contiguous() for m in maps for t in (m.weight, m.bias)],
     )
-    flat = _run(segment, tuple(centers), tuple(map(present_setting, modules)), parts, tuple(constants))
+    settings = map(traced_setting if torch.compiler.is_compiling() else present_setting, modules)
+    flat = _run(segment, tuple(centers), tuple(settings), parts, tuple(constants))
     count = 3 * len(calls)
     results: list[Any] = [Scale(*flat[i : i + 3]) for i in range(0, count, 3)]
     results += [Moments(*flat[i : i + 2]) for i in range(count, len(flat), 2)]

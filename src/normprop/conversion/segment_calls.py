@@ -89,6 +89,11 @@ class _Frame:
         """Memory for another weight that lies as one does."""
         return self.copies[index].empty() if index in self.copies else torch.empty_like(self.weights[index])
 
+    def turned(self, index: int) -> Tensor:
+        """The same, contiguous."""
+        weight = self.weights[index]
+        return weight.new_empty(weight.shape)
+
     def laid(self, index: int, grad: Tensor) -> Tensor:
         """A gradient that lies as a weight does."""
         if index in self.copies:
@@ -136,7 +141,7 @@ def gradients(
     grads: Sequence[Tensor | None],
     needs: Sequence[bool],
     *,
-    in_place: bool = True,
+    inside: Sequence[bool] | None = None,
 ) -> tuple[list[Tensor | None], Tensor]:
     """Gradients of weights, and those of all else that has some, one behind the other.
 
@@ -147,24 +152,28 @@ def gradients(
         kept: memory and columns of `computed`.
         grads: of what it computes: filters, factor and offset of each scaling, then mean and variance of each export.
         needs: which weights need one.
-        in_place: write them into those of the filters, where nobody else holds these.
+        inside: which of these shall lie contiguous in memory, and no other in what the filters got. By default each lies as
+            its weight does, and is written into what its filters got, where nobody else holds that.
     """
     memory, columns = kept
     frame = _Frame(segment, found, parts)
     given: list[int] = []
     by_filters: list[Tensor | None] = []
+    turned: list[bool] = []
     for i, s in enumerate(segment.scalings):
         by_multiplied, *others = grads[3 * i : 3 * i + 3]
-        into = None
+        into, turns = None, False
         if s.weight is not None and (by_multiplied is not None or others[1] is not None):
             free = False
             if by_multiplied is not None:
                 laid = frame.laid(s.weight, by_multiplied)
-                free = laid is not by_multiplied or (in_place and is_unshared(laid))
+                free = laid is not by_multiplied or (inside is None and is_unshared(laid))
                 by_multiplied = laid
                 frame.alive.append(laid)
             if needs[s.weight]:
-                into = by_multiplied if free else frame.empty(s.weight)
+                turns = inside is not None and inside[s.weight] and frame.outside[s.weight]
+                into = frame.turned(s.weight) if turns else by_multiplied if free else frame.empty(s.weight)
+        turned.append(turns)
         given.append(0 if by_multiplied is None else by_multiplied.data_ptr())
         given += map(frame.address, others)
         by_filters.append(into)
@@ -181,6 +190,7 @@ def gradients(
         frame.read,
         given,
         [0 if t is None else t.data_ptr() for t in by_filters],
+        turned,
         results,
         (memory.data_ptr(), segment.size),
         columns.data_ptr(),

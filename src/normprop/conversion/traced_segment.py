@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -49,6 +50,8 @@ class Traced(NamedTuple):
         ]
 
 
+# Compiled graphs are kept in files: those of another version of the operations are not for these.
+_SOURCE = Path(__file__).read_bytes()
 # By what is in them: graphs name them, which may be kept in files and outlive the network.
 _TRACED: dict[str, Traced] = {}
 
@@ -96,7 +99,7 @@ def _noted(
     likes = [torch.empty(shape, device="meta") for shape in shapes if shape is not None]
     if not segment.fits(settings, segment.parts(traced.placed(likes)[1])):
         return "", ""
-    name = hashlib.sha256(repr(traced).encode()).hexdigest()[:32]
+    name = hashlib.sha256(repr(traced).encode() + _SOURCE).hexdigest()[:32]
     _TRACED.setdefault(name, traced)
     return name, "".join(str(int(s.weight is not None)) for s in segment.scalings)
 
@@ -133,7 +136,13 @@ def _(name: str, tensors: list[Tensor]) -> list[Tensor]:
 
 @torch.library.custom_op("normprop::segment_backward", mutates_args=(), device_types="cpu", tags=_TAGS)
 def _segment_backward(
-    name: str, tensors: list[Tensor], kept: list[Tensor], arrived: list[bool], grads: list[Tensor], needs: list[bool]
+    name: str,
+    tensors: list[Tensor],
+    kept: list[Tensor],
+    arrived: list[bool],
+    grads: list[Tensor],
+    wanted: list[bool],
+    inside: list[bool],
 ) -> list[Tensor]:
     traced = _TRACED[name]
     segment = traced.segment
@@ -141,21 +150,31 @@ def _segment_backward(
     parts, rest = segment.parts(every), iter(grads)
     flat = [next(rest) if here else None for here in arrived]
     memory, columns = kept
-    by_weights, others = gradients(segment, found, parts, (memory, columns), flat, needs, in_place=False)
+    by_weights, others = gradients(segment, found, parts, (memory, columns), flat, wanted, inside=inside)
     return [others, *(t for t in by_weights if t is not None)]
 
 
 @_segment_backward.register_fake
 def _(
-    name: str, tensors: list[Tensor], kept: list[Tensor], arrived: list[bool], _: list[Tensor], needs: list[bool]
+    name: str,
+    tensors: list[Tensor],
+    kept: list[Tensor],
+    arrived: list[bool],
+    _: list[Tensor],
+    wanted: list[bool],
+    inside: list[bool],
 ) -> list[Tensor]:
     traced = _TRACED[name]
     parts = traced.segment.parts(traced.placed(tensors)[1])
     likes = traced.likes(parts)
-    reached = _reached(traced.segment, arrived, needs)
+    reached = _reached(traced.segment, arrived, wanted)
     return [
         kept[0].new_empty(sum(parts.sizes)),
-        *(torch.empty_like(t) for t, here in zip(likes, reached, strict=True) if here),
+        *(
+            t.new_empty(t.shape) if contiguous else torch.empty_like(t)
+            for t, here, contiguous in zip(likes, reached, inside, strict=True)
+            if here
+        ),
     ]
 
 
@@ -187,7 +206,8 @@ def _differentiate(ctx: Any, grads: list[Tensor | None]) -> tuple[None, list[Ten
     else:
         arrived, needs = [t is not None for t in flat], list(asked[: segment.weights])
         given = [t for t in flat if t is not None]
-        others, *by_weights = _segment_backward(ctx.name, tensors, [memory, columns], arrived, given, needs)
+        inside = [weight.is_contiguous() for weight in parts.weights]
+        others, *by_weights = _segment_backward(ctx.name, tensors, [memory, columns], arrived, given, needs, inside)
         weights = iter(by_weights)
         results = [next(weights) if here else None for here in _reached(segment, arrived, needs)]
         results += apart(segment, parts, others, flat)

@@ -73,11 +73,11 @@ static int64_t NAME(inputs)(const scaling *s)
 }
 
 /* Gradients. `grads` has three for each site, of filters, factor and offset, then what READ reads; `by_weights` is where each
- * site's goes, NULL where not wanted; `results`, as many as tensors, is where those of γ, β and given moments are added;
+ * site's goes, NULL where not wanted, and `turned` whether as scales.h has it; `results`, as many as tensors, is where those of γ, β and given moments are added;
  * `size` is that of the memory. Returns 0, or 1 without memory. */
 int NAME(lane_gradients)(const operation *operations, int64_t steps, const scaling *scalings, int64_t count,
                          int64_t channels, REAL *const *tensors, REAL *const *grads, REAL *const *by_weights,
-                         REAL *const *results, const REAL *memory, int64_t size, REAL *columns, parallel_t parallel,
+                         const int64_t *turned, REAL *const *results, const REAL *memory, int64_t size, REAL *columns, parallel_t parallel,
                          int64_t threads)
 {
     int64_t parts = 0;
@@ -97,7 +97,7 @@ int NAME(lane_gradients)(const operation *operations, int64_t steps, const scali
                 .by_multiplied = grads[3 * i], .by_factor = grads[3 * i + 1], .by_offset = grads[3 * i + 2],
                 .by_weight = by_weights[i],
                 .by_mean = n ? part : NULL, .by_var = n ? part + n : NULL, .reach = 2 * n,
-                .by_gamma = by_gamma + s->column, .by_beta = by_beta + s->column,
+                .by_gamma = by_gamma + s->column, .by_beta = by_beta + s->column, .turned = turned[i],
             };
             part += 2 * s->blocks * n;
         }

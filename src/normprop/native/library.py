@@ -41,7 +41,7 @@ class Library:
         self._rectifiers = _typed(compiled, "rectifiers", [pointer, number, ctypes.c_double], None)
         laid = [pointer, number, pointer, number, number, pointer, pointer]
         self._lane = _typed(compiled, "lane", [*laid, pointer, pointer, pointer, number], ctypes.c_int)
-        gradients = [*laid, pointer, pointer, pointer, number, pointer, pointer, number]
+        gradients = [*laid, pointer, pointer, pointer, pointer, number, pointer, pointer, number]
         self._lane_gradients = _typed(compiled, "lane_gradients", gradients, ctypes.c_int)
         # The threads that torch computes with, if torch has them from GNU's OpenMP: two sets would fight for the cores.
         parallel = getattr(ctypes.CDLL(None), "GOMP_parallel", None)
@@ -112,6 +112,7 @@ class Library:
         tensors: Sequence[int],
         grads: Sequence[int],
         by_weights: Sequence[int],
+        turned: Sequence[bool],
         results: Sequence[int],
         memory: tuple[int, int],
         columns: int,
@@ -124,6 +125,7 @@ class Library:
             tensors: addresses of what was read.
             grads: of gradients of outputs: three a site, then of moments; 0 for none.
             by_weights: of where each site's gradient of its weight goes, 0 where that isn't wanted.
+            turned: which of them have taps inside inputs in memory, where all else of that site has them outside.
             results: of where gradients of all else that was read are added; 0 where they aren't wanted.
             memory: of the moments, and how many numbers.
             columns: as `lane` left them.
@@ -132,7 +134,7 @@ class Library:
             MemoryError: there is none.
         """
         threads = torch.get_num_threads() if layout.numbers >= _WORTH_SHARING else 1
-        given = _Fields(tensors), _Fields(grads), _Fields(by_weights), _Fields(results), *memory, columns
+        given = *map(_Fields, (tensors, grads, by_weights, turned, results)), *memory, columns
         if self._lane_gradients[dtype](*layout.arguments, *given, self._parallel, threads):
             raise MemoryError("no memory for the moments of a layer")
 

@@ -66,6 +66,14 @@ static void NAME(gather)(const NAME(site) *s, const REAL *values, int64_t group,
     }
 }
 
+/* A filter whose taps lie outside its inputs as one whose taps lie inside. */
+static void NAME(turn)(const NAME(site) *s, const REAL *from, REAL *out)
+{
+    const int64_t inputs = s->inputs, taps = s->taps;
+    for (int64_t i = 0; i < inputs; i++)
+        for (int64_t t = 0; t < taps; t++) out[i * taps + t] = from[t * inputs + i];
+}
+
 static REAL NAME(sum)(const REAL *x, int64_t n)
 {
     REAL sum = 0;
@@ -252,6 +260,7 @@ static void NAME(backward)(
     }
     REAL *m = scratch, *v = scratch + n, *by_m = scratch + 2 * n, *by_v = scratch + 3 * n;
     REAL *by_root = scratch + 4 * n, *t = scratch + 5 * n, *basis = scratch + 6 * n, *p = basis + s->rank * n;
+    REAL *row = p + s->rank;
     int64_t group = -1, rank = 0;
     REAL mean = 0;
     for (int64_t o = from; o < to; o++) {
@@ -284,7 +293,7 @@ static void NAME(backward)(
         u /= s->stride;
         const REAL less = s->center ? (f * sum + 2 * u * weighted) / n + e * mean : 0; /* what centring takes away */
         const REAL twice = 2 * u;
-        REAL *out = d->by_weight ? d->by_weight + o * n : NULL;
+        REAL *out = !d->by_weight ? NULL : d->turned ? row : d->by_weight + o * n;
         if (out && G) {
 #pragma omp simd
             for (int64_t j = 0; j < n; j++) {
@@ -316,6 +325,7 @@ static void NAME(backward)(
                 for (int64_t j = 0; j < n; j++) out[j] += t[j] - even;
             }
         }
+        if (out && d->turned) NAME(turn)(s, out, d->by_weight + o * n);
     }
     if (group >= 0) NAME(leave)(s, d, group, block, scratch);
 }
@@ -332,7 +342,7 @@ static void NAME(work)(void *data)
         const NAME(site) *s = &job->sites[i];
         const int64_t rows = s->groups * s->filters, step = (rows + s->blocks - 1) / s->blocks;
         const int64_t from = item * step, to = from + step < rows ? from + step : rows;
-        const int64_t needed = (6 + s->rank) * s->inputs * s->taps + s->rank;
+        const int64_t needed = (7 + s->rank) * s->inputs * s->taps + s->rank;
         if (room < needed) {
             room = needed;
             free(scratch);

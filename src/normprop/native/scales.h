@@ -26,6 +26,7 @@ typedef struct {
     REAL *by_mean, *by_var; /* one value a channel of the input, a part from each block: to be summed */
     REAL *by_gamma, *by_beta;
     int64_t reach; /* from one block's part to the next */
+    int64_t turned; /* whether by_weight has the taps of a filter inside its inputs where all else has them outside */
 } NAME(gradients);
 
 /* Scales of `count` sites, or, with `gradients`, their gradients. Returns 0, or 1 without memory. */

@@ -196,7 +196,7 @@ class Call:
             for t in site[1:3]:
                 fields.append(0 if t is None else into)
                 into += 0 if t is None else t.numel() * step
-            fields += place, place + columns.shape[1] * step, by_moments.shape[1]
+            fields += place, place + columns.shape[1] * step, by_moments.shape[1], 0
             place += self.sizes[i] * step
         self._run(columns, [None] * len(self.sites), fields)
         return self._shaped(weights), by_moments.sum(0) if blocks > 1 else by_moments[0], by_constants
