@@ -3,8 +3,8 @@
     python benchmarks/stated_errors.py 0 3000    # numbers of the draws; continues where it was stopped
 
 A draw is a function of a function, ``f(a g(b (u − c)) + d)``, with a third one added to some: kinks, jumps, spikes of a
-width down to 1e-5 standard deviations, waves of up to five periods in one, at mean and std between 1e-2 and 1e2. Counts go to
-benchmarks/results/stated_errors.json. Hypothesis searches closed forms in the suite (tests/test_stated_errors.py).
+width down to 1e-5 standard deviations, waves of up to five periods in one, at mean and std between 1e-2 and 1e2. Counts go
+to benchmarks/results/stated_errors.json. Hypothesis searches closed forms in the suite (tests/test_stated_errors.py).
 """
 
 from __future__ import annotations

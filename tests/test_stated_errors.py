@@ -149,6 +149,13 @@ def test_rounding_of_single_precision_is_part_of_the_error(mean: float, std: flo
             assert abs(getattr(low, field).double() - getattr(high, field)) <= low.error
 
 
+def test_rounding_in_a_function_is_part_of_the_error() -> None:
+    single = moments(lambda u: torch.nn.functional.silu(torch.where(u > 0, 0.1, 0.7)))  # numbers in the default precision
+    double = moments(lambda u: torch.nn.functional.silu(0.7 - 0.6 * (u > 0).to(u)))
+    assert 1e-10 < abs(single.mean - double.mean) <= single.error
+    assert double.error < 1e-12
+
+
 @given(place=st.floats(-1e6, 1e6), width=st.floats(-6, 3), far=st.floats(1, 100))
 @settings(max_examples=12)
 def test_numbers_inside_a_function_are_found_where_they_act(place: float, width: float, far: float) -> None:
