@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -63,6 +64,7 @@ SPELLINGS: dict[str, tuple[Part, Part]] = {
     "expand_as, then a function": (lambda net, x: net.scale.expand_as(x).relu() * x, lambda net, x: net.scale.relu() * x),
     "type_as": (lambda net, x: net.scale.type_as(x).relu() * x, lambda net, x: net.scale.relu() * x),
     "to": (lambda net, x: net.scale.to(x).relu() + x, lambda net, x: net.scale.relu() + x),
+    "to a device": (lambda net, x: net.scale.to(x.device).relu() * x, lambda net, x: net.scale.relu() * x),
     "view_as": (lambda net, x: net.scale.repeat(len(x), 1, *x.shape[2:]).view_as(x) * x, lambda net, x: net.scale * x),
     "reshape_as": (lambda net, x: net.scale.repeat(len(x), 1, *x.shape[2:]).reshape_as(x) * x, lambda net, x: net.scale * x),
     "Variable": (
@@ -93,7 +95,7 @@ def test_spellings(name: str) -> None:
     converted = normprop.convert(network, example=x)
     torch.testing.assert_close(network(x), expected)
     torch.testing.assert_close(converted(x), expected, rtol=1e-9, atol=1e-9)
-    torch.testing.assert_close(converted(x[:1]), expected[:1], rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(copy.deepcopy(converted)(x[:1]), expected[:1], rtol=1e-9, atol=1e-9)
     for mine, theirs in ((converted.end.shift, same.end.shift), (converted.end.scale, same.end.scale)):
         torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-12)  # d and k say what moments were found
 
@@ -102,3 +104,17 @@ def test_arguments_that_a_rule_does_not_know_are_refused_by_name() -> None:
     network = Between(lambda _, x: x + torch.mean(x, 1, keepdim=True, out=None))
     with pytest.raises(UnsupportedOpError, match=r"torch\.mean.*does not know all of its arguments"):
         normprop.convert(network)
+
+
+def test_attributes_are_constants_where_values_are_looked_at_too() -> None:
+    class Looking(Between):
+        def __init__(self) -> None:
+            super().__init__(lambda net, x: x * net.window)
+            self.window = torch.linspace(0.5, 1.5, 4, dtype=torch.float64).view(4, 1, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x if float(x.mean()) < 1e6 else x * 0)
+
+    network = randomise(Looking()).double().eval()
+    x = torch.randn(3, 3, 4, 4, dtype=torch.float64)
+    torch.testing.assert_close(normprop.convert(network, example=x)(x), network(x), rtol=1e-9, atol=1e-9)

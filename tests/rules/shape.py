@@ -78,6 +78,18 @@ CASES = {
     "t": Case(lambda x: x.t().t(), [(3,)]),
     "t_": Case(lambda x: x.clone().t_().t_(), [(3,)]),
     "torch.t": Case(lambda x: torch.t(torch.t(x)), [(3,)]),
+    "grid_sample": Case(
+        lambda x: F.grid_sample(
+            x,
+            F.affine_grid(0.9 * torch.eye(2, 3, dtype=x.dtype).expand(len(x), 2, 3), list(x.shape), align_corners=False),
+            align_corners=False,
+        ),
+        _I,
+        exact=False,
+        tolerance=0.12,
+        correlation=0.9,
+        **_ONE,
+    ),
     "UpsamplingBilinear2d": Case(
         nn.UpsamplingBilinear2d(scale_factor=2), _I, exact=False, tolerance=0.1, correlation=0.9, **_ONE
     ),

@@ -27,11 +27,24 @@ from tests.rules import (
     normalization,
     pooling,
     shape,
+    spectral,
     stochastic,
 )  # fmt: skip
 from tests.rules.case import Case, evaluate, flat, measured
 
-FAMILIES = (activations, arithmetic, attention, drawn, libraries, linear, normalization, pooling, shape, stochastic)
+FAMILIES = (
+    activations,
+    arithmetic,
+    attention,
+    drawn,
+    libraries,
+    linear,
+    normalization,
+    pooling,
+    shape,
+    spectral,
+    stochastic,
+)
 CASES: dict[str, Case] = {
     f"{family.__name__.rpartition('.')[2]}-{name}": case for family in FAMILIES for name, case in family.CASES.items()
 }

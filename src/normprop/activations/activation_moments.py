@@ -207,8 +207,10 @@ def _adaptive(fn: Callable[[Tensor], Tensor], mean: Tensor, std: Tensor) -> Expe
         size = result.second.detach() + torch.where(result.slope.isinf(), 0.0, result.slope).detach()
         if bool((result.error <= _TARGET * size).all()):
             break
-    _check_finite(fn, result, mean.detach(), reach)
+    made = _check_finite(fn, result, mean.detach(), reach)
     error = result.error
+    if torch.finfo(made).eps > torch.finfo(mean.dtype).eps:  # a function that computes in less than it is given
+        error = error + 2.0 * torch.finfo(made).eps * (size + result.mean.detach().abs())
     if points.rough:
         error = error + unresolved_error(fn, result, mean.detach(), std.detach(), points.rough)
     if not points.seen:
@@ -216,9 +218,11 @@ def _adaptive(fn: Callable[[Tensor], Tensor], mean: Tensor, std: Tensor) -> Expe
     return result._replace(error=error)
 
 
-def _check_finite(fn: Callable[[Tensor], Tensor], result: Expectations, mean: Tensor, reach: Tensor) -> None:
+def _check_finite(fn: Callable[[Tensor], Tensor], result: Expectations, mean: Tensor, reach: Tensor) -> torch.dtype:
+    """Refuse a function without finite moments; the floating dtype of what it returns."""
     with torch.no_grad():
         ends = torch.stack([fn(mean - reach), fn(mean + reach)])
+        made = ends.dtype if ends.is_floating_point() else mean.dtype
         left = (ends.square() * density(mean.new_tensor(_REACH))).nan_to_num(posinf=torch.inf)
     if bool(result.mean.isnan().any()):
         raise NormPropError("the activation is NaN where the Gaussian has mass (a logarithm or a root of negative numbers?)")
@@ -226,3 +230,4 @@ def _check_finite(fn: Callable[[Tensor], Tensor], result: Expectations, mean: Te
         raise NormPropError(
             "the activation grows too fast: its second moment under this Gaussian does not exist or overflows"
         )
+    return made

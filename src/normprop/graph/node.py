@@ -19,6 +19,9 @@ class Here:
     def __repr__(self) -> str:
         return "device"
 
+    def __reduce__(self) -> str:
+        return "HERE"  # there is one, in copies and pickles, too
+
 
 HERE = Here()
 

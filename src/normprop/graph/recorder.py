@@ -121,6 +121,8 @@ class Recorder(TorchFunctionMode):
         self.aliases: dict[int, list[Tensor]] = {}
         self.paths = {id(t): path for path, t in (*model.named_buffers(), *model.named_parameters())}
         self.kept = {id(t): t for t in (*model.parameters(), *model.buffers())}
+        held = (value for module in model.modules() for value in vars(module).values())
+        self.attributes = {id(value): value for value in held if isinstance(value, Tensor)}
         self.own: dict[int, list[Tensor]] = {}
         for tensor in self.kept.values():
             self.own.setdefault(_storage(tensor), []).append(tensor)
@@ -398,7 +400,7 @@ class Recorder(TorchFunctionMode):
         path = self.paths.get(id(tensor)) or self._path_of_alias(tensor)
         if path is not None:
             node = Node("tensor", path, value=tensor)
-        elif self.meta and not tensor.is_meta:
+        elif (self.meta and not tensor.is_meta) or id(tensor) in self.attributes:
             node = Node("constant", tensor.detach(), value=_on_meta(tensor))
         else:
             return self._unseen(tensor)

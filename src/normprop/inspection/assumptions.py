@@ -110,8 +110,8 @@ _REGROUPS = frozenset(
 )
 
 _WEIGHTED = frozenset([linear.convolution, linear.functional_convolution, linear.linear, linear.functional_linear])
-# A sum over no more numbers than these is as far from Gaussian as they are.
-_FEW = 4
+# A sum over no more numbers than a window of 3 × 3 may be as far from Gaussian as they are.
+_FEW = 9
 
 DEPENDENT = "both sides are functions of one tensor, and are taken for independent"
 REPEATED = "its input holds the same numbers several times, and they are taken for independent"

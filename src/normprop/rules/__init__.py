@@ -12,6 +12,7 @@ from normprop.rules import (  # the families register themselves
     reduction,
     select,
     shape,
+    spectral,
     stochastic,
 )
 from normprop.rules.elementwise import module_activation as activation
@@ -20,5 +21,5 @@ from normprop.rules.table import TABLE, Rule, RuleTable, rule, unsupported
 __all__ = [
     "TABLE", "Rule", "RuleTable", "activation", "rule", "unsupported",
     "arithmetic", "attention", "combine", "drawn", "elementwise", "linear", "normalization", "pooling", "reduction",
-    "select", "shape", "stochastic",
+    "select", "shape", "spectral", "stochastic",
 ]  # fmt: skip

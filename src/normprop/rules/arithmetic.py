@@ -56,6 +56,14 @@ def _by_a_constant(x: Any, other: Any, **_: Any) -> tuple[Standing, str] | None:
     return ("exact", "") if other is not Moments else None
 
 
+@rule(operator.floordiv, torch.floor_divide, "floor_divide", standing="approximate",
+      reason="what is cut off is taken to be even between 0 and 1")  # fmt: skip
+def floordiv(x: Moments, other: float) -> Moments:
+    """``⌊x/c⌋``, of lengths as a rule: ``E ≈ m/c − ½``, ``Var ≈ v/c² + 1/12`` (rounding that depends on nothing)."""
+    quotient = x.scaled(1.0 / other).shifted(-0.5)
+    return Moments(quotient.mean, quotient.var + 1.0 / 12.0)
+
+
 @rule(torch.div, torch.true_divide, torch.divide, operator.truediv, "div", "div_", "divide",
       standing="approximate", reason="a divisor that varies is replaced by its mean", judge=_by_a_constant)  # fmt: skip
 def div(x: Term, other: Term, *, rounding_mode: None = None) -> Moments:
@@ -155,6 +163,12 @@ def reciprocal(x: Moments) -> Moments:
 def log(x: Moments) -> Moments:
     """See `expanded_at_mean`."""
     return expanded_at_mean(x, torch.log, torch.reciprocal)
+
+
+@rule(torch.log1p, "log1p", torch.special.log1p, standing="approximate", reason=_DELTA)
+def log1p(x: Moments) -> Moments:
+    """See `expanded_at_mean`, at 1 + x."""
+    return log(x.shifted(1.0))
 
 
 def expanded_at_mean(x: Moments, f: Callable[[Tensor], Tensor], slope: Callable[[Tensor], Tensor]) -> Moments:

@@ -17,6 +17,7 @@ from normprop.activations.fast_moments import lane_moments, mean_square_slope
 from normprop.activations.rectifier_moments import rectified_moments
 from normprop.channel_moments import Moments
 from normprop.native.operands import handles
+from normprop.rules.spectral import Spectrum, magnitude
 from normprop.rules.table import TABLE, Rule, Standing, rule
 from normprop.rules.uniform import Uniform, uniform_activation
 
@@ -72,6 +73,8 @@ def named_activation(name: str, parameters: tuple[str, ...], x: Moments, *args: 
 def _activation(name: str, x: Moments, parameters: Mapping[str, Any]) -> Moments:
     if isinstance(x, Uniform) and (found := uniform_activation(name, x, parameters)) is not None:
         return found
+    if isinstance(x, Spectrum) and name == "abs":
+        return magnitude(x)
     slope = rectifier_slope(name, parameters)
     if slope is not None:
         return (natively_rectified([x], slope) or [_rectified(x, slope)])[0]

@@ -233,7 +233,7 @@ def repeat(x: Moments, *_: Any, in_shapes: Sequence[Shape], out_shape: Shape, **
     return full.moved(lambda t: t.repeat(times))
 
 
-@rule(F.interpolate, nn.Upsample, nn.UpsamplingBilinear2d, standing="approximate",
+@rule(F.interpolate, F.grid_sample, nn.Upsample, nn.UpsamplingBilinear2d, standing="approximate",
       reason="exact for nearest; an interpolated value is quieter than its neighbours by an amount left out")  # fmt: skip
 def interpolate(*args: Any, **kwargs: Any) -> Moments:
     """Values are repeated or mixed from close neighbours: the moments stay."""
