@@ -20,7 +20,8 @@ from typing import Any
 import runs_file
 import torch
 import torch.nn.functional as F
-from rivals import NAMES, with_normalizer
+from rivals import CONVERTED, conversion, with_normalizer
+from rivals import NAMES as RIVALS
 from scenes import CLASSES, Scenes, intersections_over_unions, training_and_test
 from torch import nn
 from torchvision.models.segmentation import lraspp_mobilenet_v3_large
@@ -28,6 +29,8 @@ from torchvision.models.segmentation import lraspp_mobilenet_v3_large
 import normprop
 from normprop.optim import AdaptiveGradientClipping
 
+# What is converted twice: `rivals.conversion` says how.
+NAMES = (*CONVERTED, *RIVALS[1:])
 RESULTS = Path(__file__).resolve().parent / "results" / "segmentation"
 RATES, CLIPS = (1e-3, 3e-3), (0.0, 0.05)
 SIZE, STEPS, MEASURED, EVALUATED = 96, 400, 16, 64
@@ -45,8 +48,8 @@ def train(norm: str, batch: int, rate: float, clip: float, seed: int, steps: int
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=rate)
     began = time.process_time()
     handle = None
-    if norm == "normprop":
-        handle = normprop.keep_calibrated(model, optimizer, samples, clip=clip)
+    if norm in CONVERTED:
+        handle = normprop.keep_calibrated(model, optimizer, samples, clip=clip, **conversion(norm)[1])
     elif clip:
         AdaptiveGradientClipping(optimizer, clip=clip)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, cycle_momentum=False)
