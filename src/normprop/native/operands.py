@@ -71,7 +71,7 @@ def handles_whole(tensors: Iterable[Tensor | None], dtype: torch.dtype) -> bool:
         and not torch.compiler.is_exporting()
         and not torch._C._are_functorch_transforms_active()
         and dtype in _DTYPES
-        and all(t is None or (t.is_cpu and t.dtype == dtype) for t in tensors)
+        and all(t is None or (type(t) in _KNOWN and t.is_cpu and t.dtype == dtype) for t in tensors)
     )
 
 
