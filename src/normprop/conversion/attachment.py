@@ -183,14 +183,15 @@ class Reattach:
 
 def _keep_in_pickles(root: nn.Module) -> None:
     """Have a pickled graph module, which loses the hooks of its forward, too, attached again: its class is its own."""
-    type(root).__reduce__ = _reduce_with_lane  # type: ignore[method-assign]
+    kind: Any = type(root)
+    kind.__reduce__ = _reduce_with_lane
 
 
 def _reduce_with_lane(root: nn.Module) -> tuple[Any, ...]:
     return unpickled, (lane_of(root), *super(type(root), root).__reduce__())
 
 
-def unpickled(lane: Lane | None, build: Callable[..., nn.Module], args: tuple[Any, ...]) -> nn.Module:
+def unpickled(lane: Lane | None, build: Callable[..., torch.fx.GraphModule], args: tuple[Any, ...]) -> torch.fx.GraphModule:
     """A graph module as torch builds it from a pickle, with the hooks of its lane.
 
     Args:
