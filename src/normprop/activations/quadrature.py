@@ -47,8 +47,10 @@ def integrate(fn: Function, mean: Tensor, std: Tensor, breakpoints: Breakpoints,
     fine = _integrate_values(fn, m, s, breakpoints, order)
     coarse = _integrate_values(fn, mean.detach(), std.detach(), breakpoints, order - 2)
     gaps = [(a - b).abs().detach() for a, b in zip(fine[:4], coarse[:4], strict=True)]
-    # The variance is of differences from the mean, by the slopes: another way to the same number.
-    gaps.append((fine.var - (fine.second - fine.mean.square())).abs().detach())
+    # The variance is of differences from the mean, by the slopes: two moments by values are another way to the same number,
+    # themselves a little off.
+    by_values = gaps[2] + 2.0 * fine.mean.abs().detach() * gaps[0]
+    gaps.append(2.0 * (fine.var - (fine.second - fine.mean.square())).abs().detach() + by_values)
     error = torch.stack([torch.where(gap.isnan(), 0.0, gap) for gap in gaps]).amax(0)
     size = torch.where(fine.slope.isinf(), 0.0, fine.slope.detach()) + fine.second.detach() + fine.mean.detach().abs()
     if narrow is not None:

@@ -197,14 +197,15 @@ class Reattach:
 
 def _keep_in_pickles(root: nn.Module) -> None:
     """Have a pickled graph module, which loses the hooks of its forward, too, attached again: its class is its own."""
-    type(root).__reduce__ = _reduce_with_lane  # type: ignore[assignment,method-assign]  # of modules alone
+    kind: Any = type(root)
+    kind.__reduce__ = _reduce_with_lane
 
 
 def _reduce_with_lane(root: nn.Module) -> tuple[Any, ...]:
     return unpickled, (lane_of(root), *super(type(root), root).__reduce__())
 
 
-def unpickled(lane: Lane | None, build: Callable[..., nn.Module], args: tuple[Any, ...]) -> nn.Module:
+def unpickled(lane: Lane | None, build: Callable[..., torch.fx.GraphModule], args: tuple[Any, ...]) -> torch.fx.GraphModule:
     """A graph module as torch builds it from a pickle, with the hooks of its lane.
 
     Args:
@@ -215,7 +216,7 @@ def unpickled(lane: Lane | None, build: Callable[..., nn.Module], args: tuple[An
     root = build(*args)
     if lane is not None:
         _begin_and_end(root, lane)
-        root._register_deepcopy_hook(Reattach())  # type: ignore[operator]  # a graph module's method
+        root._register_deepcopy_hook(Reattach())
         _keep_in_pickles(root)
     return root
 
