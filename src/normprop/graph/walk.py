@@ -23,6 +23,7 @@ from normprop.graph.recorder import Leaf, Record, Recorder
 from normprop.precision import reference_tensor
 from normprop.rules import attention, pooling, reduction
 from normprop.rules.composed import composed
+from normprop.rules.elementwise import module_activation as activation
 from normprop.rules.table import TABLE, Key, Rule, RuleTable, Standing, describe
 from normprop.sites.site import Site, site_moments
 
@@ -274,7 +275,9 @@ def _without_moments(found: Mapping[Node, Rule]) -> list[Node]:
 
 
 def _takes(rule: Rule, node: Node) -> bool:
-    """Whether a rule can be called with a node's arguments."""
+    """Whether a rule can be called with a node's arguments; `normprop.rules.activation` says of any function what it is."""
+    if rule.function is activation and node.op != "module":
+        return True
     given = (*rule.leading, *((None,) if node.op == "module" else ()), *node.args)
     named = dict(node.kwargs) | (dict.fromkeys(("in_shapes", "out_shape")) if rule.shaped else {})
     if not node.args and "input" in named:
