@@ -12,8 +12,6 @@ torchvision's download.
 
 from __future__ import annotations
 
-import argparse
-import itertools
 import time
 from collections import OrderedDict
 from pathlib import Path
@@ -141,41 +139,19 @@ def precision(model: SSD, scenes: Scenes, first: int) -> float:
 
 
 def table(runs: list[dict[str, Any]]) -> str:
-    """Markdown: test AP of the chosen rate and clipping over seeds, and the first seed's of all."""
-    lines = [
-        "| normaliser | test AP at IoU ½, % | rate, clip | " + " | ".join(f"{r:g}, {c or '–'}" for r, c in SETTINGS) + " |",
-        "| --- | ---: | --- | " + "---: | " * len(SETTINGS),
-    ]
-    for norm in NORMS:
-        best = runs_file.chosen(runs, norm=norm)
-        if best is not None:
-            cells = [runs_file.first_seed(runs, norm=norm, rate=rate, clip=clip) for rate, clip in SETTINGS]
-            found = f"{runs_file.over_seeds(runs, best, KEYS)} | {best['rate']:g}, {best['clip'] or '–'}"
-            lines.append(f"| {norm} | {found} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    """Markdown: see `runs_file.table`."""
+    rows = ((norm, {"norm": norm}) for norm in NORMS)
+    return runs_file.table(runs, KEYS, SETTINGS, "normaliser | test AP at IoU ½, %", rows)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=OUT)
+    parser = runs_file.parser(__doc__, OUT, SEEDS)
     parser.add_argument("--norms", nargs="+", default=NORMS, choices=NORMS)
-    parser.add_argument("--seeds", type=int, default=SEEDS)
-    parser.add_argument("--report", action="store_true")
     options = parser.parse_args()
-    options.out.parent.mkdir(parents=True, exist_ok=True)
     runs = runs_file.read(options.out)
     if not options.report:
-        parts = training_and_test(SIZE)
-
-        def once(*what: Any) -> None:
-            runs_file.once(options.out, runs, KEYS, what, lambda: train(parts, what))
-
-        for setting, norm in itertools.product(SETTINGS, options.norms):
-            once(norm, *setting, 0)
-        for seed, norm in itertools.product(range(1, options.seeds), options.norms):
-            best = runs_file.chosen(runs, norm=norm)
-            if best is not None:
-                once(norm, best["rate"], best["clip"], seed)
+        parts, cells = training_and_test(SIZE), ((norm,) for norm in options.norms)
+        runs_file.study(options.out, runs, KEYS, cells, SETTINGS, options.seeds, lambda what: train(parts, what))
     print(table(runs))
 
 

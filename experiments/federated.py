@@ -12,7 +12,6 @@ measured, on 4 images of each client. Fashion-MNIST comes from $NORMPROP_DATA/fa
 
 from __future__ import annotations
 
-import argparse
 import copy
 import itertools
 import time
@@ -23,6 +22,7 @@ import numpy as np
 import runs_file
 import torch
 import torch.nn.functional as F
+from own_loop import accuracy
 from rivals import CONVERTED, conversion, with_normalizer
 from torch import Tensor, nn
 
@@ -32,7 +32,9 @@ from normprop.optim import AdaptiveGradientClipping
 
 OUT = Path(__file__).resolve().parent / "results" / "federated" / "runs.jsonl"
 NORMS = (*CONVERTED, "batch", "frozen", "group", "layer", "mabn", "none")
-ALPHAS, RATES, CLIPS, SEEDS = (0.1, 0.3), (0.1, 0.3), (0.0, 0.05), 3
+ALPHAS, SEEDS = (0.1, 0.3), 3
+# Rates and clippings.
+SETTINGS = tuple(itertools.product((0.1, 0.3), (0.0, 0.05)))
 CLIENTS, IMAGES, ROUNDS, BATCH, HELD_OUT, GIVEN = 10, 200, 10, 8, 2000, 4
 KEYS = ("norm", "alpha", "rate", "clip", "seed")
 Images = tuple[Tensor, Tensor]
@@ -121,53 +123,22 @@ def train(sets: dict[str, Images], what: tuple[Any, ...]) -> dict[str, Any]:
     return dict(zip(KEYS, what, strict=True)) | found | {"seconds": time.process_time() - began}
 
 
-@torch.no_grad()
-def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
-    """Percent of images classified correctly, in evaluation mode."""
-    model.eval()
-    return 100 * float(torch.cat([model(part).argmax(1) for part in x.split(500)]).eq(y).double().mean())
-
-
 def table(runs: list[dict[str, Any]]) -> str:
-    """Markdown: test accuracy of the chosen rate and clipping over seeds, and the first seed's of all."""
-    grid = list(itertools.product(RATES, CLIPS))
-    lines = [
-        "| α | network | test, % | rate, clip | " + " | ".join(f"{rate:g}, {clip or '–'}" for rate, clip in grid) + " |",
-        "| ---: | --- | ---: | --- | " + "---: | " * len(grid),
-    ]
-    for alpha, norm in itertools.product(ALPHAS, NORMS):
-        best = runs_file.chosen(runs, norm=norm, alpha=alpha)
-        if best is None:
-            continue
-        cells = [runs_file.first_seed(runs, norm=norm, alpha=alpha, rate=rate, clip=clip) for rate, clip in grid]
-        found = f"{runs_file.over_seeds(runs, best, KEYS)} | {best['rate']:g}, {best['clip'] or '–'}"
-        lines.append(f"| {alpha:g} | {norm} | {found} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    """Markdown: see `runs_file.table`."""
+    pairs = itertools.product(ALPHAS, NORMS)
+    rows = ((f"{alpha:g} | {norm}", {"norm": norm, "alpha": alpha}) for alpha, norm in pairs)
+    return runs_file.table(runs, KEYS, SETTINGS, "α | network | test, %", rows)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=OUT)
+    parser = runs_file.parser(__doc__, OUT, SEEDS)
     parser.add_argument("--norms", nargs="+", default=NORMS, choices=NORMS)
     parser.add_argument("--alphas", nargs="+", type=float, default=ALPHAS)
-    parser.add_argument("--seeds", type=int, default=SEEDS)
-    parser.add_argument("--report", action="store_true")
     options = parser.parse_args()
-    options.out.parent.mkdir(parents=True, exist_ok=True)
     runs = runs_file.read(options.out)
     if not options.report:
-        sets = data()
-
-        def once(*what: Any) -> None:
-            runs_file.once(options.out, runs, KEYS, what, lambda: train(sets, what))
-
-        for alpha in options.alphas:
-            for rate, clip, norm in itertools.product(RATES, CLIPS, options.norms):
-                once(norm, alpha, rate, clip, 0)
-            for seed, norm in itertools.product(range(1, options.seeds), options.norms):
-                best = runs_file.chosen(runs, norm=norm, alpha=alpha)
-                if best is not None:
-                    once(norm, alpha, best["rate"], best["clip"], seed)
+        sets, cells = data(), itertools.product(options.norms, options.alphas)
+        runs_file.study(options.out, runs, KEYS, cells, SETTINGS, options.seeds, lambda what: train(sets, what))
     print(table(runs))
 
 

@@ -13,7 +13,6 @@ torchvision's download.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import itertools
 import time
@@ -23,6 +22,7 @@ from typing import Any
 import runs_file
 import torch
 import torch.nn.functional as F
+from own_loop import accuracy
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -35,7 +35,9 @@ from normprop.optim import AdaptiveGradientClipping
 OUT = Path(__file__).resolve().parent / "results" / "finetune" / "runs.jsonl"
 # measured: frozen BatchNorm whose statistics were taken anew from images of the new task (Li et al. 2016).
 NETWORKS = ("kept calibrated", "converted", "BatchNorm", "frozen", "measured")
-BATCHES, WAYS, RATES, CLIPS, SEEDS = (1, 4), ("full", "head"), (1e-3, 3e-3), (0.0, 0.05), 3
+BATCHES, WAYS, SEEDS = (1, 4), ("full", "head"), 3
+# Rates and clippings.
+SETTINGS = tuple(itertools.product((1e-3, 3e-3), (0.0, 0.05)))
 STEPS, TRAINED, HELD_OUT, MEASURED = 600, 10000, 2000, 256
 KEYS = ("network", "batch", "way", "rate", "clip", "seed")
 Images = tuple[Tensor, Tensor]
@@ -130,56 +132,26 @@ def train(sets: dict[str, Images], start: nn.Module, what: tuple[Any, ...]) -> d
     return dict(zip(KEYS, what, strict=True)) | found | {"seconds": seconds, "measuring": measuring}
 
 
-@torch.no_grad()
-def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
-    """Percent of images classified correctly, in evaluation mode."""
-    model.eval()
-    return 100 * float(torch.cat([model(part).argmax(1) for part in x.split(250)]).eq(y).double().mean())
-
-
 def table(runs: list[dict[str, Any]]) -> str:
-    """Markdown: test accuracy of the chosen rate and clipping over seeds, and the first seed's of all."""
-    grid = list(itertools.product(RATES, CLIPS))
-    lines = [
-        "| batch, trained | network | test, % | rate, clip | " + " | ".join(f"{r:g}, {c or '–'}" for r, c in grid) + " |",
-        "| --- | --- | ---: | --- | " + "---: | " * len(grid),
-    ]
-    for batch, way, network in itertools.product(BATCHES, WAYS, NETWORKS):
-        what = {"network": network, "batch": batch, "way": way}
-        best = runs_file.chosen(runs, **what)
-        if best is not None:
-            cells = [runs_file.first_seed(runs, **what, rate=rate, clip=clip) for rate, clip in grid]
-            found = f"{runs_file.over_seeds(runs, best, KEYS)} | {best['rate']:g}, {best['clip'] or '–'}"
-            lines.append(
-                f"| {batch}, {'head first' if way == 'head' else 'all'} | {network} | {found} | {' | '.join(cells)} |"
-            )
-    return "\n".join(lines)
+    """Markdown: see `runs_file.table`."""
+    words = {"full": "all", "head": "head first"}
+    rows = (
+        (f"{batch}, {words[way]} | {network}", {"network": network, "batch": batch, "way": way})
+        for batch, way, network in itertools.product(BATCHES, WAYS, NETWORKS)
+    )
+    return runs_file.table(runs, KEYS, SETTINGS, "batch, trained | network | test, %", rows)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=OUT)
+    parser = runs_file.parser(__doc__, OUT, SEEDS)
     parser.add_argument("--batches", nargs="+", type=int, default=BATCHES)
     parser.add_argument("--ways", nargs="+", default=WAYS, choices=WAYS)
-    parser.add_argument("--seeds", type=int, default=SEEDS)
-    parser.add_argument("--report", action="store_true")
     options = parser.parse_args()
-    options.out.parent.mkdir(parents=True, exist_ok=True)
     runs = runs_file.read(options.out)
     if not options.report:
-        sets = data()
+        sets, cells = data(), itertools.product(NETWORKS, options.batches, options.ways)
         start = trained(sets)
-
-        def once(*what: Any) -> None:
-            runs_file.once(options.out, runs, KEYS, what, lambda: train(sets, start, what))
-
-        for batch, way in itertools.product(options.batches, options.ways):
-            for rate, clip, network in itertools.product(RATES, CLIPS, NETWORKS):
-                once(network, batch, way, rate, clip, 0)
-            for seed, network in itertools.product(range(1, options.seeds), NETWORKS):
-                best = runs_file.chosen(runs, network=network, batch=batch, way=way)
-                if best is not None:
-                    once(network, batch, way, best["rate"], best["clip"], seed)
+        runs_file.study(options.out, runs, KEYS, cells, SETTINGS, options.seeds, lambda what: train(sets, start, what))
     print(table(runs))
 
 

@@ -18,7 +18,7 @@ Draw = Callable[[int, int], Tensor]
 Deviations = Sequence[tuple[Tensor, Tensor]]
 
 
-@dataclass
+@dataclass(frozen=True)
 class GroupNoise:
     """In training every site standardises by the statistics of some group of samples, the same group for all sites.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from group_noise import GroupNoise
@@ -49,9 +49,11 @@ class _Treating(Watcher):
 
     def started(self, recipe: Recipe, model: nn.Module, optimizer: Optimizer, *, train: int, test: int) -> None:
         standardize, network = model.children()
-        if isinstance(self.treat, GroupNoise):
-            self.treat.draw = lambda seed, count: standardize(some(self.images, derived(recipe.seed, -3, seed), count))
-        self.treat(network, optimizer)
+        treat = self.treat
+        if isinstance(treat, GroupNoise):
+            draw = lambda seed, count: standardize(some(self.images, derived(recipe.seed, -3, seed), count))
+            treat = replace(treat, draw=draw)
+        treat(network, optimizer)
         if recipe.calibrate:
             samples = standardize(some(self.images, derived(recipe.seed, -1), recipe.calibrate))
             normprop.calibrate(network, samples, **recipe.covariance())

@@ -1,8 +1,11 @@
 """The ablations do what their tables say they do."""
 
+import copy
+
 import ablations
 import pytest
 import torch
+from group_noise import GroupNoise
 from torch.nn import functional as F
 from treatments import BatchNoise, BranchGain, GainDecay, Uncentred, learned_proxies, projected
 
@@ -107,6 +110,28 @@ def test_noise_follows_its_law():
     assert float(site.shift.std()) == pytest.approx(2 / 65**0.5, rel=0.03)
     assert float(site.scale.mean()) == pytest.approx(4.0, rel=0.01)
     assert float(site.scale.std()) == pytest.approx(4 * (2 / 64) ** 0.5, rel=0.03)
+
+
+def test_a_group_s_statistics_are_those_of_calibration_on_it(network, optimizer):
+    torch.manual_seed(0)
+    network.double()
+    x = torch.randn(32, *SHAPE, dtype=torch.float64)
+    normprop.calibrate(network, x, directions=0)
+    clean = {name: value.clone() for name, value in network.state_dict().items()}
+    expected = [normprop.calibrate(copy.deepcopy(network), part, directions=0).train()(x) for part in x.split(16)]
+    GroupNoise(16, groups=2, draw=lambda _, count: x[:count])(network, optimizer)
+    seen = set()
+    for _ in range(16):
+        found = network.train()(x)
+        near = [bool(torch.allclose(found, one, rtol=1e-9, atol=1e-9)) for one in expected]
+        assert sum(near) == 1
+        seen.add(near.index(True))
+    assert seen == {0, 1}
+    torch.testing.assert_close(network.eval()(x), normprop.calibrate(copy.deepcopy(network), x, directions=0)(x))
+    network.train()(x)
+    optimizer.step()  # without gradients
+    for name, value in network.state_dict().items():
+        torch.testing.assert_close(value, clean[name], rtol=1e-12, atol=1e-12)
 
 
 def test_gains_decay_as_their_penalty_says():

@@ -115,3 +115,19 @@ def test_a_trained_dead_unit_bears_a_step(kind: Callable[[], list[nn.Module]]) -
     after = response(model)
     dead = slice(0, 3)
     torch.testing.assert_close(after[dead], before[dead], rtol=1e-2, atol=0.0)
+
+
+def test_what_is_added_to_itself_again_and_again_is_followed_once() -> None:
+    class Folding(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.bn = nn.Conv2d(3, CHANNELS, 1), nn.BatchNorm2d(CHANNELS, eps=EPS)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.conv(x)
+            for _ in range(60):
+                x = 0.5 * (x + x.flip(3))
+            return self.bn(x)
+
+    (entry,) = normprop.lane(normprop.convert(Folding())).all_entries()
+    assert entry.eps == 0.0

@@ -13,7 +13,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "normprop"
 
 # From what knows nothing to what knows all; a package imports from its own line or from those above.
 LAYERS = [
-    "errors precision double_backward native",
+    "errors precision double_backward traced_constant native",
     "activations channel_moments",
     "rules sites nn data",
     "integrations optim",

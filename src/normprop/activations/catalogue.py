@@ -22,6 +22,7 @@ from normprop.activations.piecewise import Piecewise, piecewise_moments
 from normprop.activations.quadrature import integrate, integrate_slope
 from normprop.activations.smooth_forms import Smooth
 from normprop.errors import NormPropError
+from normprop.traced_constant import traced_constant
 
 Form = Callable[..., Piecewise | Smooth | Expectations]
 Parameters = tuple[tuple[str, Any], ...]
@@ -267,6 +268,7 @@ def _short(name: str) -> str:
     return name.removeprefix("torch.").removeprefix("nn.functional.").removeprefix("special.")
 
 
+@traced_constant
 def _points(name: str) -> Breakpoints:
     return _found(name)
 
@@ -276,7 +278,3 @@ def _found(name: str) -> Breakpoints:
     function = torch_function(name)
     check_elementwise(function)
     return find_breakpoints(function)
-
-
-# All that torch.compiler.assume_constant_result does; calling it would import the compiler, which takes a second.
-_points._dynamo_marked_constant = True  # type: ignore[attr-defined]  # a function takes any attribute

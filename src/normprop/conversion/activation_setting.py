@@ -10,6 +10,7 @@ from torch import nn
 from normprop.activations.catalogue import canonical
 from normprop.errors import NormPropError
 from normprop.rules.elementwise import rectifier_slope
+from normprop.traced_constant import traced_constant
 
 Setting = float | tuple[str, tuple[tuple[str, Any], ...]]
 
@@ -47,12 +48,9 @@ def traced_setting(module: nn.Module) -> Setting:
     return known if same and now[0] == known[0] else now
 
 
+@traced_constant
 def _known_setting(module: nn.Module) -> Setting:
     return present_setting(module)
-
-
-# All that torch.compiler.assume_constant_result does; calling it would import the compiler, which takes a second.
-_known_setting._dynamo_marked_constant = True  # type: ignore[attr-defined]  # a function takes any attribute
 
 
 def module_setting(module: nn.Module) -> Setting | None:

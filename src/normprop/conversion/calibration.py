@@ -226,20 +226,22 @@ class _Calibration:
         run: Callable[[Tensor, int], Tensor] = lambda filters, batch: _output(layer, filters, inputs[batch])
         few = inputs if self.patches is None else [_first_samples(args, self.patches) for args in inputs]
         self._set_directions(entry, site, lambda filters, batch: _output(layer, filters, few[batch]))
-        filters, mean, var = site_statistics(self.lane.arguments(self.model, entry))
+        call = self.lane.arguments(self.model, entry)
+        filters, mean, var = site_statistics(call)
         assert filters is not None
         kind = next(layer.parameters()).dtype
         outputs = (run(filters.to(kind), batch) for batch in range(len(inputs)))
         found = _measured(outputs, entry.options["channel"])
-        self._finish(entry, site, (found[0], bounded(self.lane, self.model, entry, found[1], filters, var)), mean, var)
+        self._finish(entry, site, (found[0], bounded(entry, call, found[1], var)), mean, var)
 
     def _set_affine(self, entry: Entry, inputs: Sequence[Tensor]) -> None:
         if entry.key in self.done:
             return
         site: Any = self.model.get_submodule(entry.site)
-        _, mean, var = site_statistics(self.lane.arguments(self.model, entry))
+        call = self.lane.arguments(self.model, entry)
+        _, mean, var = site_statistics(call)
         found = _measured(inputs, 1)
-        self._finish(entry, site, (found[0], bounded(self.lane, self.model, entry, found[1], None, var)), mean, var)
+        self._finish(entry, site, (found[0], bounded(entry, call, found[1], var)), mean, var)
 
     def _finish(self, entry: Entry, site: Site, target: Statistics, mean: Tensor, var: Tensor) -> None:
         if entry.key in self.kept:

@@ -5,32 +5,28 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from normprop.conversion.lane import Entry, Lane
+from normprop.conversion.lane import Entry
 from normprop.sites.rows import to_rows
-from normprop.sites.site import site_operands
+from normprop.sites.site import SiteArguments, site_operands
 
 # Of the computed variance of a layer's output, which scales with its weights; BatchNorm's ε for one of 1.
 _SHARE = 1e-5
 
 
-def bounded(
-    lane: Lane, root: torch.nn.Module, entry: Entry, measured: Tensor, filters: Tensor | None, var: Tensor
-) -> Tensor:
+def bounded(entry: Entry, call: SiteArguments, measured: Tensor, var: Tensor) -> Tensor:
     """A measured variance, or the ε that the computed one holds where that is more; never far below the computed one.
 
     Args:
-        lane: the lane.
-        root: the network.
         entry: the site's call.
+        call: what `site_scales` takes for it.
         measured: Var z, ``(O,)``.
-        filters: of the layer before it; None without one.
         var: V, ``(O,)``.
     """
     found = torch.maximum(measured, _SHARE * var.to(measured))
     if not entry.eps:
         return found
-    if filters is None:
+    form, given = site_operands(call)
+    if given.weight is None:
         return found.clamp(min=entry.eps)
-    form, _ = site_operands(lane.arguments(root, entry))
-    squares = to_rows(filters, form).square().sum(-1).reshape(-1)
+    squares = to_rows(given.weight, form).square().sum(-1).reshape(-1)  # of filters with one input, which are not centred
     return torch.maximum(found, entry.eps * form.share * squares.to(found))

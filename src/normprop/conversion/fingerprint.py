@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from normprop.conversion.initial_values import weighed
 from normprop.conversion.lane import Entry, Lane
 from normprop.conversion.program import written
 from normprop.graph.node import Node
@@ -48,9 +49,7 @@ def _summaries(root: nn.Module, lane: Lane, entries: Sequence[Entry]) -> list[fl
 
 
 def _summary(moments: Any) -> float:
-    numbers = torch.cat([moments.mean.flatten(), 2.0 * moments.std.flatten()]).double()
-    weights = torch.linspace(1.0, 2.0, len(numbers), dtype=torch.float64)
-    found = float((numbers * weights).sum() / weights.sum())
+    found = weighed(torch.cat([moments.mean.flatten(), 2.0 * moments.std.flatten()]))
     return found if math.isfinite(found) else 0.0
 
 

@@ -9,23 +9,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# Sums of one vector by different devices, or after a detour through another dtype of the same width.
+# Means of one vector by different devices, or after a detour through another dtype of the same width.
 _ROUNDING = 1e-6
 
-Sums = tuple[float, float]
+Means = tuple[float, float]
 
 
-def initial_values(root: nn.Module, sites: Iterable[str]) -> dict[str, Sums]:
-    """What tells γ and β of every site from others: sums of them, each number with a weight of its own.
+def initial_values(root: nn.Module, sites: Iterable[str]) -> dict[str, Means]:
+    """What tells γ and β of every site from others: means of them, see `weighed`.
 
     Args:
         root: the network.
         sites: paths.
     """
-    return {path: _sums(root.get_submodule(path)) for path in sites}
+    return {path: _means(root.get_submodule(path)) for path in sites}
 
 
-def are_initial(site: nn.Module, path: str, known: Mapping[str, Sums]) -> bool:
+def are_initial(site: nn.Module, path: str, known: Mapping[str, Means]) -> bool:
     """Whether a site's γ and β have not changed since `initial_values` saw them; False if it never did.
 
     Args:
@@ -36,15 +36,20 @@ def are_initial(site: nn.Module, path: str, known: Mapping[str, Sums]) -> bool:
     if path not in known:
         return False
     return all(
-        math.isclose(a, b, rel_tol=_ROUNDING, abs_tol=_ROUNDING) for a, b in zip(_sums(site), known[path], strict=True)
+        math.isclose(a, b, rel_tol=_ROUNDING, abs_tol=_ROUNDING) for a, b in zip(_means(site), known[path], strict=True)
     )
 
 
-def _sums(site: Any) -> Sums:
-    return _sum(site.weight), _sum(site.bias)
+def _means(site: Any) -> Means:
+    return _mean(site.weight), _mean(site.bias)
 
 
-def _sum(values: Tensor | None) -> float:
-    if values is None or values.is_meta:
-        return 0.0
-    return float(values.detach().cpu().double().flatten() @ torch.linspace(1.0, 2.0, values.numel(), dtype=torch.float64))
+def _mean(values: Tensor | None) -> float:
+    return 0.0 if values is None or values.is_meta else weighed(values)
+
+
+def weighed(values: Tensor) -> float:
+    """A mean of numbers in which each has a weight of its own, so that others in other places give another."""
+    numbers = values.detach().cpu().double().flatten()
+    weights = torch.linspace(1.0, 2.0, len(numbers), dtype=torch.float64)
+    return float((numbers * weights).sum() / weights.sum())

@@ -21,6 +21,7 @@ from normprop.native.library import library
 from normprop.native.operands import is_native, is_native_whole
 from normprop.sites.reference import Scale
 from normprop.sites.site import Site, site_parts
+from normprop.traced_constant import traced_constant
 
 Key = tuple[str, int]
 # In place of a thread's number. There from the start: a graph that made it would be traced again once it is there.
@@ -477,14 +478,11 @@ class Lane:
         return entry
 
 
+@traced_constant
 def _written_ahead(lane: Lane, root: nn.Module, keys: tuple[Key, ...]) -> bool:
     """Write the program in compiled segments that a graph is about to read; runs while the graph is traced."""
     lane._write_compiled(root, [lane.by_site[site][call] for site, call in keys])
     return True
-
-
-# All that torch.compiler.assume_constant_result does; calling it would import the compiler, which takes a second.
-_written_ahead._dynamo_marked_constant = True  # type: ignore[attr-defined]  # a function takes any attribute
 
 
 def lane(model: nn.Module) -> Lane:

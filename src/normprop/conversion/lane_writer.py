@@ -123,11 +123,12 @@ class LaneWriter:
 
     def _is_behind_activation(self, node: Node) -> bool:
         """Whether a tensor comes from an activation or product, by whatever stands between that and the layers before."""
-        stack = [node]
+        stack, seen = [node], set[Node]()
         while stack:
             node = stack.pop()
-            if node.op == "input" or node in self.plans or is_site(self.walk, node):
+            if node in seen or node.op == "input" or node in self.plans or is_site(self.walk, node):
                 continue
+            seen.add(node)
             function, arguments = self.walk.rules[node].function, self.walk.data_arguments(node)
             if function in _ACTIVATIONS or (function is arithmetic.mul and len(arguments) > 1):
                 return True

@@ -16,7 +16,7 @@ from normprop.conversion.output_statistics import output_statistics
 from normprop.errors import NormPropError
 from normprop.graph.example_inputs import Inputs
 from normprop.optim import FIRST_MOMENTS, MAXIMA, SECOND_MOMENTS
-from normprop.sites.site import Site, site_statistics
+from normprop.sites.site import Site, SiteArguments, site_statistics
 
 # Of γ and β of every site.
 Affines = Sequence[tuple[nn.Parameter, nn.Parameter]]
@@ -89,11 +89,11 @@ def measure_again(model: nn.Module, lane: Lane, batches: Sequence[Inputs]) -> No
     measured, functions = output_statistics(model, lane, batches)
     missing = {e.key: lane.function(model, e) for e in lane.all_entries() if e.key not in functions}
 
-    def standards(entry: Entry, filters: Tensor | None, mean: Tensor, var: Tensor) -> Statistics:
+    def standards(entry: Entry, call: SiteArguments, mean: Tensor, var: Tensor) -> Statistics:
         if entry.key not in measured:
             return mean, var
         average, square = measured[entry.key]
-        return average, bounded(lane, model, entry, square, filters, var)
+        return average, bounded(entry, call, square, var)
 
     reparametrise(model, lane, standards, {**missing, **functions})
 
@@ -117,7 +117,7 @@ def follow(average: nn.Module, model: nn.Module) -> None:
         if isinstance(theirs, Site) and isinstance(mine, Site) and theirs.directions is not None:
             mine.directions = nn.Parameter(theirs.directions.detach().clone(), requires_grad=False)
 
-    def constants(entry: Entry, _: Tensor | None, mean: Tensor, var: Tensor) -> Statistics:
+    def constants(entry: Entry, _: SiteArguments, mean: Tensor, var: Tensor) -> Statistics:
         theirs: Any = sites[entry.site][1]
         shift, scale = (t[entry.call] if t.dim() == 2 else t for t in (theirs.shift, theirs.scale))
         return mean + shift * var.sqrt(), scale * var
@@ -129,7 +129,7 @@ def follow(average: nn.Module, model: nn.Module) -> None:
 def reparametrise(
     model: nn.Module,
     lane: Lane,
-    standards: Callable[[Entry, Tensor | None, Tensor, Tensor], Statistics],
+    standards: Callable[[Entry, SiteArguments, Tensor, Tensor], Statistics],
     kept: Mapping[Key, Statistics],
 ) -> None:
     """Standardise by other statistics, and change γ and β so that the function stays.
@@ -137,16 +137,17 @@ def reparametrise(
     Args:
         model: a converted network.
         lane: its lane.
-        standards: mean and variance to standardise by, for every site and call, the filters before it, and the computed
-            E and V of it.
+        standards: mean and variance to standardise by, for every site and call, what `site_scales` takes for it, and the
+            computed E and V of it.
         kept: factor and offset of all calls.
     """
     owners = free_sites(model)
     for entry in lane.all_entries():
         site: Any = model.get_submodule(entry.site)
-        filters, mean, var = site_statistics(lane.arguments(model, entry))
+        call = lane.arguments(model, entry)
+        _, mean, var = site_statistics(call)
         free = entry.call == 0 and site in owners
-        target = keep_function(site, *kept[entry.key], standards(entry, filters, mean, var), free=free)
+        target = keep_function(site, *kept[entry.key], standards(entry, call, mean, var), free=free)
         set_constants(site, entry.call, target, mean, var)
 
 

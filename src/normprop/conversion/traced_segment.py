@@ -16,6 +16,7 @@ from normprop.conversion.segment_calls import apart, computed, gradients
 from normprop.double_backward import gradients_again
 from normprop.sites.c_engine import Layer
 from normprop.sites.rows import Form
+from normprop.traced_constant import traced_constant
 
 # However operands lie, they are taken; otherwise the compiler would copy weights to be sure of it.
 _TAGS = (torch.Tag.flexible_layout,)
@@ -85,6 +86,7 @@ def _scale(has_layer: bool, rest: Any) -> tuple[Any, Any, Any]:
     return (first, None, offset) if has_layer else (None, first, offset)
 
 
+@traced_constant
 def _noted(
     segment: Segment,
     centers: tuple[bool, ...],
@@ -102,10 +104,6 @@ def _noted(
     name = hashlib.sha256(repr(traced).encode() + _SOURCE).hexdigest()[:32]
     _TRACED.setdefault(name, traced)
     return name, "".join(str(int(s.weight is not None)) for s in segment.scalings)
-
-
-# All that torch.compiler.assume_constant_result does; calling it would import the compiler, which takes a second.
-_noted._dynamo_marked_constant = True  # type: ignore[attr-defined]  # a function takes any attribute
 
 
 @torch.library.custom_op("normprop::segment", mutates_args=(), device_types="cpu", tags=_TAGS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import operator
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -282,13 +283,22 @@ def _takes(rule: Rule, node: Node) -> bool:
     named = dict(node.kwargs) | (dict.fromkeys(("in_shapes", "out_shape")) if rule.shaped else {})
     if not node.args and "input" in named:
         given = (*given, named.pop("input"))
+    signature = _parameters_of(rule.function)
     try:
-        inspect.signature(rule.function).bind(*given, **named)
+        if signature is not None:
+            signature.bind(*given, **named)
     except TypeError:
         return False
-    except ValueError:  # a function of C that doesn't tell what it takes
-        return True
     return True
+
+
+@functools.cache
+def _parameters_of(function: Callable[..., Any]) -> inspect.Signature | None:
+    """A function's signature; None for one of C that doesn't tell what it takes."""
+    try:
+        return inspect.signature(function)
+    except ValueError:
+        return None
 
 
 def _no_rule(node: Node) -> str:
