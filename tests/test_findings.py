@@ -284,3 +284,21 @@ def test_the_command_begins_with_the_verdict(capsys: pytest.CaptureFixture[str],
     assert main(["inspect", "mlp", "--html", str(tmp_path / "page.html")]) == 0
     assert capsys.readouterr().out.startswith("Nothing to worry about")
     assert "Nothing to worry about" in (tmp_path / "page.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("within", [True, False])
+def test_what_is_not_finite_within_a_function_that_is_finite_is_nothing(within: bool) -> None:
+    class Logarithm(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(16, 16), nn.Linear(16, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.first(x)
+            y = x.log1p()
+            return self.last(torch.where(x > 0, y, 0.5 * x) if within else y.abs().sqrt())
+
+    torch.manual_seed(0)
+    x = 3 * torch.randn(256, 16)
+    found = [f for f in normprop.inspect(Logarithm(), x).findings if f.kind == "overflow"]
+    assert len(found) == (not within)

@@ -57,6 +57,7 @@ CASES = {
     **_every(arithmetic.rsqrt, **_NEAR),
     **_every(arithmetic.reciprocal, **_NEAR),
     **_every(arithmetic.log, **_NEAR),
+    **_every(arithmetic.log1p, **_NEAR),
     **_every(arithmetic.floordiv, 0.1, exact=False, tolerance=0.05),
     "add with alpha": Case(lambda x, y: torch.add(x, y, alpha=-0.5), _PAIR),
     "add by keywords": Case(lambda x, y: torch.add(input=x, other=y), _PAIR),

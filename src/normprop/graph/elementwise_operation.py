@@ -20,7 +20,7 @@ from normprop.rules.table import Rule, describe
 # Rules whose operation a program can run, and its name there.
 _NAMES: dict[Callable[..., Any], str] = {
     **{getattr(arithmetic, name): name for name in (
-        "add", "sub", "rsub", "mul", "div", "neg", "addcmul", "lerp", "power", "sqrt", "rsqrt", "reciprocal", "log",
+        "add", "sub", "rsub", "mul", "div", "neg", "addcmul", "lerp", "power", "sqrt", "rsqrt", "reciprocal", "log", "log1p",
         "maximum", "minimum",
     )},
     shape.same: "same", shape.same_module: "same", select.masked_fill: "masked_fill",
@@ -43,7 +43,7 @@ def _spellings(*names: str) -> Iterator[tuple[Any, str]]:
 _FURTHER: dict[Any, str] = {
     **dict(_spellings("masked_fill", "gt", "ge", "lt", "le", "logical_not", "logical_and", "logical_or")),
     **dict(_spellings("isnan", "isinf", "isfinite")),
-    **dict(_spellings("log1p", "expm1", "atan", "asinh", "exp2", "sinc", "logaddexp", "ndtr")),
+    **dict(_spellings("expm1", "atan", "asinh", "exp2", "sinc", "logaddexp", "ndtr")),
     torch.pow: "power", operator.pow: "power", "pow": "power", torch.lerp: "lerp", "lerp": "lerp", torch.where: "where",
     operator.and_: "logical_and", operator.or_: "logical_or", operator.invert: "logical_not",
     torch.arctan: "atan", "arctan": "atan", torch.arcsinh: "asinh", "arcsinh": "asinh",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from normprop.channel_moments import Moments
 from normprop.graph.input_moments import input_moments, sample_shapes
 from normprop.graph.node import Node
 from normprop.graph.recorder import Leaf
-from normprop.graph.walk import Walk, site_rule
+from normprop.graph.walk import Walk, inner_nodes, site_rule
 from normprop.inspection.assumptions import Assumptions, standing_of
 from normprop.inspection.report import Report
 from normprop.inspection.rewalk import Claim, walk_of
@@ -81,6 +82,7 @@ def rows_of(walk: Walk, inputs: list[Moments]) -> list[Row]:
     lines = SourceLines(walk.model)
     assumptions = Assumptions(walk)
     given = iter(inputs)
+    inner = inner_nodes(walk.nodes, walk.fused)
 
     def value(node: Node) -> Any:
         """A tensor made of parameters alone, computed once."""
@@ -105,7 +107,8 @@ def rows_of(walk: Walk, inputs: list[Moments]) -> list[Row]:
         if isinstance(moments[node], Moments):
             if slope is not None:
                 slope = slope * moments[walk.data_arguments(node)[0]].var.mean() / moments[node].var.mean()
-            rows.append(_row(walk, node, moments[node], slope, change[node], names, lines, broken))
+            row = _row(walk, node, moments[node], slope, change[node], names, lines, broken)
+            rows.append(replace(row, inner=node in inner))
             names[node] = node.name
     return rows
 

@@ -36,6 +36,7 @@ class Row:
         role: what kind of operation it is.
         rule: name of the rule that predicted it, and what the rule says of itself.
         histogram: of the measured values, if there were any.
+        inner: whether it stands within a function that is taken as one, and nothing else reads it.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Row:
     role: Role = "other"
     rule: str = ""
     histogram: Histogram | None = None
+    inner: bool = False
 
     @property
     def place(self) -> str:

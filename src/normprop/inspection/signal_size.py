@@ -14,9 +14,9 @@ GROWN, SHRUNK = 100.0, 1e-3  # of the whole network, over its input
 
 
 def overflow(evidence: Evidence) -> Iterator[Finding]:
-    """Numbers that are not finite, at the first of them."""
+    """Numbers that are not finite, at the first of them; not within a function, which may be finite as a `where` is."""
     finite = set(evidence.finite)
-    bad = [row for row in evidence.rows if row not in finite]
+    bad = [row for row in evidence.rows if row not in finite and not row.inner]
     if bad:
         what = "predicted moments" if bad[0].measured is None else "values"
         sentence = f"The {what} are not finite from {evidence.place(bad[0])} on."

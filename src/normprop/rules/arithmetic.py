@@ -165,6 +165,12 @@ def log(x: Moments) -> Moments:
     return expanded_at_mean(x, torch.log, torch.reciprocal)
 
 
+@rule(torch.log1p, "log1p", torch.special.log1p, standing="approximate", reason=_DELTA)
+def log1p(x: Moments) -> Moments:
+    """See `expanded_at_mean`, at 1 + x."""
+    return log(x.shifted(1.0))
+
+
 def expanded_at_mean(x: Moments, f: Callable[[Tensor], Tensor], slope: Callable[[Tensor], Tensor]) -> Moments:
     """``E f(x) ≈ f(m)`` and ``Var f(x) ≈ f′(m)² v`` for a positive x (delta method)."""
     mean = x.mean.clamp(min=_POSITIVE)
