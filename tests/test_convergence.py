@@ -137,10 +137,18 @@ def test_both_normalisers_choose_from_the_same(whole):
     for cell in CELLS:
         file = cell_file.read(whole.cells, cell.name)
         best = max(run["validation_accuracy"] or 0 for run in file.choice)
-        assert best in [
-            r["validation_accuracy"] for r in file.choice if (r["lr"], r["clip"]) == (file.recipe.lr, file.recipe.clip)
-        ]
+        close = [run for run in file.choice if (run["validation_accuracy"] or 0) >= best - 0.005]
+        assert file.recipe.lr == min(run["lr"] for run in close)
+        assert file.recipe.clip in [run["clip"] for run in close if run["lr"] == file.recipe.lr]
         assert len(file.choice) == 4
+
+
+def test_processors_without_bfloat16_train_in_float32(monkeypatch):
+    whole = plan("full")
+    assert whole.on(torch.device("cuda")) is whole
+    for has, dtype in ((True, "bf16"), (False, "float32")):
+        monkeypatch.setattr("normprop.lab.convergence.plan.computes_bfloat16", lambda _, has=has: has)
+        assert {cell.group.base.dtype for cell in whole.on(torch.device("cpu")).cells()} == {dtype}
 
 
 def test_the_first_pair_comes_first_and_every_cell_once():
@@ -170,7 +178,7 @@ def test_states_of_a_half_done_queue(whole, tmp_path):
     assert "1 of 4 cells are finished" in state_table(found).note
 
     table = outcome_table(found)
-    assert [row[1:2] + row[6:8] for row in table.rows] == [("BatchNorm", "1", "3"), ("NormProp", "1", "1 of 3")]
+    assert [row[1:2] + row[7:9] for row in table.rows] == [("BatchNorm", "1", "3"), ("NormProp", "1", "1 of 3")]
     assert account(found).splitlines()[-1] == (
         "| digits, batches of 16, 3 epochs | BatchNorm 0 | NormProp 0 (epoch 1 of 3) | BatchNorm 1, NormProp 1 |"
     )

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+_HALF = (torch.float16, torch.bfloat16)
+
 
 def working_dtype(device: torch.device) -> torch.dtype:
     """The precision to compute moments in: float64, which Metal does not have, nor ONNX Runtime for every function."""
@@ -22,7 +24,7 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def wide(tensor: Tensor) -> Tensor:
     """The tensor in float32 at least: moments of half-precision networks are not computed in half precision."""
-    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+    return tensor.float() if tensor.dtype in _HALF else tensor
 
 
 def full_precision(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:

@@ -8,7 +8,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from normprop.conversion.lane import Entry, Key, Lane, lanes_in
+from normprop.conversion.entry import Entry, Key
+from normprop.conversion.lane import Lane, lanes_in
 from normprop.errors import NormPropError
 from normprop.sites.reference import Scale
 

@@ -9,9 +9,12 @@ from typing import Any
 import torch
 import torch.fx
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
-from normprop.conversion.lane import Entry, Lane, Run, is_covered, lane_of
+from normprop.conversion.lane import Lane, lane_of
+from normprop.conversion.placement import is_covered
 from normprop.conversion.program_calls import raw
+from normprop.conversion.run import Run
 from normprop.errors import NormPropError
 from normprop.sites.site import Site
 
@@ -79,69 +82,51 @@ class Cover:
         """
         run = self.lane.run()
         ready = run.ready.pop(self.path, None)
-        if ready is not None:
-            run.calls[self.path] = 1
-            entry, weight, bias = ready
-            if weight.dtype is not (kind := raw(layer, "weight").dtype):
-                weight, bias = weight.to(kind), bias.to(kind)
-            self._acquire()
-            self._put(run, layer, (entry, None), weight, bias)
+        if ready is None:
+            self._cover(run, layer, args)
             return
+        run.calls[self.path] = 1
+        entry, weight, bias = ready
+        if weight.dtype is not (kind := raw(layer, "weight").dtype):
+            weight, bias = weight.to(kind), bias.to(kind)
+        if not is_compiling():
+            self.lock.acquire()
+        own = layer.__dict__
+        run.open.append((self, entry, None, own.get("weight", _MISSING), own.get("bias", _MISSING)))
+        own["weight"], own["bias"] = weight, bias
+
+    def _cover(self, run: Run, layer: nn.Module, args: Any) -> None:
+        """The same of a layer that runs several times in a forward, by itself or wrapped."""
         if layer._parameters.get("weight") is None and not is_covered(layer) and not _computed(layer):
             raise NormPropError(
                 f"the weight of {self.path} is not a parameter any more: pruning, weight_norm or spectral_norm put a hook "
                 "in its place.\nUse torch.nn.utils.parametrizations or parametrize, or apply it before convert."
             )
         found = self.lane.called(layer, self.path, args)
-        self._acquire()
+        if not is_compiling():
+            self.lock.acquire()
         if found is None:
             run.open.append((self, None, None, None, None))
             return
         try:
-            weight, own_bias, rest = self.lane.cover(layer, found)
+            weight, bias, rest = self.lane.cover(layer, found)
         except BaseException:
-            self._release()
+            self.release()
             raise
-        self._put(run, layer, (found, rest), None if _computed(layer) else weight, own_bias)
-
-    def _put(self, run: Run, layer: nn.Module, what: tuple[Entry, Any], weight: Tensor | None, bias: Tensor | None) -> None:
         own = layer.__dict__
-        run.open.append((self, *what, own.get("weight", _MISSING), own.get("bias", _MISSING)))
-        if weight is not None:
+        run.open.append((self, found, rest, own.get("weight", _MISSING), own.get("bias", _MISSING)))
+        if weight is not None and not _computed(layer):
             own["weight"] = weight
         own["bias"] = bias
 
-    def uncover(self, layer: nn.Module, output: Any) -> None:
-        """Take the effective weight away, also after an exception, and hand the output to the site."""
-        run = self.lane.run()
-        if not run.open or run.open[-1][0] is not self:
-            return  # it was refused
-        _, entry, rest, *before = run.open.pop()
-        if entry is not None:
-            own = layer.__dict__
-            for name, value in zip(("weight", "bias"), before, strict=True):
-                if value is _MISSING:
-                    own.pop(name, None)
-                else:
-                    own[name] = value
-            if isinstance(output, Tensor):
-                if self.lane.observer is not None:
-                    self.lane.observer.at_output(entry, layer, output, rest)
-                if not entry.bare:
-                    self.lane.leave(run, entry, output, rest)
-        self._release()
-
-    def _acquire(self) -> None:
-        if not torch.compiler.is_compiling():
-            self.lock.acquire()
-
-    def _release(self) -> None:
-        if not torch.compiler.is_compiling():
+    def release(self) -> None:
+        """Let other threads run the layer."""
+        if not is_compiling():
             self.lock.release()
 
 
 class Uncover:
-    """The other end of `Cover`."""
+    """The other end of `Cover`: takes the effective weight away, also after an exception, and hands on the output."""
 
     unrecorded = True
 
@@ -150,7 +135,28 @@ class Uncover:
 
     def __call__(self, layer: nn.Module, _: Any, output: Any) -> None:
         """After the layer's forward, or an exception in it."""
-        self.cover.uncover(layer, output)
+        cover = self.cover
+        lane = cover.lane
+        run = lane.run()
+        if not run.open or run.open[-1][0] is not cover:
+            return  # it was refused
+        _, entry, rest, weight, bias = run.open.pop()
+        if entry is not None:
+            own = layer.__dict__
+            if weight is not _MISSING:
+                own["weight"] = weight
+            else:
+                own.pop("weight", None)
+            if bias is not _MISSING:
+                own["bias"] = bias
+            else:
+                own.pop("bias", None)
+            if isinstance(output, Tensor):
+                if lane.observer is not None:
+                    lane.observer.at_output(entry, layer, output, rest)
+                if not entry.bare:
+                    lane.leave(run, entry, output, rest)
+        cover.release()
 
 
 class Standardise:

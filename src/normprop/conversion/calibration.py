@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from normprop.conversion.entry import Entry, Key
 from normprop.conversion.epsilon import bounded
-from normprop.conversion.lane import Entry, Key, Lane, converted_lane
+from normprop.conversion.lane import Lane, converted_lane
 from normprop.conversion.lockstep import LockStep
 from normprop.conversion.measuring_mode import measuring, take_paths_of_training
 from normprop.errors import NormPropError, NotFiniteError

@@ -41,7 +41,7 @@ def run_segment(
         given: moments from elsewhere.
         maps: linear layers without a site.
     """
-    weights = [wide(w) for w in weights]
+    weights = list(map(wide, weights))
     pairs: list[Any] = [None] * len(sites)
     centers: list[bool] = []
     constants: list[Tensor | None] = []
@@ -98,10 +98,10 @@ class _Compiled(torch.autograd.Function):
         ctx.segment, ctx.forms, ctx.settings = segment, found.forms, found.settings
         ctx.set_materialize_grads(False)
         memory, columns, filters = computed(segment, found, segment.parts(tensors))
-        factors, offsets, *_ = (row.split(segment.widths) for row in columns.unbind())
+        offsets = columns[1].split(segment.widths)
         outputs: list[Tensor | None] = []
-        for multiplied, f, b in zip(filters, factors, offsets, strict=True):
-            outputs += multiplied, f if multiplied is None else None, b
+        for multiplied, b, (first, last) in zip(filters, offsets, segment.spans, strict=True):
+            outputs += multiplied, columns[0, first:last] if multiplied is None else None, b
         for place, shape in segment.exports:
             outputs += (memory[at : at + place.size].view(shape) for at in (place.mean, place.var))
         ctx.save_for_backward(*tensors, *found.constants, memory, columns)

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from normprop.conversion.attachment import detach
-from normprop.conversion.lane import Entry, Lane, lane_of
+from normprop.conversion.entry import Entry
+from normprop.conversion.lane import Lane, lane_of
+from normprop.conversion.placement import is_attached
 from normprop.errors import NormPropError
 from normprop.graph.copies import put_module, sharing_copy
 from normprop.sites.site import Site
@@ -222,7 +224,7 @@ def _entries(root: nn.Module, lane: Lane) -> list[Entry]:
     for entry in entries:
         if len(lane.by_site[entry.site]) > 1:
             raise NormPropError(f"{entry.site} is called several times, each with other moments.\n{_REMEDY}")
-        if not lane.is_attached(root, entry):
+        if not is_attached(root, entry):
             raise NormPropError(
                 f"a hook, wrapper or parametrisation stands between {entry.layer} and {entry.site}.\n{_REMEDY}"
             )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from normprop.conversion.lane import Entry
+from normprop.conversion.entry import Entry
 from normprop.sites.rows import to_rows
 from normprop.sites.site import SiteArguments, site_operands
 

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from normprop.conversion.entry import Entry
 from normprop.conversion.initial_values import weighed
-from normprop.conversion.lane import Entry, Lane
+from normprop.conversion.lane import Lane
 from normprop.conversion.program import written
 from normprop.graph.node import Node
 from normprop.sites.site import PRINTED

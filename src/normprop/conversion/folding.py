@@ -12,7 +12,9 @@ from torch.nn.utils import parametrize
 
 from normprop.conversion.agreement import Agreement
 from normprop.conversion.attachment import Cover, detach
-from normprop.conversion.lane import Key, Lane, lane_of, lanes_in
+from normprop.conversion.entry import Key
+from normprop.conversion.lane import Lane, lane_of, lanes_in
+from normprop.conversion.placement import is_attached
 from normprop.errors import NormPropError
 from normprop.graph.copies import independent_copy, put_module
 from normprop.sites.reference import Scale
@@ -62,7 +64,7 @@ def fold(model: nn.Module, *, check: bool = True) -> nn.Module:
 
 @torch.no_grad()
 def _fold_network(root: nn.Module, lane: Lane) -> nn.Module:
-    entries = [e for e in lane.all_entries() if lane.is_attached(root, e)]
+    entries = [e for e in lane.all_entries() if is_attached(root, e)]
     values = lane.evaluate(root, entries)
     by_site: dict[str, list[Scale]] = {}
     covered: dict[str, Any] = {}

@@ -5,14 +5,18 @@ from __future__ import annotations
 import copy
 import threading
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
+from normprop.conversion.entry import Entry, Key
+from normprop.conversion.lane_errors import ambiguous, refuse_sample_gradients, refuse_shards, unrecorded_call
+from normprop.conversion.placement import is_attached, is_plain
 from normprop.conversion.program import Program, written
 from normprop.conversion.program_calls import raw, site_at
+from normprop.conversion.run import Handed, Run
 from normprop.errors import NormPropError
 from normprop.graph.example_inputs import Inputs
 from normprop.graph.node import Node
@@ -23,97 +27,8 @@ from normprop.sites.reference import Scale
 from normprop.sites.site import Site, site_parts
 from normprop.traced_constant import traced_constant
 
-Key = tuple[str, int]
 # In place of a thread's number. There from the start: a graph that made it would be traced again once it is there.
 _TRACED = 0
-
-
-@dataclass(eq=False)
-class Entry:
-    """What the lane computes for one call of one site.
-
-    Attributes:
-        site: path of the site.
-        call: which of its calls.
-        layer: path of the layer that takes the effective weight; None for an affine in the site's place.
-        scale: the lane's node of its `Scale`.
-        moments: the lane's node of what the site reads; None for standardised input.
-        options: of `site_scales`.
-        bare: the layer had no normaliser: nothing calls the site.
-        rank: of the tensor that the site gives, in the record.
-        channel: dimension of its channels.
-        eps: what `moments` holds besides the variance of what the site reads.
-        site_names: the path of the site, taken apart.
-        layer_names: that of the layer.
-    """
-
-    site: str
-    call: int
-    layer: str | None
-    scale: Node
-    moments: Node | None
-    options: Mapping[str, Any]
-    bare: bool = False
-    rank: int = 2
-    channel: int = 1
-    eps: float = 0.0
-    site_names: tuple[str, ...] = field(init=False)
-    layer_names: tuple[str, ...] = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.site_names, self.layer_names = (
-            tuple(filter(None, (path or "").split("."))) for path in (self.site, self.layer)
-        )
-
-    @property
-    def key(self) -> Key:
-        """What tells it from all others."""
-        return self.site, self.call
-
-
-class Handed(NamedTuple):
-    """What a layer gave to its site.
-
-    Attributes:
-        entry: of that call.
-        output: of the layer.
-        rest: factor and offset if the layer ran with bare filters, so that they are still to come.
-        version: of the output when it was given; None where torch doesn't count.
-    """
-
-    entry: Entry
-    output: Tensor
-    rest: tuple[Tensor, Tensor] | None
-    version: int | None
-
-    def is_intact(self, x: Tensor) -> bool:
-        """Whether a tensor is the output as it was given, or holds the same numbers in the same memory."""
-        output = self.output
-        if self.version is not None and output._version != self.version:
-            return False
-        return x is output or _same_memory(x, output)
-
-
-@dataclass(eq=False)
-class Run:
-    """What one thread is doing in a converted network.
-
-    Attributes:
-        root: the network whose forward runs; None outside of it.
-        values: scales by entry, as far as they are known.
-        calls: how often every layer and site has run.
-        ready: entry, weight and bias of layers that run once in a forward, with nothing in between, until they run.
-        handed: for each site, what layers before it gave.
-        open: layers that run now: the hook that covers each, its entry, what is still to be applied after it, and what the
-            layer's own attributes were.
-    """
-
-    root: nn.Module | None = None
-    values: dict[Key, Scale] = field(default_factory=dict)
-    calls: dict[str, int] = field(default_factory=dict)
-    ready: dict[str, tuple[Entry, Tensor, Tensor]] = field(default_factory=dict)
-    handed: dict[str, list[Handed]] = field(default_factory=dict)
-    open: list[tuple[Any, Entry | None, Any, Any, Any]] = field(default_factory=list)
 
 
 class Lane:
@@ -202,9 +117,9 @@ class Lane:
     def prepare(self) -> None:
         """Write the programs that forwards need: when torch.compile traces the first of them it is too late."""
         for mode, entries in self.entries.items():
-            self.program([entry for entry in entries if self.is_attached(self.root, entry)])
+            self.program([entry for entry in entries if is_attached(self.root, entry)])
             for entry in entries:
-                if entry.moments is not None and not self.is_attached(self.root, entry):
+                if entry.moments is not None and not is_attached(self.root, entry):
                     self._written(("moments", entry.key), [entry.moments])
             for path, calls in self.standards[mode].items():
                 for call, node in enumerate(calls):
@@ -227,7 +142,7 @@ class Lane:
             try:
                 values = (self.compiled(root, entries) or self.program(entries)).function(root)
             except RuntimeError:
-                _refuse_shards(root)
+                refuse_shards(root)
                 raise
         return {entry.key: value for entry, value in zip(entries, values, strict=True)}
 
@@ -250,10 +165,13 @@ class Lane:
 
     def run(self) -> Run:
         """The present thread's."""
-        thread = _TRACED if torch.compiler.is_compiling() else threading.get_ident()
-        if thread not in self.runs:
-            self.runs[thread] = Run()
-        return self.runs[thread]
+        if is_compiling():
+            return self.runs[_TRACED]
+        thread = threading.get_ident()
+        found = self.runs.get(thread)
+        if found is None:
+            found = self.runs[thread] = Run()
+        return found
 
     # What hooks call
 
@@ -264,7 +182,7 @@ class Lane:
         run.handed.clear()
         run.values = {}
         if self.observer is None:
-            entries = [entry for entry in self.entries[root.training] if self.is_attached(root, entry)]
+            entries = [entry for entry in self.entries[root.training] if is_attached(root, entry)]
             run.values = self.evaluate(root, entries) if self.shared is None else self.shared(root, entries)
             run.ready = {}
             layers = self.layers[root.training]
@@ -302,8 +220,8 @@ class Lane:
         scale = run.values.get(entry.key)
         if scale is None:
             root = run.root or self.root
-            if self.observer is not None or not self.is_plain(root, entry, layer):
-                _refuse_sample_gradients(layer, entry)
+            if self.observer is not None or not is_plain(root, entry, layer):
+                refuse_sample_gradients(layer, entry)
                 filters, factor, offset = self.parts(root, entry, layer)
                 bias = raw(layer, "bias")
                 return filters, bias, (factor, offset if bias is None else offset - factor * bias)
@@ -320,11 +238,11 @@ class Lane:
         call = 0
         if len(calls) > 1:
             if run.root is None:
-                raise _ambiguous(path, len(calls))
+                raise ambiguous(path, len(calls))
             call = run.calls.get(f"{path} input", 0)
             run.calls[f"{path} input"] = call + 1
         if call >= len(calls):
-            raise _unrecorded(path, call)
+            raise unrecorded_call(path, call)
         if calls[call] is None:
             return x
         mean, scale = self.standard(root, path, call, calls[call])
@@ -339,12 +257,13 @@ class Lane:
     @staticmethod
     def leave(run: Run, entry: Entry, output: Tensor, rest: tuple[Tensor, Tensor] | None) -> None:
         """A layer has given its output to its site."""
-        counts = not (torch.compiler.is_compiling() or output.is_inference())
+        counts = not (is_compiling() or output.is_inference())
         given = Handed(entry, output, rest, output._version if counts else None)
-        if run.root is None or entry.site not in run.handed:
+        waiting = None if run.root is None else run.handed.get(entry.site)
+        if waiting is None:
             run.handed[entry.site] = [given]
         else:
-            run.handed[entry.site].append(given)
+            waiting.append(given)
 
     def arrive(self, site: Site, x: Tensor) -> Tensor:
         """What a site makes of its input.
@@ -355,7 +274,8 @@ class Lane:
         """
         run = self.run()
         if waiting := run.handed.get(site.path):
-            given = waiting.pop(next((i for i, given in enumerate(waiting) if given.output is x), 0))
+            at = 0 if len(waiting) == 1 else next((i for i, given in enumerate(waiting) if given.output is x), 0)
+            given = waiting.pop(at)
             run.calls[site.path] = run.calls.get(site.path, 0) + 1
             if given.rest is not None:
                 return self._affine(x, *given.rest, 1)
@@ -417,33 +337,6 @@ class Lane:
         shape[channel] = -1
         return torch.addcmul(offset.to(x.dtype).reshape(shape), x, factor.to(x.dtype).reshape(shape))
 
-    def is_attached(self, root: nn.Module, entry: Entry) -> bool:
-        """Whether a layer is where it was, so that its effective weight will be asked for as such."""
-        if entry.layer is None:
-            site = _found(root, entry.site_names)
-            return isinstance(site, Site) and site.path == entry.site
-        layer = _found(root, entry.layer_names)
-        return layer is not None and self._is_bare(root, entry, layer)
-
-    def is_plain(self, root: nn.Module, entry: Entry, layer: nn.Module) -> bool:
-        """Whether nothing stands between a layer and its site: no wrapper, hook, own forward or computed weight."""
-        assert entry.layer is not None
-        return _found(root, entry.layer_names) is layer and self._is_bare(root, entry, layer)
-
-    @staticmethod
-    def _is_bare(root: nn.Module, entry: Entry, layer: nn.Module) -> bool:
-        """The same of a layer that is where it was."""
-        if not is_covered(layer):
-            return False
-        if layer._backward_hooks or layer._backward_pre_hooks or "forward" in layer.__dict__:
-            return False
-        if not _are_ours(layer._forward_hooks):
-            return False
-        site = None if entry.bare else _found(root, entry.site_names)
-        if site is None:
-            return True
-        return not (site._backward_hooks or site._backward_pre_hooks) and _are_ours(site._forward_pre_hooks)
-
     def _called(self, run: Run, path: str) -> Entry | None:
         """The entry of a layer's present call."""
         mode = self.root.training if run.root is None else run.root.training
@@ -451,25 +344,25 @@ class Lane:
         if len(entries) == 1 and run.root is None:
             return entries[0]
         if run.root is None:
-            raise _ambiguous(path, len(entries))
+            raise ambiguous(path, len(entries))
         call = run.calls.get(path, 0)
         run.calls[path] = call + 1
         if call >= len(entries):
-            raise _unrecorded(path, call)
+            raise unrecorded_call(path, call)
         return entries[call]
 
     def _affine_entry(self, run: Run, site: Site) -> Entry:
         entries = self.by_site.get(site.path)
         if not entries:
-            raise _unrecorded(site.path, 0)
+            raise unrecorded_call(site.path, 0)
         if run.root is None and len(entries) > 1:
-            raise _ambiguous(site.path, len(entries))
+            raise ambiguous(site.path, len(entries))
         call = run.calls.get(site.path, 0)
         if run.root is not None:
             run.calls[site.path] = call + 1
         entry = entries.get(call)
         if entry is None:
-            raise _unrecorded(site.path, call)
+            raise unrecorded_call(site.path, call)
         if entry.layer is not None:
             raise NormPropError(
                 f"{site.path} was reached, and {entry.layer}, which it normalises, has not run before it: it was replaced "
@@ -521,74 +414,6 @@ def lane_of(model: nn.Module) -> Lane | None:
 def lanes_in(model: nn.Module) -> list[Lane]:
     """The lanes of a module and of its parts."""
     return [found for module in model.modules() if (found := lane_of(module)) is not None]
-
-
-def is_covered(layer: nn.Module) -> bool:
-    """Whether an attribute can give a layer its weight: it has a hook of ours, and a weight that is a parameter."""
-    for hook in layer._forward_pre_hooks.values():
-        if getattr(hook, "covers", False):
-            break
-    else:
-        return False
-    return layer._parameters.get("weight") is not None or "_is_replica" in layer.__dict__
-
-
-def _are_ours(hooks: Mapping[int, Any]) -> bool:
-    return all(getattr(hook, "unrecorded", False) for hook in hooks.values())
-
-
-def _found(root: nn.Module, names: Sequence[str]) -> nn.Module | None:
-    module: nn.Module | None = root
-    for name in names:
-        if module is None:
-            return None
-        module = module._modules.get(name)
-    return module
-
-
-def _same_memory(x: Tensor, y: Tensor) -> bool:
-    """Whether two tensors are the same numbers in the same memory, as a tensor and what `Tensor.view_as` makes of it."""
-    if torch.compiler.is_compiling() or x.shape != y.shape or x.stride() != y.stride() or x.dtype != y.dtype:
-        return False
-    try:
-        return x.data_ptr() == y.data_ptr()
-    except RuntimeError:  # within the transforms of torch.func a tensor has no address
-        return False
-
-
-def _refuse_shards(root: nn.Module) -> None:
-    """Refuse parts whose parameters FSDP gathers for their own forward only: the lane needs those of all at once."""
-    shards = [path for path, m in root.named_modules() if path and type(m).__mro__[1].__name__ == "FSDPModule"]
-    if shards:
-        raise NormPropError(
-            f"{', '.join(shards[:3])}: sharded apart from the network, whose lane runs before they are gathered.\n"
-            "Use fully_shard on the whole network, and on layers without a site."
-        )
-
-
-def _refuse_sample_gradients(layer: nn.Module, entry: Entry) -> None:
-    """Refuse hooks that take the gradient of a layer's weight for themselves: they would take that of the effective one."""
-    owners = (type(getattr(hook, "__self__", None)).__module__ for hook in layer._forward_hooks.values())
-    if any(owner.startswith("opacus.") for owner in owners):
-        raise NormPropError(
-            f"Opacus takes the gradients of {entry.layer} by hooks, and would take those of its effective weight.\n"
-            "Give it PrivateNetwork(model) or WholeNetwork(model) of normprop.integrations.opacus instead of the model."
-        )
-
-
-def _unrecorded(path: str, call: int) -> NormPropError:
-    which = f"call {call + 1} of {path}" if call else path
-    return NormPropError(
-        f"{which} was not recorded when the network was converted: its moments are not known.\n"
-        "Convert with example= inputs (or in a mode) that take this path."
-    )
-
-
-def _ambiguous(path: str, count: int) -> NormPropError:
-    return NormPropError(
-        f"{path} is called {count} times in a forward of the network, under different moments: by itself it isn't known "
-        "which is meant.\nCall the whole network, or convert the part: normprop.convert(model.part, in_place=True)."
-    )
 
 
 def _same(tensor: Tensor) -> Tensor:

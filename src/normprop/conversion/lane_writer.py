@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from normprop.channel_moments import Moments
-from normprop.conversion.lane import Entry
+from normprop.conversion.entry import Entry
 from normprop.conversion.paper_form import POOLINGS, standardised
 from normprop.conversion.program import constant
 from normprop.conversion.site_plan import SitePlan, argument, is_site, linear_layer, nodes_behind

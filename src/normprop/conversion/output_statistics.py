@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from normprop.conversion.lane import Entry, Key, Lane
+from normprop.conversion.entry import Entry, Key
+from normprop.conversion.lane import Lane
 from normprop.conversion.measuring_mode import measuring, take_paths_of_training
 from normprop.conversion.program_calls import raw
 from normprop.errors import NormPropError, NotFiniteError

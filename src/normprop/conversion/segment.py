@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
@@ -23,7 +24,7 @@ from normprop.sites.reference import plain_scale
 from normprop.sites.rows import Form, Operands
 from normprop.sites.site import widened
 
-_DERIVED = ("layouts", "readers", "widths", "_forms", "_sources")
+_DERIVED = ("layouts", "readers", "spans", "widths", "_forms", "_sources")
 
 
 class Kind(IntEnum):
@@ -219,6 +220,12 @@ class Segment:
     def widths(self) -> list[int]:
         """Channels of each scaling."""
         return [self.channels[s.site] for s in self.scalings]
+
+    @functools.cached_property
+    def spans(self) -> list[tuple[int, int]]:
+        """Where the channels of each scaling begin and end, those of all one behind the other."""
+        ends = list(itertools.accumulate(self.widths))
+        return list(zip([0, *ends], ends, strict=False))
 
     @functools.cached_property
     def _sources(self) -> list[set[tuple[Kind, int]]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -49,7 +50,7 @@ class _Frame:
         self.alive: list[Tensor] = []
         self.copies: dict[int, Layer] = {}
         self.weights, self.outside = parts.weights, [False] * segment.weights
-        self.read = [0 if t is None else t.data_ptr() for some in parts for t in some]
+        self.read = [0 if t is None else t.data_ptr() for some in (*parts, found.constants) for t in some]
         for i, (weight, reader) in enumerate(zip(parts.weights, segment.readers, strict=True)):
             form = found.forms[reader]
             if weight.is_contiguous() and not form.transposed:
@@ -58,17 +59,12 @@ class _Frame:
             if not self.outside[i]:
                 self.copies[i] = Layer(weight, form)
                 self.read[i] = self.copies[i].memory.data_ptr()
-        constants = iter(found.constants)
-        ranks = []
-        for s, shift, scale, directions in zip(segment.scalings, constants, constants, constants, strict=True):
-            assert shift is not None
-            assert scale is not None
-            rank, address = 0, 0
+        ranks = [0] * len(segment.scalings)
+        first = len(self.read) - len(found.constants)
+        for i, (s, directions) in enumerate(zip(segment.scalings, found.constants[2::3], strict=True)):
             if directions is not None and s.weight is not None:
-                rank = len(directions)
-                address = self._directions(s.weight, s.form, directions).data_ptr()
-            ranks.append(rank)
-            self.read += shift.data_ptr(), scale.data_ptr(), address
+                ranks[i] = len(directions)
+                self.read[first + 3 * i + 2] = self._directions(s.weight, s.form, directions).data_ptr()
         exact = parts.like.dtype == torch.float64
         threads = torch.get_num_threads()
         key = LayoutKey(threads, found.forms, tuple(ranks), tuple(self.outside), found.settings, exact)
@@ -157,13 +153,13 @@ def gradients(
     """
     memory, columns = kept
     frame = _Frame(segment, found, parts)
+    count = 3 * len(segment.scalings)
     given: list[int] = []
     by_filters: list[Tensor | None] = []
     turned: list[bool] = []
-    for i, s in enumerate(segment.scalings):
-        by_multiplied, *others = grads[3 * i : 3 * i + 3]
+    for s, by_multiplied, by_factor, by_offset in zip(segment.scalings, *(grads[i:count:3] for i in range(3)), strict=True):
         into, turns = None, False
-        if s.weight is not None and (by_multiplied is not None or others[1] is not None):
+        if s.weight is not None and (by_multiplied is not None or by_offset is not None):
             free = False
             if by_multiplied is not None:
                 laid = frame.laid(s.weight, by_multiplied)
@@ -174,13 +170,18 @@ def gradients(
                 turns = inside is not None and inside[s.weight] and frame.outside[s.weight]
                 into = frame.turned(s.weight) if turns else by_multiplied if free else frame.empty(s.weight)
         turned.append(turns)
-        given.append(0 if by_multiplied is None else by_multiplied.data_ptr())
-        given += map(frame.address, others)
+        given += (
+            0 if by_multiplied is None else by_multiplied.data_ptr(),
+            0 if by_factor is None else frame.address(by_factor),
+            0 if by_offset is None else frame.address(by_offset),
+        )
         by_filters.append(into)
-    given += map(frame.address, grads[3 * len(segment.scalings) :])
-    rest = memory.new_zeros(sum(parts.sizes))
-    pieces = zip(rest.split(parts.sizes), parts.sizes, strict=True)
-    results = [0] * segment.weights + [t.data_ptr() if n else 0 for t, n in pieces]
+    given += map(frame.address, grads[count:])
+    sizes = parts.sizes
+    ends = list(itertools.accumulate(sizes))
+    rest = memory.new_zeros(ends[-1] if ends else 0)
+    first, width = rest.data_ptr(), rest.element_size()
+    results = [0] * segment.weights + [first + width * (end - n) if n else 0 for end, n in zip(ends, sizes, strict=True)]
     results += [0] * len(found.constants)
     native = library()
     assert not isinstance(native, str)
@@ -206,6 +207,6 @@ def gradients(
 def apart(segment: Segment, parts: Parts, rest: Tensor, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
     """What `gradients` gave one behind the other, for each of the parts beside weights; None where nothing arrives."""
     return [
-        g.view(t.shape) if here and t is not None else None
+        None if t is None or not here else g if t.dim() == 1 else g.view(t.shape)
         for g, t, here in zip(rest.split(parts.sizes), parts.beside_weights, segment.asked(grads), strict=True)
     ]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from normprop.native.library import library
 
 _DTYPES = (torch.float32, torch.float64)
-_KNOWN = (Tensor, nn.Parameter)
+_KNOWN = {Tensor, nn.Parameter}
 # Whether the library was found to be there; a traced graph can't look for it.
 _READY = False
 
@@ -48,13 +48,10 @@ def handles(tensors: Iterable[Tensor | None], dtype: torch.dtype) -> bool:
 
     Within a transform or where operations are recorded or looked at they are left to torch, whose operations show.
     """
-    return (
-        dtype in _DTYPES
-        and all(t is None or (type(t) in _KNOWN and t.is_cpu and t.dtype is dtype) for t in tensors)
-        and not is_traced()
-        and torch._C._len_torch_dispatch_stack() == 0
-        and not isinstance(library(), str)
-    )
+    if dtype not in _DTYPES or is_traced() or torch._C._len_torch_dispatch_stack() or isinstance(library(), str):
+        return False
+    there = [t for t in tensors if t is not None]
+    return {type(t) for t in there} <= _KNOWN and {t.dtype for t in there} <= {dtype} and {t.is_cpu for t in there} <= {True}
 
 
 def is_unshared(gradient: Tensor) -> bool:

@@ -262,10 +262,15 @@ def _constants(site: Site, call: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """γ, β, d and k of one call of a site, ``(C,)`` each."""
     known = _tensors(site)
     shift, scale = known["shift"], known["scale"]
-    shift, scale = (wide(t[call] if t.dim() == 2 else t) for t in (shift, scale))
-    gamma = torch.ones_like(shift) if known.get("weight") is None else wide(known["weight"])
-    beta = torch.zeros_like(shift) if known.get("bias") is None else wide(known["bias"])
-    return gamma, beta, shift, scale
+    if shift.dim() == 2:
+        shift, scale = shift[call], scale[call]
+    shift, scale, gamma, beta = wide(shift), wide(scale), known.get("weight"), known.get("bias")
+    return (
+        torch.ones_like(shift) if gamma is None else wide(gamma),
+        torch.zeros_like(shift) if beta is None else wide(beta),
+        shift,
+        scale,
+    )
 
 
 def site_tensors(site: Site, call: int, weight: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:

@@ -55,7 +55,7 @@ def reproduce_long(
         device: cpu, cuda, cuda:1, mps …
     """
     assert part == "long"
-    cells, screen = plan(scale).cells(only), console()
+    cells, screen = plan(scale).on(torch.device(device)).cells(only), console()
     folders = Folders(out or data_root() / "long" / ("" if scale == "full" else scale))
     for folder in (folders.root, results or folders.root):
         check_folder(folder)

@@ -14,6 +14,10 @@ from normprop.lab.samples.images import Images
 from normprop.lab.training.recipe import Recipe
 
 
+# Accuracies of single short runs that are closer than this say nothing about which is better.
+_TOLD_APART = 0.005
+
+
 def tried(cell: Cell, folder: Path) -> list[Record]:
     """The short runs of a cell's normaliser that are finished."""
     wanted = set(cell.group.candidates(cell.norm))
@@ -27,8 +31,13 @@ def try_all(cell: Cell, folder: Path, images: Images, device: str = "cpu") -> li
 
 
 def chosen(cell: Cell, runs: Sequence[Record]) -> Recipe:
-    """The recipe of the cell with the rate and clipping of the best short run; of equal ones the lowest rate's."""
-    best = max(runs, key=lambda record: (record.validation_accuracy, -(record.recipe.lr or 0.0)))
+    """The recipe of the cell, with the lowest rate of the short runs that tell no difference from the best one.
+
+    Short runs favour high rates: what a rate breaks over a long run, they don't see. Of equal rates the better clipping.
+    """
+    least = max(record.validation_accuracy for record in runs) - _TOLD_APART
+    close = [record for record in runs if record.validation_accuracy >= least]
+    best = min(close, key=lambda record: (record.recipe.lr or 0.0, -record.validation_accuracy))
     return cell.group.recipe(cell.norm, cell.seed, best.recipe.lr, best.recipe.clip)
 
 

@@ -13,7 +13,19 @@ from normprop.lab.pages.spread import spread
 from normprop.lab.pages.text_table import Table
 from normprop.lab.training.recipe import rate_at
 
-_COLUMNS = ("network", "normaliser", "test, %", "training loss", "rate", "clip", "seeds", "epochs", "drift, octaves", "|γ|")
+_COLUMNS = (
+    "network",
+    "normaliser",
+    "test, %",
+    "training loss",
+    "rate",
+    "clip",
+    "arithmetic",
+    "seeds",
+    "epochs",
+    "drift, octaves",
+    "|γ|",
+)
 
 
 def outcome_table(states: Sequence[State]) -> Table:
@@ -49,6 +61,7 @@ def _row(group: Group, norm: str, files: Sequence[CellFile], *, finished: bool) 
         spread([row["train_loss"] for row in last if row["train_loss"] is not None], digits=3),
         f"{recipe.lr:.3g}{' (edge)' if _at_edge(group, recipe.lr or 0.0) else ''}",
         f"{recipe.clip:.3g}" if recipe.clip else "–",
+        ", ".join(sorted({file.recipe.dtype for file in files})),
         str(len(files)),
         epochs,
         spread(drifts, digits=2),

@@ -7,7 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from normprop.lab.names import unknown
+from normprop.lab.training.bfloat16 import computes_bfloat16
 from normprop.lab.training.recipe import Recipe, clip_at, rate_at
 
 # The rivals of every group; NormProp is trained as `normprop.keep_calibrated` recommends.
@@ -121,6 +124,13 @@ class Plan:
         if name not in found:
             raise unknown("group of runs", name, found)
         return found[name]
+
+    def on(self, device: torch.device) -> Plan:
+        """The plan for a device: in float32 where that is faster than bfloat16."""
+        if computes_bfloat16(device):
+            return self
+        plain = [dataclasses.replace(g, base=dataclasses.replace(g.base, dtype="float32")) for g in self.groups]
+        return dataclasses.replace(self, groups=tuple(plain))
 
     def cells(self, only: Sequence[str] = ()) -> list[Cell]:
         """The cells of some groups, or of all, in order.
