@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import normprop
 from normprop import Moments, NormPropError, UnsupportedOpError
-from normprop.graph.walk import prepare
+from normprop.graph.preparation import prepare
 from normprop.rules.composed import composed, find_bends
 
 Function = Callable[[Tensor], Tensor]

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 import normprop
 from normprop import NormPropError, UnsupportedOpError
-from normprop.graph.walk import Walk, prepare
+from normprop.graph.preparation import prepare
+from normprop.graph.walk import Walk
 from tests.zoo import randomise
 
 

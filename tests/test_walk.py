@@ -9,7 +9,7 @@ from torch import Tensor, nn
 import normprop
 from normprop import Moments, NormPropError, TracingError, UnsupportedOpError
 from normprop.graph.input_moments import input_moments
-from normprop.graph.walk import prepare
+from normprop.graph.preparation import prepare
 from normprop.precision import reference_tensor
 
 

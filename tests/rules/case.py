@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from normprop import Moments
 from normprop.graph.node import Node, map_nodes
-from normprop.graph.walk import Walk, prepare
+from normprop.graph.preparation import prepare
+from normprop.graph.walk import Walk
 
 Shape = tuple[int, ...]
 

@@ -31,8 +31,9 @@ from normprop.conversion.site_plan import SitePlan, nodes_behind, plan_sites, re
 from normprop.errors import TracingError
 from normprop.graph.copies import independent_copy
 from normprop.graph.input_moments import sample_shapes
+from normprop.graph.preparation import prepare
 from normprop.graph.recorder import Leaf
-from normprop.graph.walk import Walk, prepare
+from normprop.graph.walk import Walk
 from normprop.native.operands import prepare as prepare_native
 from normprop.rules.table import Key, Rule
 

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from normprop.channel_moments import Moments
 from normprop.conversion.site_plan import SitePlan
 from normprop.graph.node import Node
-from normprop.graph.walk import Walk, inner_nodes
+from normprop.graph.rule_search import inner_nodes
+from normprop.graph.walk import Walk
 from normprop.rules import arithmetic, combine, elementwise, pooling, shape, stochastic
 from normprop.rules.composed import composed, full_moments
 from normprop.sites.rows import Form, from_rows, to_rows

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
-import operator
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
@@ -13,24 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from normprop import integrations
 from normprop.channel_moments import Moments
-from normprop.errors import NormPropError, TracingError, UnsupportedOpError
-from normprop.graph.copies import meta_copy, running_copy
-from normprop.graph.example_inputs import Inputs, Shape, Shapes, candidates, first_kinds, kinds_seen, no_inputs
-from normprop.graph.fusion import Fused, Fusion
+from normprop.errors import UnsupportedOpError
+from normprop.graph.example_inputs import Inputs, Shape
+from normprop.graph.fusion import Fused
 from normprop.graph.node import Node, map_nodes, nodes_in, placed, run
-from normprop.graph.recorder import Leaf, Record, Recorder
+from normprop.graph.recorder import Record
 from normprop.precision import reference_tensor
-from normprop.rules import attention, pooling, reduction
 from normprop.rules.composed import composed
-from normprop.rules.elementwise import module_activation as activation
-from normprop.rules.table import TABLE, Key, Rule, RuleTable, Standing, describe
-from normprop.sites.site import Site, site_moments
-
-# Rules of operations whose second result has no moments.
-_HALF_KNOWN = frozenset([reduction.max_, reduction.min_, pooling.max_pool, pooling.max_pool_with_indices,
-                         attention.multihead_attention])  # fmt: skip
+from normprop.rules.table import Rule, Standing, describe
 
 
 @dataclass(frozen=True)
@@ -158,295 +146,11 @@ def standing_for(node: Node, rule: Rule) -> tuple[Standing, str]:
     return rule.standing_for(*args, **kwargs)
 
 
-def prepare(
-    model: nn.Module,
-    *,
-    rules: Mapping[Key, Rule | Callable[..., Any]] | None = None,
-    leaf_modules: Sequence[Leaf] = (),
-    shape: Shapes | None = None,
-    example: Any = None,
-    training: bool | None = None,
-    few: bool = False,
-    known: Walk | None = None,
-) -> Walk:
-    """Record a forward of a network and find every operation's rule.
-
-    Args:
-        model: any module. It is not run itself: a copy of it is.
-        rules: overrides for this call.
-        leaf_modules: modules to keep whole.
-        shape: shape of one sample of the first input, or a sequence with one per input, if known.
-        example: what the forward takes, if known: a tensor, a tuple of arguments, a dict of keyword arguments, `Inputs`.
-        training: the mode to record; the model's own by default.
-        few: try the usual sizes only.
-        known: a walk of the same network with the same options, which is returned if the record is the same.
-
-    Returns:
-        The walk; what has no rule is in its ``missing``, and `Walk.require` refuses it.
-
-    Raises:
-        TracingError: no input was found that the network runs on.
-    """
-    _check(model)
-    hint = integrations.load_for(model).sample_shape(model)
-    recorder = lambda copy: recorder_for(copy, rules, leaf_modules)
-    record, used = _recorded(_Copies(model, training), recorder, shape, hint, example, few)
-    if known is not None and _signature(known.record) == _signature(record):
-        return known
-    return walk_over(model, record, used, _table(rules))
-
-
-def recorder_for(
-    model: nn.Module,
-    rules: Mapping[Key, Rule | Callable[..., Any]] | None = None,
-    leaf_modules: Sequence[Leaf] = (),
-    observer: Callable[[str, Any], None] | None = None,
-) -> Recorder:
-    """A recorder that keeps whole what rules, the libraries that the model comes from, or the user want kept."""
-    integration = integrations.load_for(model)
-    leaves = (*leaf_modules, *integration.leaf_modules)
-    expansions: dict[type[nn.Module], Callable[..., Any]] = {Site: expand_site, **integration.expansions}
-    return Recorder(model, _table(rules), leaves, expansions, observer)
-
-
-def site_rule(module: Site, x: Moments) -> Moments:
-    """``γ û + β`` with E û = 0 and Var û = 1: what a site is there for (Arpit et al., 2016, §3)."""
-    (found,) = site_moments((module, x.mean.dim(), 1))
-    return found
-
-
-def expand_site(site: Site, call: Callable[..., Any], x: Tensor) -> Tensor:
-    """A site, then the modules that it holds: the activation of a norm-act module."""
-    x = call(site.normalize if site.lane is not None and not x.is_meta else lambda x: x.clone(), x)
-    for module in site.children():
-        x = module(x)
-    return x
-
-
-def _table(rules: Mapping[Key, Rule | Callable[..., Any]] | None) -> RuleTable:
-    own: dict[Key, Rule | Callable[..., Any]] = {Site: Rule(site_rule)}
-    own.update(rules or {})
-    return TABLE.with_overrides(own)
-
-
-def argument_names(model: nn.Module) -> list[str]:
-    """The names of the forward's arguments, in order."""
-    return [p.name for p in inspect.signature(model.forward).parameters.values()]
-
-
-def walk_over(model: nn.Module, record: Record, example: Inputs, table: RuleTable) -> Walk:
-    """The walk of a record: rules found, elementwise operations on one tensor taken together."""
-    found: dict[Node, Rule] = {}
-    missing: dict[Node, str] = {}
-    for node in record.nodes:
-        if not node.data or node.op == "input":
-            continue
-        rule = rule_of(record.model, node, table)
-        if rule is not None and not _takes(rule, node):
-            standing, reason = "unsupported", "its rule does not know all of its arguments"
-        else:
-            standing, reason = ("unsupported", _no_rule(node)) if rule is None else standing_for(node, rule)
-        if rule is None or standing == "unsupported":
-            missing[node] = reason
-        else:
-            found[node] = rule
-    for node in _without_moments(found):
-        for user in node.users:
-            if user.data and not (user in found and found[user].function is pooling.max_unpool):
-                found.pop(user, None)
-                missing[user] = "it reads indices or attention weights, which have no moments here"
-    bare = Walk(model, record, example, found)
-    fused = {n: f for n, f in Fusion(record, bare.known, model, found).run().items() if f.source not in missing}
-    found |= {node: function.rule() for node, function in fused.items()}
-    inner = inner_nodes(record.nodes, fused)
-    left = {node: reason for node, reason in missing.items() if node not in fused and node not in inner}
-    return Walk(model, record, example, found, fused, left)
-
-
-def _without_moments(found: Mapping[Node, Rule]) -> list[Node]:
-    """The entries of results that no rule speaks of: the indices of maxima, the weights of attention."""
-    return [
-        node
-        for node in found
-        if node.target in (operator.getitem, getattr)
-        and node.args[1:] in ((1,), ("indices",))
-        and node.args[0] in found
-        and found[node.args[0]].function in _HALF_KNOWN
-    ]
-
-
-def _takes(rule: Rule, node: Node) -> bool:
-    """Whether a rule can be called with a node's arguments; `normprop.rules.activation` says of any function what it is."""
-    if rule.function is activation and node.op != "module":
-        return True
-    given = (*rule.leading, *((None,) if node.op == "module" else ()), *node.args)
-    named = dict(node.kwargs) | (dict.fromkeys(("in_shapes", "out_shape")) if rule.shaped else {})
-    if not node.args and "input" in named:
-        given = (*given, named.pop("input"))
-    signature = _parameters_of(rule.function)
-    try:
-        if signature is not None:
-            signature.bind(*given, **named)
-    except TypeError:
-        return False
-    return True
-
-
-@functools.cache
-def _parameters_of(function: Callable[..., Any]) -> inspect.Signature | None:
-    """A function's signature; None for one of C that doesn't tell what it takes."""
-    try:
-        return inspect.signature(function)
-    except ValueError:
-        return None
-
-
-def _no_rule(node: Node) -> str:
-    return "its maker was not seen; give the module around it a rule" if node.op == "unseen" else "no moment rule"
-
-
-def rule_of(model: nn.Module, node: Node, table: RuleTable) -> Rule | None:
-    """The table's rule for what a node runs."""
-    if node.op == "module":
-        return table.for_module(model.get_submodule(node.target))
-    return None if node.op == "unseen" else table.for_function(node.target)
-
-
-def _signature(record: Record) -> list[Any]:
-    """What is equal for records of the same operations."""
-    number = {node: i for i, node in enumerate(record.nodes)}
-    name = lambda node: f"%{number[node]}"
-    return [
-        (n.op, _constant(n) if n.op == "constant" else n.target, n.detached, repr(map_nodes((n.args, n.kwargs), name)))
-        for n in record.nodes
-    ]
-
-
-def _constant(node: Node) -> Any:
-    """The values of a small constant; a large one is equal to none."""
-    return (tuple(node.target.shape), node.target.flatten().tolist()) if node.target.numel() <= 64 else object()
-
-
-def inner_nodes(nodes: Sequence[Node], fused: Mapping[Node, Fused]) -> set[Node]:
-    """Nodes that appear within composed functions alone: nothing asks for their moments."""
-    inner: set[Node] = set()
-    sources = {function.source for function in fused.values()}
-    for node in reversed(nodes):
-        if (
-            node.users
-            and node not in sources
-            and all(u in inner or (u in fused and fused[u].source is not node) for u in node.users)
-        ):
-            inner.add(node)
-    return inner
-
-
 def tensors_in(value: Any) -> list[Tensor]:
     """The tensors of an operation's value: itself, or the entries of several."""
     if isinstance(value, Tensor):
         return [value]
     return [t for v in value for t in tensors_in(v)] if isinstance(value, tuple | list) else []
-
-
-def _run(
-    recorder: Callable[[nn.Module], Recorder], copy: Callable[[], nn.Module], inputs: Inputs, names: Sequence[str]
-) -> Record:
-    """A record with gradients switched on, or off where the network can't do with them."""
-    try:
-        return recorder(copy()).run(inputs.args, inputs.kwargs, names)
-    except RuntimeError:  # changes in place of what gradients need
-        return recorder(copy()).run(inputs.args, inputs.kwargs, names, gradients=False)
-
-
-class _Copies:
-    """Copies of a network to be run, in one mode.
-
-    Args:
-        model: the network.
-        training: the mode; the model's own for every module by default.
-    """
-
-    def __init__(self, model: nn.Module, training: bool | None) -> None:
-        self.model, self.training = model, training
-
-    def on_meta(self) -> nn.Module:
-        """Without values."""
-        return self._set(meta_copy(self.model))
-
-    def real(self) -> nn.Module:
-        """With values."""
-        return self._set(running_copy(self.model))
-
-    def _set(self, copied: nn.Module) -> nn.Module:
-        return copied if self.training is None else copied.train(self.training)
-
-
-def _recorded(
-    copies: _Copies,
-    recorder: Callable[[nn.Module], Recorder],
-    shape: Shapes | None,
-    hint: Shape | None,
-    example: Any,
-    few: bool,
-) -> tuple[Record, Inputs]:
-    """The record, and the inputs that it was made with."""
-    model = copies.model
-    names = argument_names(model)
-    if example is not None:
-        given = Inputs.of(example)
-        on_meta = given.on_meta()
-        try:
-            return _run(recorder, copies.on_meta, on_meta, names), on_meta
-        except Exception as error:
-            real = given.random(reference_tensor(model)) if given.tensors() and given.tensors()[0].is_meta else given
-            return _with_values(copies, recorder, real, names, error)
-    copied = copies.on_meta()
-    kinds, first, refined = first_kinds(copied), None, False
-    guesses = candidates(copied, kinds, shape, hint, few=few)
-    if not kinds:
-        raise TracingError("a network without an input cannot be walked.")
-    while (guess := next(guesses, None)) is not None:
-        attempt = recorder(copied)
-        try:
-            return attempt.run(guess.args, guess.kwargs, names), guess
-        except Exception as error:
-            first = first or error
-            if _asks_for_values(error):
-                return _with_values(copies, recorder, guess.random(reference_tensor(model)), names, error)
-            seen = kinds_seen(copied, attempt.record.inputs, attempt.pending)
-            if not refined and len(seen) == len(kinds):
-                refined = True
-                guesses = candidates(
-                    copied, [k if s is None else s for s, k in zip(seen, kinds, strict=True)], shape, hint, few=few
-                )
-    raise no_inputs(model, shape, first) from first
-
-
-def _with_values(
-    copies: _Copies, recorder: Callable[[nn.Module], Recorder], inputs: Inputs, names: Sequence[str], reason: Exception
-) -> tuple[Record, Inputs]:
-    """A record on real tensors, of a network that has values in Python's hands."""
-    if reference_tensor(copies.model).is_meta:
-        raise no_inputs(copies.model, None, reason) from reason
-    try:
-        return _run(recorder, copies.real, inputs, names), inputs.map(lambda t: t.to("meta"))
-    except Exception as error:
-        raise no_inputs(copies.model, tuple(tuple(t.shape) for t in inputs.tensors()), error) from error
-
-
-def _asks_for_values(error: Exception) -> bool:
-    """Whether a forward ended because the meta device has no values; torch has no type of its own for all such errors."""
-    text = str(error)
-    return isinstance(error, NotImplementedError) or any(
-        w in text for w in ("meta tensor", "Meta tensor", "meta device", "data-dependent", "_local_scalar")
-    )
-
-
-def _check(model: nn.Module) -> None:
-    for path, module in model.named_modules():
-        if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():  # type: ignore[misc]  # torch types its self
-            kind = type(module).__name__
-            raise NormPropError(f"{path} is a {kind} that has not seen its input yet.\nRun one batch through it first.")
 
 
 def _unsupported(walk: Walk, missing: Sequence[tuple[Node, str]]) -> UnsupportedOpError:

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from normprop.channel_moments import Moments
 from normprop.graph.node import Node, nodes_in
-from normprop.graph.walk import Walk, site_rule
+from normprop.graph.rule_search import site_rule
+from normprop.graph.walk import Walk
 from normprop.inspection.rewalk import Claim
 from normprop.rules import (
     arithmetic,

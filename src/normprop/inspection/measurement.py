@@ -12,8 +12,9 @@ from normprop.channel_moments import Moments
 from normprop.errors import NormPropError
 from normprop.graph.example_inputs import Inputs, batch_inputs, required
 from normprop.graph.input_moments import input_moments, sample_shapes
+from normprop.graph.preparation import argument_names, recorder_for
 from normprop.graph.recorder import Leaf
-from normprop.graph.walk import Walk, argument_names, recorder_for
+from normprop.graph.walk import Walk
 from normprop.inspection.histogram import Histogram
 from normprop.inspection.propagation import rows_of
 from normprop.inspection.report import Report

@@ -14,7 +14,8 @@ from normprop.channel_moments import Moments
 from normprop.graph.input_moments import input_moments, sample_shapes
 from normprop.graph.node import Node
 from normprop.graph.recorder import Leaf
-from normprop.graph.walk import Walk, inner_nodes, site_rule
+from normprop.graph.rule_search import inner_nodes, site_rule
+from normprop.graph.walk import Walk
 from normprop.inspection.assumptions import Assumptions, standing_of
 from normprop.inspection.report import Report
 from normprop.inspection.rewalk import Claim, walk_of

@@ -11,8 +11,9 @@ from torch import nn
 
 from normprop.channel_moments import Moments
 from normprop.conversion.lane import Lane, lanes_in
+from normprop.graph.preparation import prepare
 from normprop.graph.recorder import Leaf
-from normprop.graph.walk import Walk, prepare
+from normprop.graph.walk import Walk
 from normprop.rules import linear
 from normprop.rules.table import Key, Rule
 from normprop.sites.site import site_moments

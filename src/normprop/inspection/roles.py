@@ -7,7 +7,8 @@ from inspect import getdoc
 from typing import Any
 
 from normprop.graph.node import Node
-from normprop.graph.walk import Walk, site_rule
+from normprop.graph.rule_search import site_rule
+from normprop.graph.walk import Walk
 from normprop.inspection.rewalk import Claim
 from normprop.inspection.row import Role
 from normprop.rules import normalization

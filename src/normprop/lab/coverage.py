@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from normprop.conversion.conversion import convert
 from normprop.conversion.site_plan import nodes_behind, plan_sites
 from normprop.errors import NormPropError, TracingError, UnsupportedOpError
-from normprop.graph.walk import prepare
+from normprop.graph.preparation import prepare
 
 
 @dataclass(frozen=True)

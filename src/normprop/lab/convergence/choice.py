@@ -13,7 +13,6 @@ from normprop.lab.convergence.plan import Cell
 from normprop.lab.samples.images import Images
 from normprop.lab.training.recipe import Recipe
 
-
 # Accuracies of single short runs that are closer than this say nothing about which is better.
 _TOLD_APART = 0.005
 

@@ -6,7 +6,7 @@ import torch
 
 
 def computes_bfloat16(device: torch.device) -> bool:
-    """Whether a device has instructions for bfloat16; a processor without converts every number, and takes many times longer.
+    """Whether a device has instructions for bfloat16. A processor without converts every number, many times slower.
 
     Example:
         >>> computes_bfloat16(torch.device("cuda"))
