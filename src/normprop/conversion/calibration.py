@@ -20,7 +20,7 @@ from normprop.errors import NormPropError, NotFiniteError
 from normprop.graph.example_inputs import Inputs, batch_inputs
 from normprop.precision import full_precision
 from normprop.sites.directions import principal_directions
-from normprop.sites.site import Site, site_operands, site_statistics
+from normprop.sites.site import Site, SiteArguments, site_operands, site_statistics
 
 Statistics = tuple[Tensor, Tensor]
 # Samples that directions are measured on at least.
@@ -226,8 +226,8 @@ class _Calibration:
         site: Any = self.model.get_submodule(entry.site)
         run: Callable[[Tensor, int], Tensor] = lambda filters, batch: _output(layer, filters, inputs[batch])
         few = inputs if self.patches is None else [_first_samples(args, self.patches) for args in inputs]
-        self._set_directions(entry, site, lambda filters, batch: _output(layer, filters, few[batch]))
         call = self.lane.arguments(self.model, entry)
+        self._set_directions(entry, site, call, lambda filters, batch: _output(layer, filters, few[batch]))
         filters, mean, var = site_statistics(call)
         assert filters is not None
         kind = next(layer.parameters()).dtype
@@ -251,9 +251,9 @@ class _Calibration:
         set_constants(site, entry.call, target, mean, var)
         self.done.add(entry.key)
 
-    def _set_directions(self, entry: Entry, site: Site, run: Callable[[Tensor, int], Tensor]) -> None:
+    def _set_directions(self, entry: Entry, site: Site, call: SiteArguments, run: Callable[[Tensor, int], Tensor]) -> None:
         """Measure those of the input of the layer before a site."""
-        form, given = site_operands(self.lane.arguments(self.model, entry))
+        form, given = site_operands(call)
         found = None
         layers = {other.layer for other in self.lane.all_entries() if other.site == entry.site}
         if given.weight is not None and not form.transposed and self.directions and len(layers) == 1:

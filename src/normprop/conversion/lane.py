@@ -11,27 +11,22 @@ import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
-from normprop.conversion.entry import Entry, Key
-from normprop.conversion.lane_errors import ambiguous, refuse_sample_gradients, refuse_shards, unrecorded_call
+from normprop.conversion.entry import Entry
+from normprop.conversion.lane_errors import ambiguous, refuse_sample_gradients, unrecorded_call
+from normprop.conversion.lane_programs import LanePrograms
 from normprop.conversion.placement import is_attached, is_plain
-from normprop.conversion.program import Program, written
-from normprop.conversion.program_calls import raw, site_at
+from normprop.conversion.program_calls import raw
 from normprop.conversion.run import Handed, Run
 from normprop.errors import NormPropError
 from normprop.graph.example_inputs import Inputs
-from normprop.graph.node import Node
-from normprop.graph.recorder import unrecorded
 from normprop.native.library import library
-from normprop.native.operands import is_native, is_native_whole
-from normprop.sites.reference import Scale
-from normprop.sites.site import Site, site_parts
-from normprop.traced_constant import traced_constant
+from normprop.sites.site import Site
 
 # In place of a thread's number. There from the start: a graph that made it would be traced again once it is there.
 _TRACED = 0
 
 
-class Lane:
+class Lane(LanePrograms):
     """What a converted network computes on its parameters before the data comes by; `print` shows it.
 
     One forward of the network evaluates it once. A part called by itself evaluates what each of its layers needs.
@@ -44,9 +39,7 @@ class Lane:
         method: "exact" or "paper".
 
     Attributes:
-        by_site: the entries of every site, by its calls.
         filters: weights that nothing but sites reads, as `normprop.optim` takes them.
-        standards: of the paper's form, for each mode and layer, what the input of each call is standardised by.
         initial: γ and β that a fresh network started with, by site; of a trained one nothing.
         observer: what calibration puts between layers and sites while it runs.
         shared: scales that micro-batches share, see `accumulate`.
@@ -60,21 +53,15 @@ class Lane:
         example: Inputs,
         method: str,
     ) -> None:
-        self.root = root
-        self.entries = {mode: list(of) for mode, of in entries.items()}
+        super().__init__(root, entries)
         self.layers = {mode: dict(of) for mode, of in layers.items()}
-        self.by_site: dict[str, dict[int, Entry]] = {}
-        for entry in self.all_entries():
-            self.by_site.setdefault(entry.site, {})[entry.call] = entry
         self.example = example
         self.method = method
         self.filters: list[dict[str, Any]] = []
-        self.standards: dict[bool, dict[str, list[Node | None]]] = {False: {}, True: {}}
         self.initial: dict[str, tuple[float, float]] = {}
         self.observer: Any = None
         self.shared: Any = None
         self.runs = {_TRACED: Run()}
-        self.programs: dict[Any, Program] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         """All but what belongs to the process."""
@@ -105,63 +92,6 @@ class Lane:
     def code(self) -> str:
         """What is computed, as Python; compiled segments compute the same."""
         return self.program(self.entries[self.root.training]).code
-
-    def all_entries(self) -> list[Entry]:
-        """The entries of both modes, each once."""
-        return list({entry.key: entry for mode in (False, True) for entry in self.entries[mode]}.values())
-
-    def program(self, entries: Sequence[Entry]) -> Program:
-        """The program for some entries, written when it is first asked for."""
-        return self._written(tuple(entry.key for entry in entries), [entry.scale for entry in entries])
-
-    def prepare(self) -> None:
-        """Write the programs that forwards need: when torch.compile traces the first of them it is too late."""
-        for mode, entries in self.entries.items():
-            self.program([entry for entry in entries if is_attached(self.root, entry)])
-            for entry in entries:
-                if entry.moments is not None and not is_attached(self.root, entry):
-                    self._written(("moments", entry.key), [entry.moments])
-            for path, calls in self.standards[mode].items():
-                for call, node in enumerate(calls):
-                    if node is not None:
-                        self._written(("standard", path, call, mode), [node])
-
-    def _written(self, key: Any, nodes: Sequence[Node]) -> Program:
-        if key not in self.programs:
-            self.programs[key] = written(nodes, self.root)
-        return self.programs[key]
-
-    @unrecorded
-    def evaluate(self, root: nn.Module, entries: Sequence[Entry]) -> dict[Key, Scale]:
-        """The scales of some entries with a network's present parameters.
-
-        Raises:
-            NormPropError: parts of the network are sharded by themselves.
-        """
-        with torch.autograd.graph.saved_tensors_hooks(_same, _same) if _hooked() else _NOTHING:
-            try:
-                values = (self.compiled(root, entries) or self.program(entries)).function(root)
-            except RuntimeError:
-                refuse_shards(root)
-                raise
-        return {entry.key: value for entry, value in zip(entries, values, strict=True)}
-
-    def compiled(self, root: nn.Module, entries: Sequence[Entry]) -> Program | None:
-        """The program in compiled segments, where these can run."""
-        if torch.compiler.is_compiling():
-            runs = bool(entries) and is_native_whole(root) and _written_ahead(self, root, tuple(e.key for e in entries))
-        else:
-            runs = bool(entries) and is_native(root)
-            if runs:
-                self._write_compiled(root, entries)
-        return self.programs["compiled", *(entry.key for entry in entries)] if runs else None
-
-    def _write_compiled(self, root: nn.Module, entries: Sequence[Entry]) -> None:
-        key = "compiled", *(entry.key for entry in entries)
-        if key not in self.programs:
-            with torch.no_grad():
-                self.program(entries).function(root)  # says what was changed since the conversion
-            self.programs[key] = written([entry.scale for entry in entries], root, compiled=True)
 
     def run(self) -> Run:
         """The present thread's."""
@@ -248,12 +178,6 @@ class Lane:
         mean, scale = self.standard(root, path, call, calls[call])
         return (x - mean.to(x.dtype)) * scale.to(x.dtype)
 
-    @unrecorded
-    def standard(self, root: nn.Module, path: str, call: int, node: Any) -> tuple[Tensor, Tensor]:
-        """Mean and 1/std by which an input is standardised."""
-        (moments,) = self._written(("standard", path, call, root.training), [node]).function(root)
-        return moments.mean, 1.0 / moments.std
-
     @staticmethod
     def leave(run: Run, entry: Entry, output: Tensor, rest: tuple[Tensor, Tensor] | None) -> None:
         """A layer has given its output to its site."""
@@ -295,42 +219,6 @@ class Lane:
         assert scale.factor is not None
         return self._affine(x, scale.factor, scale.offset, 1)
 
-    @unrecorded
-    def parts(self, root: nn.Module, entry: Entry, layer: nn.Module | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Filters, factor and offset of a layer apart, with the dtype of the layer's weight.
-
-        Args:
-            root: the network.
-            entry: of the layer.
-            layer: itself, where something wraps it and has its path.
-        """
-        call = self.arguments(root, entry, layer)
-        filters, factor, offset = site_parts(call)
-        assert call[0] is not None
-        assert filters is not None
-        return filters.to(call[0].dtype), factor, offset
-
-    def function(self, root: nn.Module, entry: Entry) -> tuple[Tensor, Tensor]:
-        """Factor and offset of a site, with a layer or without."""
-        if entry.layer is not None:
-            return self.parts(root, entry)[1:]
-        scale = self.evaluate(root, [entry])[entry.key]
-        assert scale.factor is not None
-        return scale.factor, scale.offset
-
-    @unrecorded
-    def arguments(
-        self, root: nn.Module, entry: Entry, layer: nn.Module | None = None
-    ) -> tuple[Tensor | None, Site, Any, Mapping[str, Any]]:
-        """What `site_scales` takes for one entry."""
-        parent, _, name = entry.site.rpartition(".")
-        site: Any = site_at(root.get_submodule(parent), name, entry.site) if name else root
-        moments = None
-        if entry.moments is not None:
-            (moments,) = self._written(("moments", entry.key), [entry.moments]).function(root)
-        weight = None if entry.layer is None else raw(layer or root.get_submodule(entry.layer), "weight")
-        return weight, site, moments, entry.options
-
     @staticmethod
     def _affine(x: Tensor, factor: Tensor, offset: Tensor, channel: int) -> Tensor:
         shape = [1] * x.dim()
@@ -371,13 +259,6 @@ class Lane:
         return entry
 
 
-@traced_constant
-def _written_ahead(lane: Lane, root: nn.Module, keys: tuple[Key, ...]) -> bool:
-    """Write the program in compiled segments that a graph is about to read; runs while the graph is traced."""
-    lane._write_compiled(root, [lane.by_site[site][call] for site, call in keys])
-    return True
-
-
 def lane(model: nn.Module) -> Lane:
     """The moment lane of a converted network: what it computes from its parameters; ``print(normprop.lane(model))``.
 
@@ -414,28 +295,6 @@ def lane_of(model: nn.Module) -> Lane | None:
 def lanes_in(model: nn.Module) -> list[Lane]:
     """The lanes of a module and of its parts."""
     return [found for module in model.modules() if (found := lane_of(module)) is not None]
-
-
-def _same(tensor: Tensor) -> Tensor:
-    return tensor
-
-
-class _Nothing:
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, *_: object) -> None:
-        return None
-
-
-_NOTHING = _Nothing()
-
-
-def _hooked() -> bool:
-    """Whether saved tensors are watched, as by a checkpoint, which must not count those of the lane."""
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-        return False
-    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
 def sites_of(lanes: Iterable[Lane]) -> list[Site]:
