@@ -82,6 +82,18 @@ def test_the_bar_counts_the_steps_of_the_whole_run() -> None:
     assert seen == [(step, 6) for step in range(1, 7)]
 
 
+@pytest.mark.parametrize("has", [True, False])
+def test_bfloat16_that_takes_longer_is_pointed_out(has: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("normprop.lab.commands.progress.computes_bfloat16", lambda device: has)
+    for dtype in ("float32", "bf16"):
+        screen = io.StringIO()
+        display = RunDisplay(Console(file=screen, width=200))
+        recipe = dataclasses.replace(TINY, dtype=dtype, epochs=1)
+        train(recipe, images=load("digits"), device="cpu", observer=Observers(display, Observer()))
+        display.close()
+        assert ("no bfloat16" in screen.getvalue()) == (dtype == "bf16" and not has)
+
+
 def test_a_folder_of_images_trains(tmp_path: Path) -> None:
     random = np.random.default_rng(0)
     for part, count in (("train", 40), ("test", 10)):

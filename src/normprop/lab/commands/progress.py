@@ -10,6 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from normprop.lab.commands.console import percent
+from normprop.lab.training.bfloat16 import computes_bfloat16
 from normprop.lab.training.history import Row
 from normprop.lab.training.observer import Observer
 from normprop.lab.training.recipe import Recipe
@@ -38,6 +39,8 @@ class RunDisplay(Observer):
             f"{train:,} training and {test:,} test samples; batch size {recipe.batch_size}, {recipe.optimizer}, rate "
             f"{recipe.lr:.3g} {recipe.schedule}{clip}, seed {recipe.seed}"
         )
+        if recipe.dtype == "bf16" and not computes_bfloat16(next(model.parameters()).device):
+            self._line("this processor has no bfloat16 and converts every number: --dtype float32 is many times faster")
         if self.console.is_terminal:
             columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
             self.bar = Progress(*columns, console=self.console, transient=True)
