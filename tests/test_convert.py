@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 import pytest
@@ -272,6 +273,53 @@ def test_the_paper_form_is_the_papers_layers() -> None:
     torch.testing.assert_close(converted(x), layers(x))
     norms = converted.get_parameter("0.weight").flatten(1).norm(dim=1)
     torch.testing.assert_close(norms, torch.ones_like(norms))
+
+
+def test_the_paper_form_of_a_network_that_activates_before_it_weighs() -> None:
+    """Its layers read constants of activations alone, which are no tensors of the network."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.BatchNorm2d(3), nn.ReLU(), nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.LeakyReLU(0.1), nn.Conv2d(8, 2, 3)
+    )
+    converted = normprop.convert(model.double(), method="paper")
+    x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    expected = x * converted.get_parameter("0.weight").reshape(-1, 1, 1)
+    for layer, norm, slope in (("2", "3", 0.0), ("5", None, 0.1)):
+        mean = (1 - slope) / math.sqrt(2 * math.pi)
+        std = math.sqrt(((1 + slope**2) - (1 - slope) ** 2 / math.pi) / 2)  # remark 2
+        weight, bias = (converted.get_parameter(f"{layer}.{name}") for name in ("weight", "bias"))
+        expected = F.conv2d((F.leaky_relu(expected, slope) - mean) / std, weight)
+        if norm is None:
+            expected = expected + bias.reshape(-1, 1, 1)
+        else:
+            expected = expected * converted.get_parameter(f"{norm}.weight").reshape(-1, 1, 1)
+    torch.testing.assert_close(converted(x), expected)
+    converted(x).square().sum().backward()
+
+
+class WithState(nn.Module):
+    """A recurrence that starts from zeros, in front of which stands a layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.norm, self.state = nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 6)
+        self.end = nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.norm(self.inner(x)))
+        state = torch.zeros_like(x)
+        for _ in range(2):
+            state = torch.tanh(x + self.state(F.relu(state)))
+        return self.end(state)
+
+
+def test_the_paper_form_of_a_layer_that_reads_a_constant() -> None:
+    torch.manual_seed(0)
+    converted = normprop.convert(WithState().double(), method="paper")
+    x = torch.randn(5, 4, dtype=torch.float64)
+    converted(x).square().sum().backward()
+    assert all(bool(p.grad.isfinite().all()) for p in converted.parameters() if p.grad is not None)
+    torch.testing.assert_close(converted(x)[:1], converted(x[:1]))
 
 
 def test_a_filter_of_zeros_is_not_nan() -> None:

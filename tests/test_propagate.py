@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import normprop
@@ -69,6 +70,39 @@ def test_sensitivity_is_what_a_small_change_does() -> None:
     change = 1e-5 * torch.randn_like(x)
     ratio = float((model(x + change) - model(x)).detach().var() / change.var() / model(x).detach().var())
     assert normprop.propagate(model)[-1].sensitivity == pytest.approx(ratio, rel=0.15)
+
+
+class Places(nn.Module):
+    """Places differ until a normaliser gives all of them one variance; then they are averaged."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.conv, self.norm, self.end = nn.Conv2d(200, 64, 1), norm, nn.Linear(64, 50)
+        self.place = nn.Parameter(torch.randn(1, 64, 3, 3) * 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(F.gelu(self.conv(x) + self.place))
+        return self.end(F.adaptive_avg_pool2d(x, 1).flatten(1))
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d(64), nn.GroupNorm(4, 64)], ids=lambda m: type(m).__name__)
+def test_what_a_change_does_where_places_differ(norm: nn.Module) -> None:
+    torch.manual_seed(0)
+    model = Places(norm).double()
+    x = torch.randn(2000, 200, 3, 3, dtype=torch.float64)
+    if isinstance(norm, nn.BatchNorm2d):
+        norm.momentum = 1.0
+    model(x)
+    rows = {row.name: row for row in normprop.propagate(model.eval())}
+    assert all(row.predicted.mean.shape == row.predicted.var.shape for row in rows.values())
+    change = 1e-5 * torch.randn_like(x)
+    before: list[Tensor] = []
+    norm.register_forward_hook(lambda *given: before.append(given[2].detach()))
+    model(x), model(x + change)
+    row = next(row for name, row in rows.items() if "norm" in name)
+    together = [d for d, size in enumerate(row.predicted.var.shape) if size == 1]
+    ratio = float((before[1] - before[0]).var() / change.var() / before[0].var(together).mean())
+    assert row.sensitivity == pytest.approx(ratio, rel=0.15)
 
 
 def test_dropout_counts_in_training_only() -> None:

@@ -16,7 +16,7 @@ from normprop.conversion.program_calls import raw, site_at
 from normprop.graph.node import Node
 from normprop.graph.recorder import unrecorded
 from normprop.native.operands import is_native, is_native_whole
-from normprop.sites.reference import Scale
+from normprop.sites.reference import Scale, inverse_root
 from normprop.sites.site import Site, site_parts
 from normprop.traced_constant import traced_constant
 
@@ -102,9 +102,9 @@ class LanePrograms:
 
     @unrecorded
     def standard(self, root: nn.Module, path: str, call: int, node: Any) -> tuple[Tensor, Tensor]:
-        """Mean and 1/std by which an input is standardised."""
+        """Mean and 1/std by which an input is standardised; of a constant, the state a recurrence starts from, 1."""
         (moments,) = self._written(("standard", path, call, root.training), [node]).function(root)
-        return moments.mean, 1.0 / moments.std
+        return moments.mean, inverse_root(torch.ones_like(moments.var), moments.var)
 
     @unrecorded
     def parts(self, root: nn.Module, entry: Entry, layer: nn.Module | None = None) -> tuple[Tensor, Tensor, Tensor]:

@@ -35,6 +35,10 @@ class SegmentGroup:
         """The nodes that the one call reads."""
         return [node for some in self.arguments for node in some]
 
+    def has_tensors(self) -> bool:
+        """Whether any of those holds numbers: a constant through activations has neither dtype nor gradient."""
+        return bool(self.segment.weights or self.segment.channels or self.segment.given or self.segment.maps)
+
     def call(self) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
         """The one call: it returns an entry per node."""
         calls = tuple((s.site, s.weight, s.call) for s in self.segment.scalings)

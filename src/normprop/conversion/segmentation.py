@@ -52,7 +52,7 @@ def segment_groups(
         if flow:
             groups.append(laid(flow))
         groups += map(laid, chunks)
-    return [group for group in groups if group.reads()], level  # nothing but a standardised input is left to torch
+    return [group for group in groups if group.has_tensors()], level  # constants alone are left to torch
 
 
 def _chunks(scalings: Sequence[Node], root: nn.Module, limit: int) -> Iterator[list[Node]]:

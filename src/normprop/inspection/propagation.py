@@ -104,7 +104,7 @@ def rows_of(walk: Walk, inputs: list[Moments]) -> list[Row]:
             call = walk.call(node, moments.__getitem__, value, module)
             moments[node] = call[0](*call[1], **call[2])
             slope = squared_slope(call)
-            change[node] = _change(walk, node, call, moments, change, value, module, slope)
+            change[node] = _gathered(_change(walk, node, call, moments, change, value, module, slope), moments[node])
         if isinstance(moments[node], Moments):
             if slope is not None:
                 slope = slope * moments[walk.data_arguments(node)[0]].var.mean() / moments[node].var.mean()
@@ -133,8 +133,11 @@ def _change(
     if slope is not None:
         return slope * change[sources[0]]
     if call[0] in _NORMALISERS:
-        before, after = moments[sources[0]].var, moments[node].var
-        return change[sources[0]] * (after.mean() / before.mean().clamp(min=torch.finfo(before.dtype).tiny))
+        before, after = moments[sources[0]], moments[node]
+        if together := _together(before.var, after):
+            before = before.pooled(together)  # what it divides by
+        varies = before.var > 0
+        return change[sources[0]] * torch.where(varies, after.var / torch.where(varies, before.var, 1.0), 0.0)
     function, args, kwargs = call
     function = function.layer if isinstance(function, Claim) else function
     step = min((_step(moments[source], change[source]) for source in sources), default=math.inf)
@@ -160,6 +163,26 @@ def _larger(moments: Any, change: Any, step: float) -> Any:
     if isinstance(moments, Moments):
         return Moments(moments.mean, moments.var + step * change)
     return type(moments)(_larger(m, c, step) for m, c in zip(moments, change, strict=True))
+
+
+def _gathered(change: Any, moments: Any) -> Any:
+    """A change where the moments are: its mean over the dimensions along which they don't vary.
+
+    Behind a normaliser, say, positions share one variance, though a change that arrives there differs from one to the next.
+    """
+    if change is None:
+        return None
+    if isinstance(moments, Moments):
+        together = _together(change, moments)
+        shape = torch.broadcast_shapes(moments.mean.shape, moments.var.shape)
+        return (change.mean(together, keepdim=True) if together else change).expand(shape)
+    return type(moments)(_gathered(c, m) for c, m in zip(change, moments, strict=True))
+
+
+def _together(tensor: Tensor, moments: Moments) -> list[int]:
+    """Dimensions along which a tensor varies and moments don't."""
+    shape = torch.broadcast_shapes(moments.mean.shape, moments.var.shape)
+    return [d for d in range(len(shape)) if shape[d] == 1 and tensor.shape[d] != 1]
 
 
 def _difference(after: Any, before: Any, step: float) -> Any:
