@@ -30,6 +30,7 @@ from torch import Tensor, nn
 import normprop
 from normprop import Moments
 from normprop.inspection.rewalk import walk_of
+from normprop.rules.attention import Shares
 
 RESULTS = Path(__file__).resolve().parent / "results" / "moment_evidence.json"
 KINDS = {
@@ -181,7 +182,7 @@ def compare(model: nn.Module, x: Tensor) -> Iterator[tuple[str, float, float]]:
         if any(m is None for m in given):
             continue
         module = walk.module(node) if node.op == "module" else None
-        function, args, kwargs = walk.call(node, lambda n: _double(rows[n.name].measured), walk.known, module)
+        function, args, kwargs = walk.call(node, lambda n: _given(rows[n.name]), walk.known, module)
         found = function(*args, **kwargs)
         found, measured = found[0] if isinstance(found, tuple) else found, _double(row.measured)
         if found.mean.shape != measured.mean.shape:
@@ -189,6 +190,12 @@ def compare(model: nn.Module, x: Tensor) -> Iterator[tuple[str, float, float]]:
         spread = measured.var.mean().sqrt()
         shift = (found.mean - measured.mean).square().mean().sqrt() / spread
         yield kind, float(spread / found.var.mean().sqrt()), float(shift)
+
+
+def _given(row: Any) -> Moments:
+    """Measured moments, of the kind that the rule before gives."""
+    x = _double(row.measured)
+    return Shares(x.mean, x.var) if row.operation.split(".")[-1] in KINDS["softmax"] else x
 
 
 def _double(x: Any) -> Moments:

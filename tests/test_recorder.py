@@ -209,7 +209,77 @@ def test_statements_in_place_are_seen() -> None:
     assert relu.inputs[0].inputs[0].target == "mul_"
 
 
-@pytest.mark.parametrize("f", [of_a_part])
+def of_a_narrow_part(h: Tensor, _: Tensor) -> Tensor:
+    h.narrow(1, 0, 2).mul_(10.0)
+    return torch.relu(h)
+
+
+def test_changes_of_a_part_are_changes_of_the_whole() -> None:
+    (change,) = (row for row in normprop.propagate(moments_of(of_a_part)[0].model) if row.operation == "operator.setitem")
+    assert change.predicted.var.flatten()[:2].mean() > 20 * change.predicted.var.flatten()[2:].mean()
+
+
+class Filled(nn.Module):
+    """A tensor of the network's own making, which is filled with what depends on data."""
+
+    def __init__(self, fill: Any) -> None:
+        super().__init__()
+        self.layer, self.norm, self.end, self.fill = nn.Linear(4, 4), nn.BatchNorm1d(6), nn.Linear(6, 2), fill
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.end(self.norm(self.fill(torch.relu(self.layer(x)), torch.zeros(len(x), 6, dtype=x.dtype))))
+
+
+def by_slices(x: Tensor, out: Tensor) -> Tensor:
+    out[:, :4] = x
+    out[:, 4] = x[:, 0] * 2
+    out[:, 5:] = 0.3
+    return out
+
+
+def by_copies(x: Tensor, out: Tensor) -> Tensor:
+    out[:, 1:5].copy_(x)
+    return out
+
+
+def by_a_view_of_a_view(x: Tensor, out: Tensor) -> Tensor:
+    inner = out[:, 1:]
+    inner[:, :4] += x
+    return out * 2
+
+
+def by_a_sum(x: Tensor, out: Tensor) -> Tensor:
+    same = out.view(-1, 6)
+    same += torch.cat([x, x[:, :2]], 1)
+    return out
+
+
+def with_a_look(x: Tensor, out: Tensor) -> Tensor:
+    out[:, :4] = x
+    return out if float(out.sum()) > 0 else out - 1
+
+
+@pytest.mark.parametrize("fill", [by_slices, by_copies, by_a_view_of_a_view, by_a_sum, with_a_look])
+def test_what_depends_on_data_may_be_written_to_what_does_not(fill: Any) -> None:
+    """On the meta device, that has its numbers elsewhere, too."""
+    torch.manual_seed(0)
+    model, x = Filled(fill).double().eval(), torch.randn(20_000, 4, dtype=torch.float64)
+    model.norm.running_mean.normal_()
+    model.norm.running_var.uniform_(0.5, 2)
+    converted = normprop.convert(model, example=x[:3])
+    torch.testing.assert_close(converted(x[:5]), model(x[:5]))
+    torch.testing.assert_close(converted(x[:1]), converted(x[:5])[:1])
+    taken: list[Tensor] = []
+    model.norm.register_forward_pre_hook(lambda _, args: taken.append(args[0].detach()))
+    model(x)
+    rows = list(normprop.propagate(model, example=x[:3]))
+    source = next(i for i, row in enumerate(rows) if row.operation == "BatchNorm1d") - 1
+    predicted, z = rows[source].predicted.channels(), taken[0]
+    assert float((z.mean(0) - predicted.mean).abs().max()) < 0.03
+    assert float((z.var(0) - predicted.var).abs().max()) < 0.05
+
+
+@pytest.mark.parametrize("f", [of_a_narrow_part])
 def test_changes_through_part_of_a_tensor_are_refused_by_name(f: Any) -> None:
     with pytest.raises(UnsupportedOpError, match=r"(?s)in-place change.*test_recorder\.py"):
         normprop.propagate(moments_of(f)[0].model)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from normprop import Moments
+from normprop.rules.pooling import GLOBAL_CORRELATION
 from tests.rules.case import Case
 
 torch.manual_seed(0)
@@ -18,6 +19,8 @@ _N = torch.randn(5, 2, dtype=torch.float64)
 _STANDARD = Moments(torch.zeros(16, dtype=torch.float64), torch.ones(16, dtype=torch.float64))
 _QUIET = Moments(torch.zeros(16, dtype=torch.float64), torch.full((16,), 0.3, dtype=torch.float64))
 _TOKENS = {"exact": False, "channel": -1, "samples": 2000, "moments": _STANDARD}
+_ALIKE = _TOKENS | {"correlation": GLOBAL_CORRELATION}  # tokens among each other
+_ALIKE_CHANNELS = {**_ALIKE, "moments": None}
 _PRODUCTS = {
     "matmul": torch.matmul, "operator": operator.matmul, "bmm": torch.bmm,
     "method": lambda x, y: x.matmul(y), "bmm method": lambda x, y: x.bmm(y),
@@ -46,8 +49,10 @@ CASES = {
     "baddbmm method": Case(lambda x, y, z: x.baddbmm(y, z), [(2, 4), (2, 3), (3, 4)], channel=2),
     "einsum": Case(lambda x, y: torch.einsum("bic,bjc->bij", x, y), [(2, 3), (4, 3)], channel=-1),
     "einsum by a constant": Case(lambda x: torch.einsum("...c,cd->...d", x, _M), [(2, 3)], channel=-1),
-    "scaled_dot_product_attention": Case(F.scaled_dot_product_attention, [(2, 12, 16)] * 3, tolerance=0.2, **_TOKENS),
-    "MultiheadAttention": Case(SelfAttention(), [(12, 16)], tolerance=0.3, **_TOKENS),
+    "scaled_dot_product_attention": Case(F.scaled_dot_product_attention, [(2, 12, 16)] * 3, tolerance=0.2, **_ALIKE),
+    "MultiheadAttention": Case(SelfAttention(), [(12, 16)], tolerance=0.3, **_ALIKE),
+    "averages": Case(lambda x, y: F.softmax(0.7 * x, -1) @ y, [(5, 12), (12, 4)], tolerance=0.2, **_ALIKE_CHANNELS),
+    "averages of many": Case(lambda x, y: (x.softmax(-1)).bmm(y), [(2, 64), (64, 3)], tolerance=0.2, **_ALIKE_CHANNELS),
     "softmax": Case(lambda x: F.softmax(0.5 * x, dim=-1), [(8, 16)], tolerance=0.25, **_TOKENS),
     "torch.softmax": Case(lambda x: torch.softmax(0.5 * x, -1), [(8, 16)], tolerance=0.25, **_TOKENS),
     "softmax method": Case(lambda x: (0.5 * x).softmax(-1), [(8, 16)], tolerance=0.25, **_TOKENS),

@@ -62,7 +62,7 @@ class Case:
         for moments, shape in zip(self.inputs(), self.shapes, strict=True):
             z = draw(samples, *shape)
             if self.correlation:
-                shared = [samples, *(s if d + 1 == self.channel else 1 for d, s in enumerate(shape))]
+                shared = [samples, *(s if d + 1 == self.channel % z.dim() else 1 for d, s in enumerate(shape))]
                 z = self.correlation**0.5 * draw(*shared) + (1 - self.correlation) ** 0.5 * z
             found.append(moments.mean + moments.std * z)
         return found

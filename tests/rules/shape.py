@@ -2,16 +2,55 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from tests.rules.case import Case
 
 _I = [(4, 4, 4)]
 _ONE = {"samples": 4000}
+
+
+def _into(index: Any, *, start: Callable[[Tensor], Tensor] = torch.clone, value: Any = None) -> Callable[[Tensor], Tensor]:
+    """Writes the tanh of what an index picks, or a value, to that place of a tensor."""
+
+    def write(x: Tensor) -> Tensor:
+        y = start(x)
+        y[index] = torch.tanh(x[index]) if value is None else value
+        return y
+
+    return write
+
+
+def _through_a_view(x: Tensor) -> Tensor:
+    y = x.clone()
+    part, before = y[:, 1:3], y[:, 0]
+    part.mul_(2.0)
+    y[:, 0] += 0.5
+    return torch.cat([y, before[:, None]], 1)
+
+
+def _transformer(x: Tensor, angle: Tensor) -> Tensor:
+    """A grid from a tensor that is filled piece by piece."""
+    theta = torch.zeros(len(x), 2, 3, dtype=x.dtype)
+    theta[:, :, :2] = 0.5 * torch.eye(2, dtype=x.dtype)
+    theta[:, :, -1] = angle
+    return F.affine_grid(theta, [len(x), 3, 4, 5], align_corners=False)
+
+
+_WRITES: dict[str, Callable[[Tensor], Tensor]] = {
+    "write channels": _into((slice(None), slice(1, 3))), "write an entry": _into((slice(None), 2)),
+    "write positions": _into((..., slice(None, None, 2))), "write some positions": _into((slice(None), 1, ..., 0)),
+    "write numbered": _into((slice(None), torch.tensor([3, 1]))), "write a number": _into((..., 0), value=0.7),
+    "write a constant": _into((slice(None), slice(2)), value=torch.tensor([[[0.5]], [[-1.0]]], dtype=torch.float64)),
+    "write to zeros": _into((slice(None), slice(3)), start=torch.zeros_like),
+    "write to a constant": _into((slice(None), slice(3)), start=lambda x: torch.full(x.shape, 0.4, dtype=x.dtype)),
+    "write through a view": _through_a_view,
+}  # fmt: skip
 _PADS: dict[str, Any] = {
     f"{kind}Pad{n}d": (getattr(nn, f"{kind}Pad{n}d")(1), n) for kind in ("Reflection", "Replication", "Circular")
     for n in (1, 2, 3)
@@ -72,7 +111,8 @@ _MOVES = {
 }  # fmt: skip
 
 CASES = {
-    **{name: Case(f, _I, **_ONE) for name, f in _MOVES.items()},
+    **{name: Case(f, _I, **_ONE) for name, f in (_MOVES | _WRITES).items()},
+    "affine_grid": Case(_transformer, [(3, 4, 5), (2,)], **_ONE),
     **{name: Case(pad, [(3, *(4,) * n)], **_ONE) for name, (pad, n) in _PADS.items()},
     **{name: Case(lambda x, name=name: getattr(x, name)(), _I, **_ONE) for name in _SAME},
     "t": Case(lambda x: x.t().t(), [(3,)]),

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 Op = Literal["input", "tensor", "constant", "module", "call", "unseen"]
 
@@ -126,6 +127,13 @@ def run(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if isinstance(target, str):
         return getattr(args[0], target)(*args[1:], **kwargs)
     return target(*args, **kwargs)
+
+
+def written(x: Tensor, index: Any, y: Any) -> Tensor:
+    """A copy of a tensor with a part of it written over."""
+    copy = x.clone()
+    copy[index] = y
+    return copy
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import CheckpointFunction
 
-from normprop.graph.node import HERE, Node, nodes_in
+from normprop.graph.node import HERE, Node, nodes_in, written
 from normprop.rules.table import RuleTable, describe
 
 Leaf = str | type[nn.Module] | nn.Module
@@ -58,6 +58,7 @@ _RANDOM_IN_PLACE = frozenset("bernoulli_ normal_ uniform_ random_ exponential_ g
 _RANDOM_OVER = _RANDOM_LIKE | _RANDOM_IN_PLACE
 # These give a tensor the size or kind of another, of which they read nothing else.
 _ALIKE = {"expand_as": "expand", "view_as": "reshape", "reshape_as": "reshape", "type_as": "to", "to": "to"}
+_WRITES = (operator.setitem, "in-place change of a view")
 _MEMORY = ("new_empty", "empty_like", torch.empty_like, torch.empty)  # of no values
 
 
@@ -127,6 +128,8 @@ class Recorder(TorchFunctionMode):
         for tensor in self.kept.values():
             self.own.setdefault(_storage(tensor), []).append(tensor)
         self.twins: dict[int, tuple[Tensor, Tensor]] = {}
+        self.overwritten: set[int] = set()  # real tensors whose twins were written to: their own values are old
+        self.parts: dict[int, tuple[Tensor, Any]] = {}  # what indexing gave: of which tensor, and where
         self.scopes = [""]
         self.within = 0
         self.gradients = True
@@ -270,34 +273,46 @@ class Recorder(TorchFunctionMode):
             return func(*self._alike(args), **self._alike(kwargs))
         given = _tensors((args, kwargs))
         self.pending = func, tuple(self.known[id(t)][1] for t in given if id(t) in self.known)
-        versions = [t._version for t in given]
-        result = func(*self._alike(args), **self._alike(kwargs))
-        changed = [t for t, version in zip(given, versions, strict=True) if t._version != version]
+        alike, named = self._alike(args), self._alike(kwargs)
+        run = _tensors((alike, named))
+        versions = [t._version for t in run]
+        result = func(*alike, **named)
+        changed = [(t, r) for t, r, version in zip(given, run, versions, strict=True) if r._version != version]
         if not changed and not _tensors(result):
             return result
         target, args = _key(func, args, self.table)
         kwargs = {_NUMPY_NAMES.get(name, name): value for name, value in kwargs.items()}
         if target == "" or (target is getattr and args[1] in ("grad", "shape")):
             return result
-        rest = [t for t in changed if not any(t is r for r in _tensors(result))]
-        if rest and result is None and rest[0] is (args[0] if args else None):
-            self.note("call", target, args, kwargs, rest[0])
-            return result
-        self.note("call", target, args, kwargs, result)
-        for tensor in rest:  # changed, and not what was returned
-            self._bind(
-                tensor, self._add("call", f"in-place change by {describe(target)}", (self._node_of(tensor),), {}, tensor)
-            )
-        for tensor in changed:
-            self._spread(tensor)
+        written = bool(changed) and result is None and changed[0][0] is (args[0] if args else None)
+        self.note("call", target, args, kwargs, changed[0][0] if written else result)
+        if target is operator.getitem and isinstance(result, Tensor) and _storage(result) == _storage(given[0]):
+            self.parts[id(result)] = given[0], args[1]
+        returned = {id(t) for t in _tensors(result)}
+        noted = {_storage(t) for t in ([changed[0][0]] if written else _tensors(result))}
+        for tensor, twin in changed[written:]:
+            if id(twin) in returned and twin is not tensor:  # what was returned stands for it
+                self._bind(tensor, self.known[id(twin)][1])
+            elif id(tensor) not in returned and _storage(tensor) not in noted:
+                self._bind(tensor, self._changed(target, tensor))
+        for tensor, twin in changed:
+            if twin is not tensor:
+                self.overwritten.add(id(tensor))
+            if id(tensor) in returned or tensor is changed[0][0] or _storage(tensor) not in noted:
+                self._spread(tensor)
         return result
+
+    def _changed(self, target: Any, tensor: Tensor) -> Node:
+        """What an operation made of a tensor that it changed and did not return."""
+        return self._add("call", f"in-place change by {describe(target)}", (self._node_of(tensor),), {}, tensor)
 
     def _alike(self, value: Any) -> Any:
         """Arguments for a run on the meta device: what is real among tensors that aren't becomes a meta tensor."""
         if not self.meta:
             return value
         tensors = _tensors(value)
-        if not any(t.is_meta for t in tensors) or all(t.is_meta for t in tensors):
+        valueless = any(t.is_meta or id(t) in self.overwritten for t in tensors)
+        if not valueless or all(t.is_meta for t in tensors):
             return value
         return pytree.tree_map_only(Tensor, lambda t: t if t.is_meta else self._twin(t), value)
 
@@ -338,6 +353,8 @@ class Recorder(TorchFunctionMode):
                     self._bind_all(entry, self._add("call", operator.getitem, (node, key), {}, entry))
 
     def _add(self, op: Any, target: Any, args: Any, kwargs: Any, value: Any) -> Node:
+        if target is operator.setitem and not any(n.data for n in nodes_in(args)):
+            target = written
         node = Node(op, target, args, kwargs, _sizes(value), scope=self.scopes[-1], source=_source())
         node.detached = self.gradients and not torch.is_grad_enabled()
         name = target if isinstance(target, str) else getattr(target, "__name__", "call")
@@ -363,17 +380,34 @@ class Recorder(TorchFunctionMode):
         self.known[id(tensor)] = tensor, node
 
     def _spread(self, changed: Tensor) -> None:
-        """Other tensors that share memory with one that was changed are changed with it."""
-        source = self.known[id(changed)][1]
+        """Other tensors that share memory with one that was changed are changed with it: first those it is a part of."""
+        done, top = {id(changed)}, changed
+        while id(top) in self.parts:
+            whole, index = self.parts[id(top)]
+            before, source = self.known[id(whole)][1], self.known[id(top)][1]
+            target, args = operator.setitem, (before, self._nodes_for(index), source)
+            if _whole(whole, top):
+                target, args = "reshape", (source, tuple(whole.shape))
+            self.known[id(whole)] = whole, self._add("call", target, args, {}, whole)
+            done.add(id(whole))
+            top = whole
         for other in self.aliases.get(_storage(changed), []):
-            if other is changed:
-                continue
-            before = self.known[id(other)][1]
-            if _whole(other, changed):
-                node = self._add("call", "reshape", (source, tuple(other.shape)), {}, other)
-            else:
-                node = self._add("call", "in-place change of a view", (before, source), {}, other)
-            self.known[id(other)] = other, node
+            if id(other) not in done:
+                self.known[id(other)] = other, self._reread(other, changed, top, done)
+                done.add(id(other))
+        if id(changed) in self.overwritten:
+            self.overwritten |= done
+
+    def _reread(self, other: Tensor, changed: Tensor, top: Tensor, done: set[int]) -> Node:
+        """What a tensor holds after one that it shares memory with was changed, and the whole of that."""
+        for tensor in (top, changed):
+            if _whole(other, tensor):
+                return self._add("call", "reshape", (self.known[id(tensor)][1], tuple(other.shape)), {}, other)
+        if id(other) in self.parts and id(self.parts[id(other)][0]) in done:
+            whole, index = self.parts[id(other)]
+            return self._add("call", operator.getitem, (self.known[id(whole)][1], self._nodes_for(index)), {}, other)
+        nodes = self.known[id(other)][1], self.known[id(changed)][1]
+        return self._add("call", "in-place change of a view", nodes, {}, other)
 
     def _nodes_for(self, value: Any) -> Any:
         if isinstance(value, Tensor):
@@ -542,10 +576,10 @@ def _whole(other: Tensor, changed: Tensor) -> bool:
 
 
 def _unused(record: Record) -> Iterator[Node]:
-    """Entries of several results, and memory, that nothing reads, and that aren't returned."""
+    """Entries of several results, memory, and what was written, that nothing reads, and that aren't returned."""
     kept = {id(node) for node in _output_nodes(record.output)}
     for node in reversed(record.nodes):
-        if node.target in _MEMORY and not node.users and id(node) not in kept:
+        if node.target in (*_MEMORY, *_WRITES) and not node.users and id(node) not in kept:
             for source in node.inputs:
                 source.users.pop(node, None)
             yield node

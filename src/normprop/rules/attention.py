@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,20 +15,47 @@ from normprop.channel_moments import Moments
 from normprop.errors import NormPropError
 from normprop.rules.arithmetic import add
 from normprop.rules.linear import functional_linear
+from normprop.rules.pooling import GLOBAL_CORRELATION
 from normprop.rules.table import rule, unsupported
 
 Shape = Sequence[int]
 Shapes = Sequence[Shape]
 
+_TOKENS = "tokens are taken to correlate by a fixed amount, and attention weights to be independent of the values"
+
+
+class Shares(Moments):
+    """Moments of positive numbers whose sum over the last dimension is 1, until something moves them."""
+
+    def moved(self, move: Callable[[Tensor], Tensor]) -> Moments:  # type: ignore[override]  # no shares any more
+        """The same moments in other places."""
+        return Moments(self.mean, self.var).moved(move)
+
+
+def _averages(x: Shares, y: Moments) -> Moments:
+    """``Σ_k p_k y_k`` with Σp = 1: ``Var = Σ E p² v + Σ Var p (m − m̄)² + ρ Σ_{k≠l} E p_k E p_l √(v_k v_l)``.
+
+    ρ is the correlation of two tokens; what all means have in common passes unchanged (derived; docs/pooling.md).
+    """
+    apart = y.mean - y.mean.mean(-2, keepdim=True)
+    alone = x.mean.square() @ y.var
+    together = ((x.mean @ y.std).square() - alone).clamp(min=0.0)
+    return Moments(x.mean @ y.mean, x.var @ (y.var + apart.square()) + alone + GLOBAL_CORRELATION * together)
+
 
 @rule(torch.matmul, operator.matmul, torch.bmm, torch.mm, "matmul", "bmm", "mm", shaped=True, standing="approximate",
       reason="the factors of a product of two activations are taken as independent")  # fmt: skip
 def matmul(x: Moments | Tensor, y: Moments | Tensor, *, in_shapes: Shapes, out_shape: Shape) -> Moments:
-    """``z = Σ_k x_k y_k``: ``E = Σ m₁m₂``, ``Var = Σ v₁v₂ + m₁²v₂ + m₂²v₁`` (independent terms, derived)."""
+    """``z = Σ_k x_k y_k``: ``E = Σ m₁m₂``, ``Var = Σ v₁v₂ + m₁²v₂ + m₂²v₁`` (independent terms, derived).
+
+    What softmax gave averages tokens, which correlate (see `_averages`).
+    """
     if isinstance(x, Moments) and isinstance(y, Moments):
         inner = in_shapes[0][-1]
         x = x.expanded((*x.mean.shape[:-1], inner))
         y = y.expanded((*y.mean.shape[:-2], inner, y.mean.shape[-1]))
+        if isinstance(x, Shares):
+            return _averages(x, y)
         var = x.var @ y.var + x.mean.square() @ y.var + x.var @ y.mean.square()
         return Moments(x.mean @ y.mean, var)
     if isinstance(x, Moments) and isinstance(y, Tensor):
@@ -82,7 +109,7 @@ def einsum(equation: str, *operands: Any, in_shapes: Shapes, out_shape: Shape) -
 
 
 @rule(F.scaled_dot_product_attention, shaped=True, standing="approximate",
-      reason="attention weights are the softmax of independent Gaussian logits, independent of the values")  # fmt: skip
+      reason=_TOKENS)  # fmt: skip
 def attention(
     query: Moments,
     key: Moments,
@@ -96,18 +123,20 @@ def attention(
     in_shapes: Shapes,
     out_shape: Shape,
 ) -> Moments:
-    """``Σ_k p_k v_k`` with Σp = 1: the mean stays, ``Var = v · E Σp²`` where ``E Σp² ≈ min(1, exp(s²)/n)``.
+    """``Σ_k p_k v_k`` with Σp = 1: the mean stays, ``Var = v (ρ + (1−ρ) c)``, ``c = E Σp² ≈ min(1, exp((1−ρ) s²)/n)``.
 
-    s² is the variance of a logit and n the number of keys; log-normal weights (derived).
+    ρ is the correlation of two tokens, as of two positions that an average is taken of; s² is the variance of a logit, of
+    which keys share the part ρ, and n their number; log-normal weights (derived; docs/pooling.md has what was measured).
     """
     width = in_shapes[0][-1]
     factor = scale if scale is not None else 1.0 / math.sqrt(width)
     product = query.expanded((*query.mean.shape[:-1], width)).times(key.expanded((*key.mean.shape[:-1], width)).pooled([-2]))
     logits = product.var.mean(-1, keepdim=True) * (width * factor * factor)
     keys = in_shapes[1][-2]
-    concentration = (logits.clamp(max=50.0).exp() / keys).clamp(max=1.0).mean(-2, keepdim=True)
+    apart = 1.0 - GLOBAL_CORRELATION
+    concentration = ((apart * logits).clamp(max=50.0).exp() / keys).clamp(max=1.0).mean(-2, keepdim=True)
     values = value.pooled([-2])
-    return Moments(values.mean, values.var * concentration)
+    return Moments(values.mean, values.var * (GLOBAL_CORRELATION + apart * concentration))
 
 
 @rule(nn.MultiheadAttention, shaped=True, standing="approximate",
@@ -139,7 +168,8 @@ def _softmax(x: Moments, dim: int, shape: Sequence[int]) -> Moments:
     mean = (x.mean - x.mean.amax(dim, keepdim=True)).exp()
     mean = mean / (mean.mean(dim, keepdim=True) * count)
     ratio = (spread.exp() - 1.0) * mean
-    return Moments(mean, torch.minimum(ratio, 1.0 - mean) * mean)
+    kind = Shares if dim % len(shape) == len(shape) - 1 else Moments
+    return kind(mean, torch.minimum(ratio, 1.0 - mean) * mean)
 
 
 @rule(F.softmax, torch.softmax, "softmax", shaped=True, standing="approximate",

@@ -97,6 +97,45 @@ def masked_fill(x: Moments, mask: Any, value: Any) -> Moments:
     return Moments(mean, (1.0 - share) * x.second + share * float(value) ** 2 - mean.square())
 
 
+@rule(operator.setitem, shaped=True)
+def setitem(x: Moments | Tensor, index: Any, y: Any, *, in_shapes: Shapes, out_shape: Shape) -> Moments:
+    """A part is written over: its elements have the moments of what is written, the others keep theirs."""
+    entries = list(index) if isinstance(index, tuple) else [index]
+    picked = [e for e in entries if _is_choice(e)]
+    known = all((_plain(e) and e is not None) or _is_choice(e) for e in entries)
+    if not known or (picked and (len(picked) > 1 or _has_integers(entries))):
+        raise NormPropError("writing has no moment rule unless to slices, integers, …, or one vector of known integers.")
+    at = next((i for i, e in enumerate(entries) if e is Ellipsis), len(entries))
+    rank, rest = len(out_shape), [e for e in entries if e is not Ellipsis]
+    entries = [*rest[:at], *[slice(None)] * (rank - len(rest)), *rest[at:]]
+    if entries[0] != slice(None):
+        raise NormPropError("writing to some samples of a batch has no moment rule.")
+    x, y = _alike_samples(x, rank, x), _alike_samples(y, rank, x)
+    kept = [d for d in range(rank) if type(entries[d]) is not int]  # dimensions of the part
+    shape = [
+        full if e != slice(None) else x.mean.shape[d] for d, (e, full) in enumerate(zip(entries, out_shape, strict=True))
+    ]
+    for d, size in zip(reversed(kept), reversed(y.mean.shape), strict=False):
+        if size != 1 and entries[d] == slice(None):
+            shape[d] = out_shape[d]
+    places = torch.arange(math.prod(shape), device=x.mean.device).reshape(shape)
+    part = places[tuple(entries)]
+    source = places.flatten().index_copy(0, part.flatten(), torch.arange(part.numel(), device=part.device) + places.numel())
+    written = (torch.cat([a.expand(shape).flatten(), b.expand(part.shape).flatten()])[source].reshape(shape)
+               for a, b in ((x.mean, y.mean), (x.var, y.var)))  # fmt: skip
+    return Moments(*written)
+
+
+def _alike_samples(x: Any, rank: int, like: Any) -> Moments:
+    """Moments of what is written or written to, of one size; of a constant, all samples together."""
+    if isinstance(x, Moments):
+        return x.moved(lambda t: t)
+    kind = like.mean if isinstance(like, Moments) else like
+    value = torch.as_tensor(x, dtype=kind.dtype, device=kind.device)
+    found = Moments(value, torch.zeros_like(value))
+    return found.pooled([0]) if value.dim() == rank and len(value) != 1 else found
+
+
 @rule("unfold", shaped=True)
 def unfold(x: Moments, dimension: int, size: int, step: int, *, in_shapes: Shapes, out_shape: Shape) -> Moments:
     """Windows along one dimension become a last one: elements keep their moments."""

@@ -242,6 +242,20 @@ def interpolate(*args: Any, **kwargs: Any) -> Moments:
     return found if all(found.mean.shape[d] == 1 for d in dims) else found.pooled(dims)
 
 
+@rule(F.affine_grid, shaped=True, standing="approximate", reason="entries of a transform are taken as independent")
+def affine_grid(
+    theta: Moments, size: Shape, align_corners: bool | None = None, *, in_shapes: Sequence[Shape], out_shape: Shape
+) -> Moments:
+    """Places ``Σ_j θ_ij p_j`` for positions p: ``E = Σ m_ij p_j``, ``Var = Σ v_ij p_j²`` (independent entries)."""
+    dims = len(out_shape) - 2
+    corner = torch.eye(dims, dims + 1, dtype=theta.mean.dtype, device=theta.mean.device)
+    grid = F.affine_grid(corner[None], [1, *size[1:]], align_corners=bool(align_corners))
+    grid = F.pad(grid, (0, 1), value=1.0)
+    full = theta.expanded((1, dims, dims + 1))
+    turned = lambda t: t.mT.reshape(1, *(1,) * (dims - 1), dims + 1, dims)
+    return Moments(grid @ turned(full.mean), grid.square() @ turned(full.var))
+
+
 @rule(nn.UpsamplingNearest2d)
 def nearest(module: nn.UpsamplingNearest2d, x: Moments) -> Moments:
     """Repeated elements keep their moments."""
