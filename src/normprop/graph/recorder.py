@@ -385,7 +385,8 @@ class Recorder(TorchFunctionMode):
         while id(top) in self.parts:
             whole, index = self.parts[id(top)]
             before, source = self.known[id(whole)][1], self.known[id(top)][1]
-            target, args = operator.setitem, (before, self._nodes_for(index), source)
+            target: Any = operator.setitem
+            args: Any = before, self._nodes_for(index), source
             if _whole(whole, top):
                 target, args = "reshape", (source, tuple(whole.shape))
             self.known[id(whole)] = whole, self._add("call", target, args, {}, whole)

@@ -252,7 +252,7 @@ def affine_grid(
     grid = F.affine_grid(corner[None], [1, *size[1:]], align_corners=bool(align_corners))
     grid = F.pad(grid, (0, 1), value=1.0)
     full = theta.expanded((1, dims, dims + 1))
-    turned = lambda t: t.mT.reshape(1, *(1,) * (dims - 1), dims + 1, dims)
+    turned: Callable[[Tensor], Tensor] = lambda t: t.mT.reshape(1, *(1,) * (dims - 1), dims + 1, dims)
     return Moments(grid @ turned(full.mean), grid.square() @ turned(full.var))
 
 
