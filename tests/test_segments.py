@@ -202,6 +202,33 @@ def test_excitation(activation: nn.Module) -> None:
         close(gradients(found, parameters(model)), gradients(expected, parameters(model)), 1e-11)
 
 
+class Attends(nn.Module):
+    """Attention written out: what softmax gave passes through operations that segments know before it averages tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm = nn.Conv1d(3, 8, 1), nn.BatchNorm1d(8)
+        self.drop, self.second, self.last = nn.Dropout(0.1), nn.Conv1d(8, 4, 1), nn.BatchNorm1d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.norm(self.first(x)))
+        shares = self.drop((0.3 * x.transpose(1, 2) @ x).softmax(-1).contiguous())
+        return self.last(self.second((shares @ x.transpose(1, 2)).transpose(1, 2)))
+
+
+def test_moments_that_say_more_than_mean_and_variance() -> None:
+    torch.manual_seed(0)
+    model = normprop.convert(Attends().double(), example=torch.zeros(2, 3, 12, dtype=torch.float64), **FRESH)
+    for _, found, expected in both(model):
+        torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-12)
+    site = model.get_submodule("last")
+    x = torch.randn(500, 3, 1, dtype=torch.float64) * 0.4472 + torch.randn(500, 3, 12, dtype=torch.float64) * 0.8944
+    taken: list[Tensor] = []
+    site.register_forward_hook(lambda *given: taken.append(given[2].detach()))
+    model.eval()(x)  # tokens that correlate by 0.2
+    assert 0.6 < float(taken[0].std()) < 1.5
+
+
 def test_activations_that_change() -> None:
     """Other parameters, even learned ones, count as soon as they are there."""
     torch.manual_seed(1)

@@ -73,6 +73,8 @@ def kind_of(node: Node, values: dict[Node, Any]) -> Kind | None:
     sources = [n for n in node.inputs if isinstance(values.get(n), Moments)]
     if any(_vector(values[n]) is None for n in sources):
         return None
+    if isinstance(values.get(node), Moments) and type(values[node]) is not Moments:
+        return None  # of a kind that says more than mean and variance
     if target is sites.standard_normal:
         return Kind.STANDARD
     if target is site_moments:
