@@ -19,14 +19,13 @@ def chain(**options: Any) -> nn.Module:
     return nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8, **options), nn.ReLU(), nn.Conv2d(8, 4, 3), nn.BatchNorm2d(4))
 
 
-def reference(model: nn.Module, x: Tensor, *, center: bool) -> Tensor:
+def reference(model: nn.Module, x: Tensor, *, center: float) -> Tensor:
     """The chain written out: E = Σ W m, V = Σ W² v, u = γ (z − E)/√V + β, (m, v) of ReLU at N(β, γ²)."""
     conv1, bn1, _, conv2, bn2 = model
     m, v = torch.zeros(3, dtype=x.dtype), torch.ones(3, dtype=x.dtype)
     for conv, bn in ((conv1, bn1), (conv2, bn2)):
         w = conv.weight
-        if center:
-            w = torch.stack([f - f.mean() for f in w])
+        w = torch.stack([f - center * f.mean() for f in w])
         mean = torch.stack([sum((f[i] * m[i]).sum() for i in range(len(f))) for f in w])
         var = torch.stack([sum((f[i] ** 2 * v[i]).sum() for i in range(len(f))) for f in w])
         z = F.conv2d(x, w)
@@ -41,8 +40,8 @@ def reference(model: nn.Module, x: Tensor, *, center: bool) -> Tensor:
     return x
 
 
-@pytest.mark.parametrize("center", [True, False])
-def test_it_computes_what_the_method_says(center: bool) -> None:
+@pytest.mark.parametrize("center", [True, 0.75, False])
+def test_it_computes_what_the_method_says(center: float) -> None:
     torch.manual_seed(0)
     model = randomise(chain()).double()
     x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
@@ -144,6 +143,20 @@ def test_filters_with_one_input_channel_are_never_centred() -> None:
         asked = normprop.convert(model, center=True)
     centred = lambda model: {path for path, m in model.named_modules() if isinstance(m, Site) and m.center}
     assert centred(asked) == centred(normprop.convert(model)) == {"3"}
+
+
+@pytest.mark.parametrize("kind", [torch.float64, torch.float32, torch.bfloat16])
+def test_how_far_filters_are_centred_goes_with_the_state(kind: torch.dtype) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(16, 3, 8, 8, dtype=kind)
+    model = normprop.convert(chain().to(kind), center=0.3)
+    normprop.calibrate(model, x)
+    other = normprop.convert(chain().to(kind), center=False)
+    other.load_state_dict(model.state_dict())
+    assert [m.center for m in other.modules() if isinstance(m, Site)] == [77 / 256] * 2
+    torch.testing.assert_close(other(x), model(x), rtol=0, atol=0)
+    if kind == torch.float64:
+        torch.testing.assert_close(normprop.fold(model)(x), model(x), rtol=1e-10, atol=1e-10)
 
 
 def test_an_untrained_network_can_be_kept_too() -> None:
@@ -417,7 +430,13 @@ def test_layers_with_weights_from_the_input_are_refused_with_all_else() -> None:
         (chain, {"method": "other"}, "none of 'exact', 'paper'"),
         (lambda: randomise(chain()), {"center": True}, "centring changes"),
         (lambda: randomise(chain()), {"method": "paper"}, "no constants that could keep"),
+        (lambda: randomise(chain()), {"center": 0.5}, "centring changes"),
         (chain, {"method": "paper", "center": True}, "does not centre"),
+        (chain, {"method": "paper", "center": 0.5}, "does not centre"),
+        (chain, {"center": 1.5}, "a number from 0 to 1"),
+        (chain, {"center": -0.5}, "a number from 0 to 1"),
+        (chain, {"center": float("nan")}, "a number from 0 to 1"),
+        (chain, {"center": "half"}, "a number from 0 to 1"),
         (lambda: chain(track_running_stats=False), {"preserve": True}, "no running statistics"),
         (lambda: nn.Linear(3, 3), {}, "no BatchNorm"),
         (lambda: normprop.convert(chain()), {}, "converted already"),

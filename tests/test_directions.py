@@ -34,7 +34,7 @@ def operands(weight: Tensor, var: Tensor | None) -> Operands:
     return Operands(weight, None, var, ones, ones, ones, ones)
 
 
-@pytest.mark.parametrize("center", [False, True])
+@pytest.mark.parametrize("center", [0.0, 0.75, 1.0])
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize(
     "options",
@@ -45,7 +45,7 @@ def operands(weight: Tensor, var: Tensor | None) -> Operands:
     ],
     ids=str,
 )
-def test_they_are_those_of_the_unfolded_covariance(options: dict[str, Any], groups: int, center: bool) -> None:
+def test_they_are_those_of_the_unfolded_covariance(options: dict[str, Any], groups: int, center: float) -> None:
     x = torch.cat([images(40), images(40).flip(2) + 0.5 * images(40).roll(1, 1)], 1) + 0.3
     x += 0.2 * torch.randn(x.shape, dtype=DOUBLE, generator=torch.Generator().manual_seed(0))
     var = x.var((0, 2, 3)) * torch.tensor([1.0, 2.0, 0.5, 1.0, 1.0, 3.0], dtype=DOUBLE)
@@ -60,12 +60,12 @@ def test_they_are_those_of_the_unfolded_covariance(options: dict[str, Any], grou
         seen = patches(x[:, channels], 3, options)
         inverse = var[channels].repeat_interleave(9).rsqrt()
         covariance = inverse[:, None] * (seen @ seen.T / seen.shape[1]) * inverse
-        if center:
+        if center == 1:
             normal = inverse / inverse.norm()
             keep = torch.eye(len(normal), dtype=DOUBLE) - normal.outer(normal)
             covariance = keep @ covariance @ keep
         values = torch.linalg.eigvalsh(covariance)
-        others = values[center:-3].mean()
+        others = values[int(center) : -3].mean()
         for i, direction in enumerate(rows):
             length = (values[-1 - i] / others - 1).sqrt()
             assert float(direction.norm() / length) == pytest.approx(1, abs=0.1), "the mean of the others is estimated"
@@ -92,7 +92,7 @@ def test_a_shrunken_covariance_adds_its_part_of_the_variance() -> None:
 def test_filters_too_small_for_any_have_none() -> None:
     x = torch.randn(50, 3, dtype=DOUBLE)
     layer = lambda filters, _: F.linear(x[:, : filters.shape[1]], filters)
-    for inputs, center, count in ((1, False, 0), (2, True, 0), (3, True, 1), (3, False, 2)):
+    for inputs, center, count in ((1, 0.0, 0), (2, 1.0, 0), (3, 1.0, 1), (3, 0.75, 2), (3, 0.0, 2)):
         given = operands(torch.empty(5, inputs, dtype=DOUBLE), None)
         found = principal_directions(layer, 1, Form(center=center), given, 8)
         assert (0 if found is None else len(found)) == count

@@ -150,7 +150,8 @@ def test_every_change_is_seen() -> None:
         lambda m: m.other.scale.data.mul_(1.7),
         lambda m: setattr(m.slope, "negative_slope", 0.05),
         lambda m: setattr(m.first, "weight", nn.Parameter(torch.randn(6, 3, 3, 3, dtype=DOUBLE))),
-        lambda m: setattr(m.norm, "center", not m.norm.center),
+        lambda m: setattr(m.norm, "center", 0.75),
+        lambda m: setattr(m.norm, "center", 0.0),
     ]
     before = run(x)
     before.square().sum().backward()

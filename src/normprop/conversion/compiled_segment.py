@@ -43,14 +43,14 @@ def run_segment(
     """
     weights = list(map(wide, weights))
     pairs: list[Any] = [None] * len(sites)
-    centers: list[bool] = []
+    centers: list[float] = []
     constants: list[Tensor | None] = []
     for at, index, call in calls:
         weight = None if index is None else weights[index]
         gamma, beta, shift, scale, directions = site_tensors(sites[at], call, weight)
         pairs[at] = gamma, beta
         constants += shift.contiguous(), scale.contiguous(), directions
-        centers.append(weight is not None and sites[at].center)
+        centers.append(0.0 if weight is None else sites[at].center)
     pairs = [pair or site_tensors(site, 0, None)[:2] for pair, site in zip(pairs, sites, strict=True)]
     parts = Parts(
         weights,
@@ -70,7 +70,7 @@ def run_segment(
 
 def _run(
     segment: Segment,
-    centers: tuple[bool, ...],
+    centers: tuple[float, ...],
     settings: tuple[Setting, ...],
     parts: Parts,
     constants: tuple[Tensor | None, ...],

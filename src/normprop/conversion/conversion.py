@@ -44,7 +44,7 @@ def convert(
     *,
     example: Any = None,
     method: Literal["exact", "paper"] = "exact",
-    center: Literal["auto"] | bool = "auto",
+    center: Literal["auto"] | float = "auto",
     preserve: Literal["auto"] | bool = "auto",
     normalize: Literal["batchnorm", "all"] = "batchnorm",
     rules: Mapping[Key, Rule | Callable[..., Any]] | None = None,
@@ -67,8 +67,9 @@ def convert(
             default. Nothing but sizes is taken from it, and these bind nothing unless a rule says so.
         method: "exact" follows γ and β through every activation; "paper" has the constants of Arpit et al. (2016), eqs 9, 11
             and 12.
-        center: subtract each filter's mean, except for filters with one input channel, of which a centred one has no
-            response to a constant; True warns if there are any. "auto" does so where nothing is preserved.
+        center: how much of each filter's mean to subtract, True or 1 for all of it, False or 0 for nothing, rounded to a
+            256th; filters with one input channel keep theirs, as a centred one has no response to a constant, and True warns
+            if there are any. "auto" is True where nothing is preserved.
         preserve: keep the function of a trained network, from its running statistics. "auto" does if they have been
             trained. What comes out is compared with the original on random input.
         normalize: "all" also gives a site to every convolution and linear layer that has no normaliser, the output layers

@@ -49,12 +49,13 @@ def check_options(model: nn.Module, method: str, center: Any, preserve: Any, nor
         raise NormPropError("the network is converted already.")
     for name, value, allowed in (
         ("method", method, ("exact", "paper")),
-        ("center", center, ("auto", True, False)),
         ("preserve", preserve, ("auto", True, False)),
         ("normalize", normalize, ("batchnorm", "all")),
     ):
         if value not in allowed:
             raise NormPropError(f"{name}={value!r} is none of {', '.join(map(repr, allowed))}.")
+    if center != "auto" and not (isinstance(center, int | float) and 0 <= center <= 1):
+        raise NormPropError(f"center={center!r} is neither 'auto' nor True, False, or a number from 0 to 1.")
 
 
 def check_combination(method: str, center: Any, keep: bool) -> None:
@@ -63,14 +64,14 @@ def check_combination(method: str, center: Any, keep: bool) -> None:
     Raises:
         NormPropError: as it says.
     """
-    if keep and center is True:
+    if keep and center not in ("auto", 0):
         raise NormPropError("centring changes what a trained network computes.\nPass preserve=False, or center=False.")
     if method == "paper" and keep:
         raise NormPropError(
             "the paper's form has no constants that could keep a trained function.\n"
             "Pass preserve=False to start fresh, or method='exact'."
         )
-    if method == "paper" and center is True:
+    if method == "paper" and center not in ("auto", 0):
         raise NormPropError("the paper does not centre its filters.\nPass method='exact' to centre them.")
 
 

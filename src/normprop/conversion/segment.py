@@ -185,8 +185,8 @@ class Segment:
             start += count
         return Parts(*found)
 
-    def forms(self, centers: tuple[bool, ...]) -> tuple[Form, ...]:
-        """Of each scaling, with filters centred or not as the network has them now."""
+    def forms(self, centers: tuple[float, ...]) -> tuple[Form, ...]:
+        """Of each scaling, with filters centred as far as the network has them now."""
         found = self._forms.get(centers)
         if found is None:
             forms = (s.form._replace(center=center) for s, center in zip(self.scalings, centers, strict=True))
@@ -194,7 +194,7 @@ class Segment:
         return found
 
     @functools.cached_property
-    def _forms(self) -> dict[tuple[bool, ...], tuple[Form, ...]]:
+    def _forms(self) -> dict[tuple[float, ...], tuple[Form, ...]]:
         return {}
 
     def fits(self, settings: Sequence[Setting], parts: Parts) -> bool:

@@ -92,7 +92,8 @@ class SegmentWriter:
     def _scaling(self, node: Node) -> Scaling:
         weight, site, moments, options = node.args[0]
         stride = options.get("transposed_stride", 0)
-        form = Form(options.get("groups", 1), stride > 0, max(stride, 1), self.values[site].center and weight is not None)
+        center = 0.0 if weight is None else self.values[site].center
+        form = Form(options.get("groups", 1), stride > 0, max(stride, 1), center)
         index: int | None = None
         shape: tuple[int, ...] = ()
         count = self.values[site].num_features

@@ -33,7 +33,7 @@ def install_sites(root: nn.Module, plans: Sequence[SitePlan]) -> tuple[nn.Module
     for path in dict.fromkeys(plan.path for plan in plans):
         own = [p for p in plans if p.path == path]
         calls, first = 1 + max(p.call for p in own), own[0]
-        center = any(p.center for p in own)
+        center = max(p.center for p in own)
         old: Any = None if first.bare else root.get_submodule(path)
         if old is None:
             assert first.layer is not None
@@ -76,7 +76,7 @@ def _allocate_directions(root: nn.Module, site: Site, plans: Sequence[SitePlan])
         return
     (layer,) = layers.values()
     weight: Any = root.get_submodule(layer.path).weight
-    room = weight[0].numel() - site.center
+    room = weight[0].numel() - (site.center == 1)
     count = min(DIRECTIONS, room - 1)
     if layer.transposed or count < 1:
         return
@@ -85,7 +85,7 @@ def _allocate_directions(root: nn.Module, site: Site, plans: Sequence[SitePlan])
     site.directions = nn.Parameter(site.scale.new_zeros(shape), requires_grad=False)
 
 
-def _site(channels: int, calls: int, like: Tensor, weight: Any, bias: Any, center: bool) -> Site:
+def _site(channels: int, calls: int, like: Tensor, weight: Any, bias: Any, center: float) -> Site:
     shape = (channels,) if calls == 1 else (calls, channels)
     return Site(weight, bias, like.new_zeros(shape), like.new_ones(shape), center=center)
 

@@ -91,7 +91,7 @@ class SitePlan:
         source: the node whose moments the site reads.
         layer: the layer that takes an effective weight; None for a per-channel affine.
         layer_call: which of that layer's calls it is.
-        center: centre the filters.
+        center: how much of their mean is taken from the filters.
         call: index among the calls of this site.
         eps: ε of the BatchNorm; 0 where there was none.
     """
@@ -101,7 +101,7 @@ class SitePlan:
     source: Node
     layer: LinearLayer | None
     layer_call: int
-    center: bool
+    center: float
     call: int
     eps: float
 
@@ -118,17 +118,17 @@ class SitePlan:
     def apart(self) -> SitePlan:
         """The same site as an affine of what the layer gives."""
         assert self.layer is not None
-        return replace(self, source=argument(self.node), layer=None, layer_call=0, center=False)
+        return replace(self, source=argument(self.node), layer=None, layer_call=0, center=0.0)
 
 
-def plan_sites(walk: Walk, normalize: Literal["batchnorm", "all"], center: bool) -> list[SitePlan]:
+def plan_sites(walk: Walk, normalize: Literal["batchnorm", "all"], center: float) -> list[SitePlan]:
     """The sites of a network, in the order of its record.
 
     Args:
         walk: the recorded model.
         normalize: "batchnorm" for a site in every BatchNorm's place; "all" for every linear layer besides, except those
             after which no other follows (the output layers).
-        center: centre the filters wherever that leaves something of them.
+        center: how much of their mean to take from the filters, wherever they have more than one input channel.
     """
     layers = {node: layer for node in walk.nodes if (layer := linear_layer(walk, node)) is not None}
     bare = _inner(walk.nodes, layers) if normalize == "all" else set()
@@ -150,7 +150,7 @@ def plan_sites(walk: Walk, normalize: Literal["batchnorm", "all"], center: bool)
             path = f"{layer.path}.site"
         else:
             continue
-        centred = center and layer is not None and layer.can_center
+        centred = center if layer is not None and layer.can_center else 0.0
         plans.append(SitePlan(path, node, source, layer, 0 if layer is None else layer_calls[at], centred, calls[path], eps))
         calls[path] += 1
     return plans

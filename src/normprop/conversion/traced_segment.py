@@ -58,13 +58,13 @@ _TRACED: dict[str, Traced] = {}
 
 
 def traced_segment(
-    segment: Segment, centers: tuple[bool, ...], settings: tuple[Setting, ...], tensors: Sequence[Tensor | None]
+    segment: Segment, centers: tuple[float, ...], settings: tuple[Setting, ...], tensors: Sequence[Tensor | None]
 ) -> list[Tensor | None] | None:
     """Filters, factor and offset of each scaling, then mean and variance of each export, where a graph is traced.
 
     Args:
         segment: the segment.
-        centers: of which scalings filters are centred.
+        centers: of each scaling, how much of their mean is taken from filters.
         settings: of the modules.
         tensors: those with gradients, then d, k and U of each scaling.
 
@@ -89,7 +89,7 @@ def _scale(has_layer: bool, rest: Any) -> tuple[Any, Any, Any]:
 @traced_constant
 def _noted(
     segment: Segment,
-    centers: tuple[bool, ...],
+    centers: tuple[float, ...],
     settings: tuple[Setting, ...],
     shapes: tuple[tuple[int, ...] | None, ...],
 ) -> tuple[str, str]:

@@ -196,7 +196,7 @@ static void NAME(forward)(const NAME(site) *s, int64_t from, int64_t to, REAL *s
             total = NAME(sum)(v, n);
         }
         const REAL *w = s->weight + o * n;
-        const REAL a = s->center ? NAME(mean)(w, n) : 0;
+        const REAL a = s->center ? (REAL)s->center / 256 * NAME(mean)(w, n) : 0;
         REAL first = 0, second = 0;
 #pragma omp simd reduction(+ : first, second)
         for (int64_t j = 0; j < n; j++) {
@@ -262,6 +262,7 @@ static void NAME(backward)(
     REAL *by_root = scratch + 4 * n, *t = scratch + 5 * n, *basis = scratch + 6 * n, *p = basis + s->rank * n;
     REAL *row = p + s->rank;
     int64_t group = -1, rank = 0;
+    const REAL part = (REAL)s->center / 256;
     REAL mean = 0;
     for (int64_t o = from; o < to; o++) {
         if (o / s->filters != group) {
@@ -291,7 +292,7 @@ static void NAME(backward)(
         NAME(start)(s, d, o, dot, &e, &u);
         e /= s->stride;
         u /= s->stride;
-        const REAL less = s->center ? (f * sum + 2 * u * weighted) / n + e * mean : 0; /* what centring takes away */
+        const REAL less = s->center ? part * ((f * sum + 2 * u * weighted) / n + e * mean) : 0; /* what centring takes away */
         const REAL twice = 2 * u;
         REAL *out = !d->by_weight ? NULL : d->turned ? row : d->by_weight + o * n;
         if (out && G) {
@@ -317,7 +318,7 @@ static void NAME(backward)(
         if (rank) {
             NAME(along)(w, a, basis, rank, n, p);
             NAME(towards)(p, s->stride * twice, basis, rank, n, t);
-            const REAL even = s->center ? NAME(sum)(t, n) / n : 0;
+            const REAL even = s->center ? part * NAME(sum)(t, n) / n : 0;
 #pragma omp simd
             for (int64_t j = 0; j < n; j++) by_root[j] += (w[j] - a) * t[j];
             if (out) {

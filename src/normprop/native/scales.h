@@ -8,12 +8,12 @@ typedef struct {
     const REAL *gamma, *beta, *shift, *scale; /* γ, β, d, k a filter */
     const REAL *directions; /* U, (groups · rank, fan-in), as the weight lies; NULL without */
     REAL *multiplied;    /* out: f c, as the weight lies; not used for gradients */
-    REAL *factor, *offset, *average; /* out: f, b, and the mean of each filter that is centred */
+    REAL *factor, *offset, *average; /* out: f, b, and what each filter is less by */
     REAL *first, *second; /* out: E and V */
     int64_t groups, filters, inputs, taps; /* filters and inputs are those of one group */
     int64_t taps_first;  /* whether the taps of a filter lie outside its inputs in memory */
     int64_t stride;      /* an output position sees every stride-th weight: more than 1 for transposed convolutions */
-    int64_t center;      /* whether each filter's mean is subtracted */
+    int64_t center;      /* how many 256ths of each filter's mean are subtracted */
     int64_t blocks;      /* into how many runs of filters it is divided */
     int64_t rank;        /* directions of a group */
 } NAME(site);

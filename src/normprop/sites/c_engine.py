@@ -81,12 +81,12 @@ class Geometry(NamedTuple):
 def geometry(form: Form, size: int, shape: tuple[int, ...], outside: bool, threads: int, directions: int) -> Geometry:
     """The geometry of a site with `size` outputs behind a weight of that shape; without a layer, of ``()``."""
     if not shape:
-        return Geometry(0, 1, (1, size, 0, 0, 0, 1, False, 1, 0))
+        return Geometry(0, 1, (1, size, 0, 0, 0, 1, 0, 1, 0))
     numbers = math.prod(shape)
     blocks = min(threads, size) if numbers >= _DIVIDED else 1
     inputs = shape[0] // form.groups if form.transposed else shape[1]
     rows = (form.groups, size // form.groups, inputs, math.prod(shape[2:]), outside)
-    return Geometry(numbers, blocks, (*rows, form.stride, form.center, blocks, directions // form.groups))
+    return Geometry(numbers, blocks, (*rows, form.stride, form.center_steps, blocks, directions // form.groups))
 
 
 class Layer:

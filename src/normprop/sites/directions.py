@@ -31,7 +31,8 @@ def principal_directions(
     The covariance of x in units of its predicted standard deviations √v, C, gets ``λ (1 + U Uᵀ)`` in its place, with the
     eigenvectors u_r of its largest eigenvalues λ_r, ``U_r = √(λ_r/λ − 1) u_r`` and λ the mean of the others (derived). C is
     never there: subspace iteration asks for C Q alone, which is the layer's own output for filters Q and the gradient that
-    these get. Where filters are centred only centred ones are looked at. Shrunk by α, ``U_r = √((1 − α)(λ_r/λ − 1)) u_r``.
+    these get. Where filters lose all of their mean only such ones are looked at. Shrunk by α, U_r is
+    ``√((1 − α)(λ_r/λ − 1)) u_r``.
 
     Args:
         layer: its output for given filters on the batch of a number, without a bias.
@@ -49,7 +50,7 @@ def principal_directions(
     """
     assert given.weight is not None
     rows = to_rows(given.weight, form)
-    room = rows.shape[-1] - form.center
+    room = rows.shape[-1] - (form.center == 1)
     kept = min(count, room - 1)
     if kept < 1:
         return None
@@ -93,7 +94,7 @@ class _Covariance:
         var = vectors(form, [given], rows)[1]
         inverse = torch.ones_like(rows[:, 0]) if var is None else torch.where(var > 0, var, torch.inf).rsqrt()
         self.inverse = inverse.unsqueeze(1)
-        self.normal = torch.nn.functional.normalize(self.inverse, dim=-1) if form.center else None
+        self.normal = torch.nn.functional.normalize(self.inverse, dim=-1) if form.center == 1 else None
         ones, count = self._moment(rows[:, :1], torch.ones_like)
         self.mean, self.count = ones / count, count
         # What rounding leaves of an input that doesn't vary.

@@ -36,7 +36,7 @@ def plain_scale(form: Form, given: Operands) -> Scale:
 
 
 def parts(form: Form, given: Operands) -> tuple[Tensor | None, Tensor, Tensor]:
-    """The centred filters c (the weight itself if they aren't centred; None without a layer), f and b, apart."""
+    """The filters c, less what is subtracted of their mean (None without a layer), f and b, apart."""
     filters, first, second = plain_statistics(form, given)
     factor = given.gamma * inverse_root(given.scale, second)
     offset = given.beta - first * factor - given.gamma * given.shift * given.scale.rsqrt()
@@ -48,7 +48,7 @@ def plain_statistics(form: Form, given: Operands) -> tuple[Tensor | None, Tensor
     if given.weight is None:
         return None, *given_moments(given)
     rows = to_rows(given.weight, form)
-    average = rows.mean(-1, keepdim=True) if form.center else None
+    average = form.center * rows.mean(-1, keepdim=True) if form.center else None
     rows = rows if average is None else rows - average
     mean, var = vectors(form, [given], rows)
     second = variances(rows, average, var)

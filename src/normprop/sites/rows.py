@@ -8,6 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+# What is subtracted of a mean is a multiple of one over this, which all dtypes hold.
+CENTER_STEPS = 256
+
 
 class Form(NamedTuple):
     """What of a layer the arithmetic of its site depends on, besides tensors.
@@ -16,13 +19,18 @@ class Form(NamedTuple):
         groups: of a grouped convolution.
         transposed: a transposed convolution, whose filters lie along dimension 1.
         stride: of a transposed convolution, the product over dimensions; 1 for any other layer.
-        center: subtract each filter's mean.
+        center: how much of each filter's mean is subtracted, from 0 to 1 in steps of 1/256.
     """
 
     groups: int = 1
     transposed: bool = False
     stride: int = 1
-    center: bool = False
+    center: float = 0.0
+
+    @property
+    def center_steps(self) -> int:
+        """How many 256ths of a mean are subtracted."""
+        return round(self.center * CENTER_STEPS)
 
     @property
     def share(self) -> float:

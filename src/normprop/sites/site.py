@@ -14,10 +14,10 @@ from normprop.native.operands import is_traced
 from normprop.precision import full_precision, wide
 from normprop.sites.engine import scales
 from normprop.sites.reference import Scale, parts, plain_statistics
-from normprop.sites.rows import Form, Operands
+from normprop.sites.rows import CENTER_STEPS, Form, Operands
 
-# What `Site.record` begins with, beside 0.
-CENTERED, PRINTED = 1, 2
+# What `Site.record` begins with in the paper's form.
+PRINTED = 2
 # Of fingerprints in units of 2⁻³²: machines round differently.
 _TOLERANCE = 1 << 8
 
@@ -37,8 +37,9 @@ class Site(nn.Module):
         directions: U, constant, or None: along what the input of the layer before the site varies most, as calibration
             found it, ``(groups · R, I/groups, …)``, as `Operands` has it; zeros before. ``(calls, groups · R, …)`` for
             several calls.
-        record: five numbers, constant, so that a state_dict holds them: 1 if the filters of the layer before are centred, 2
-            in the paper's form, else 0; and four bytes that tell apart moments of the site's input, see `fingerprint`.
+        record: five numbers, constant, so that a state_dict holds them: how much of their mean is taken from the filters of
+            the layer before, from 0 to 1, or 2 in the paper's form; and four bytes that tell apart moments of the site's
+            input, see `fingerprint`.
         path: of the site in its network.
         lane: what computes effective weights; None for a site of no network.
     """
@@ -48,18 +49,31 @@ class Site(nn.Module):
     directions: nn.Parameter | None
 
     def __init__(
-        self, weight: nn.Parameter | None, bias: nn.Parameter | None, shift: Tensor, scale: Tensor, *, center: bool = False
+        self, weight: nn.Parameter | None, bias: nn.Parameter | None, shift: Tensor, scale: Tensor, *, center: float = 0.0
     ) -> None:
         super().__init__()
         self.register_parameter("weight", weight)
         self.register_parameter("bias", bias)
         self.shift = nn.Parameter(shift, requires_grad=False)
         self.scale = nn.Parameter(scale, requires_grad=False)
-        self.record = nn.Parameter(shift.new_tensor([float(center), 0.0, 0.0, 0.0, 0.0]), requires_grad=False)
-        self.register_parameter("directions", None)
         self.center = center
+        self.record = nn.Parameter(shift.new_tensor([self.center, 0.0, 0.0, 0.0, 0.0]), requires_grad=False)
+        self.register_parameter("directions", None)
         self.path = ""
         self.lane: Any = None
+
+    @property
+    def center(self) -> float:
+        """How much of their mean is taken from the filters of the layer before, from 0 to 1 in steps of 1/256.
+
+        Kept as a whole number: all dtypes hold it, averages of networks leave it as it is, and graph compilers take it for a
+        constant.
+        """
+        return self._center_steps / CENTER_STEPS
+
+    @center.setter
+    def center(self, value: float) -> None:
+        self._center_steps = round(value * CENTER_STEPS)
 
     @property
     def num_features(self) -> int:
@@ -85,7 +99,7 @@ class Site(nn.Module):
         return normalized
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
-        """Take directions as they come, and whether filters are centred; refuse what belongs to another function."""
+        """Take directions as they come, and how far filters are centred; refuse what belongs to another function."""
         found = state_dict.get(f"{prefix}directions")
         if found is None and f"{prefix}scale" in state_dict:
             self.directions = None
@@ -99,7 +113,7 @@ class Site(nn.Module):
                     "with the same method, rules, and example= of the same size."
                 )
                 return
-            self.center = round(float(record[0])) == CENTERED
+            self.center = float(record[0]) if record[0] < PRINTED - 0.5 else 0.0
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
@@ -219,7 +233,7 @@ def site_operands(arguments: SiteArguments) -> tuple[Form, Operands]:
     """What the arithmetic of one site takes."""
     weight, site, x, options = arguments
     stride = options.get("transposed_stride", 0)
-    form = Form(options.get("groups", 1), stride > 0, max(stride, 1), site.center and weight is not None)
+    form = Form(options.get("groups", 1), stride > 0, max(stride, 1), 0.0 if weight is None else site.center)
     weight = None if weight is None else wide(weight)
     vectors = _vectors(site, weight, x, options.get("channel", 1), form)
     call = options.get("call", 0)

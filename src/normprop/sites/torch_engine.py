@@ -79,7 +79,7 @@ class Layers:
         """Filters in rows ``(layers · groups, filters, fan-in)``; E and V, ``(layers · O,)``."""
         rows = [to_rows(s.weight, self.form) for s in sites if s.weight is not None]
         c = rows[0] if len(rows) == 1 else torch.cat(rows)
-        average = c.mean(-1, keepdim=True) if self.form.center else None
+        average = c.mean(-1, keepdim=True).mul_(self.form.center) if self.form.center else None
         c = c if average is None else c - average
         mean, var = vectors(self.form, sites, c)
         first = c.new_zeros(c.shape[:2]) if mean is None else _row_sums(c, mean)
@@ -131,7 +131,7 @@ class Layers:
             along = (c @ basis.mT).mul_(2.0 * v)
             G.baddbmm_(along, basis)
         if form.center:
-            G.sub_(G.mean(-1, keepdim=True))
+            G.sub_(G.mean(-1, keepdim=True), alpha=float(form.center))
         weight = sites[0].weight
         assert weight is not None
         means: Sequence[Tensor | None] = [None] * len(sites)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from normprop.sites.c_engine import Call
 from normprop.sites.reference import Scale
-from normprop.sites.rows import Form, Operands, sites_of
+from normprop.sites.rows import CENTER_STEPS, Form, Operands, sites_of
 
 _CODES = 4  # of a form
 # However operands lie, they are taken; otherwise the compiler would copy weights to be sure of it.
@@ -19,7 +19,7 @@ _TAGS = (torch.Tag.flexible_layout,)
 
 def whole_scales(forms: Sequence[Form], operands: Sequence[Operands]) -> list[Scale]:
     """What `normprop.sites.engine.scales` gives where a graph is traced."""
-    codes = [int(code) for form in forms for code in (form.groups, form.transposed, form.stride, form.center)]
+    codes = [int(code) for form in forms for code in (form.groups, form.transposed, form.stride, form.center_steps)]
     given = [t is not None for one in operands for t in one]
     columns, *filters = _scales(codes, given, [t for one in operands for t in one if t is not None])
     sizes = [one.gamma.shape[0] for one in operands]
@@ -91,7 +91,7 @@ def _call(codes: Sequence[int], given: Sequence[bool], tensors: Sequence[Tensor]
 def _forms(codes: Sequence[int]) -> Iterator[Form]:
     for i in range(0, len(codes), _CODES):
         groups, transposed, stride, center = codes[i : i + _CODES]
-        yield Form(groups, bool(transposed), stride, bool(center))
+        yield Form(groups, bool(transposed), stride, center / CENTER_STEPS)
 
 
 def _like_weights(call: Call) -> list[Tensor]:
