@@ -250,6 +250,31 @@ def test_what_a_fresh_network_s_own_code_gave_to_its_offsets_stays() -> None:
     torch.testing.assert_close(model(images(8)), before)
 
 
+def test_filters_are_centred_as_far_as_their_inputs_vary_in_common() -> None:
+    """Independent inputs have nothing in common, a layer of many units behind few inputs has."""
+    torch.manual_seed(0)
+    layers = [m for i in (8, 64) for m in (nn.Linear(i, 64), nn.BatchNorm1d(64), nn.ReLU())]
+    network = nn.Sequential(*layers, nn.Linear(64, 2)).double()
+    x = torch.randn(512, 8, dtype=torch.float64)
+    model = normprop.convert(copy.deepcopy(network))
+    average = AveragedModel(model)
+    optimizer = torch.optim.Adam(model.parameters())
+    handle = normprop.keep_calibrated(model, optimizer, x, samples=512, center=True)
+    assert model[1].center < 0.5 < model[4].center < 1
+    handle.follow(average)
+    other = normprop.convert(copy.deepcopy(network))
+    other.load_state_dict(model.state_dict())
+    for again in (other, copy.deepcopy(model), normprop.fold(model)):
+        torch.testing.assert_close(again(x), model(x), rtol=1e-10, atol=1e-10)
+    assert average.module[4].center == model[4].center
+    whole = normprop.convert(copy.deepcopy(network))
+    normprop.keep_calibrated(whole, torch.optim.Adam(whole.parameters()), x)
+    assert whole[4].center == 1
+    none = normprop.convert(network, center=False)
+    normprop.keep_calibrated(none, torch.optim.Adam(none.parameters()), x, center=True)
+    assert none[4].center == 0
+
+
 def test_gains_and_offsets_go_without_decay() -> None:
     model = normprop.convert(Residual().double())
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=0.5)

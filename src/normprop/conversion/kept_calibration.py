@@ -40,6 +40,7 @@ def keep_calibrated(
     every: int = 200,
     clip: float | None = None,
     decay: bool = True,
+    center: bool = False,
     seed: int = 0,
 ) -> KeptCalibration:
     """Start a converted network well and keep it so, in a training loop of your own: one line, before the first step.
@@ -72,6 +73,9 @@ def keep_calibrated(
         clip: the largest ratio of a gradient to what it changes, 0 for no clipping; by default 0.05, which Muon's parameters
             go without.
         decay: False moves γ and β to parameter groups without weight decay.
+        center: True measures for each layer of a fresh network, as `convert` made it, how much of their mean its filters
+            are to lose: all but 1/r of it, where a filter of equal weights would vary r times as much as others do. Those
+            that `convert` centred not at all stay so.
         seed: of the choice of samples.
 
     Returns:
@@ -110,7 +114,7 @@ def keep_calibrated(
         source = SampleSource(data, lane.example, network, count=samples, seed=seed)
     handle = KeptCalibration(network, lane, optimizers, source, every=every, clip=clip)
     if source is not None and not any(one.state for one in optimizers):
-        handle.start(directions if shrinkage < 1 else 0, shrinkage)
+        handle.start(directions if shrinkage < 1 else 0, shrinkage, center=center)
     _LOG.info("%s", handle)
     return handle
 
@@ -148,7 +152,7 @@ class KeptCalibration:
         ]
         self._handle = optimizers[-1].register_step_post_hook(lambda *_: self._stepped())
 
-    def start(self, directions: int, shrinkage: float) -> None:
+    def start(self, directions: int, shrinkage: float, *, center: bool = False) -> None:
         """Start β and calibrate, or calibrate alone where the network is trained."""
         assert self._source is not None
         began = time.perf_counter()
@@ -158,7 +162,8 @@ class KeptCalibration:
             self._started = f"{self._start_biases(batches)}, calibrated"
         else:
             self._started = f"trained function kept{f', {len(fresh)} fresh ones calibrated' if fresh else ''}"
-        calibrate_keeping(self._network, self._lane, batches, directions, shrinkage, trained, _PATCHES)
+        measured = fresh if center else ()
+        calibrate_keeping(self._network, self._lane, batches, directions, shrinkage, trained, _PATCHES, measured)
         self._agree()
         self._note(began)
 
@@ -249,8 +254,10 @@ class KeptCalibration:
         """Processes that train one network measure other samples each, and take what the first one found."""
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             for path in sorted({entry.site for entry in self._lane.all_entries()}):
-                for parameter in self._network.get_submodule(path).parameters(recurse=False):
+                site: Any = self._network.get_submodule(path)
+                for parameter in site.parameters(recurse=False):
                     dist.broadcast(parameter.data, 0)
+                site.center = float(site.record[0])
 
 
 def _converted(model: nn.Module) -> tuple[nn.Module, Lane]:

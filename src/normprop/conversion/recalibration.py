@@ -113,6 +113,9 @@ def follow(average: nn.Module, model: nn.Module) -> None:
     sites = {
         entry.site: (average.get_submodule(entry.site), model.get_submodule(entry.site)) for entry in lane.all_entries()
     }
+    for mine, theirs in sites.values():
+        if isinstance(theirs, Site) and isinstance(mine, Site):
+            mine.center = theirs.center
     kept = {entry.key: lane.function(average, entry) for entry in lane.all_entries()}
     for mine, theirs in sites.values():
         if isinstance(theirs, Site) and isinstance(mine, Site) and theirs.directions is not None:

@@ -56,9 +56,9 @@ class Site(nn.Module):
         self.register_parameter("bias", bias)
         self.shift = nn.Parameter(shift, requires_grad=False)
         self.scale = nn.Parameter(scale, requires_grad=False)
-        self.center = center
-        self.record = nn.Parameter(shift.new_tensor([self.center, 0.0, 0.0, 0.0, 0.0]), requires_grad=False)
+        self.record = nn.Parameter(shift.new_zeros(5), requires_grad=False)
         self.register_parameter("directions", None)
+        self.center = center
         self.path = ""
         self.lane: Any = None
 
@@ -74,6 +74,7 @@ class Site(nn.Module):
     @center.setter
     def center(self, value: float) -> None:
         self._center_steps = round(value * CENTER_STEPS)
+        self.record.data[0] = self.center
 
     @property
     def num_features(self) -> int:
