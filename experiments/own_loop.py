@@ -28,7 +28,7 @@ from normprop.lab.samples.datasets import load
 from normprop.optim import AdaptiveGradientClipping
 
 OUT = Path(__file__).resolve().parent / "results" / "own_loop" / "runs.jsonl"
-NETWORKS = ("BatchNorm", "converted", "kept calibrated")
+NETWORKS = ("BatchNorm", "converted", "kept calibrated", "centring measured")
 RATES = {("AdamW", 8): (1e-3, 3e-3), ("AdamW", 64): (1e-3,), ("SGD", 8): (0.03,)}
 CLIPS, STEPS, TRAINED, HELD_OUT = (0.0, 0.05), 500, 4000, 2000
 KEYS = ("network", "optimizer", "batch", "rate", "clip", "seed")
@@ -61,8 +61,8 @@ def train(sets: dict[str, tuple[Tensor, Tensor]], what: tuple[Any, ...]) -> dict
     optimizer = torch.optim.AdamW(trained, rate) if name == "AdamW" else torch.optim.SGD(trained, rate, momentum=0.9)
     began = time.perf_counter()
     handle = None
-    if network == "kept calibrated":
-        handle = normprop.keep_calibrated(model, optimizer, x, clip=clip)
+    if network in ("kept calibrated", "centring measured"):
+        handle = normprop.keep_calibrated(model, optimizer, x, clip=clip, center=network == "centring measured")
     elif clip:
         AdaptiveGradientClipping(optimizer, clip=clip, up_to=0.1 if name == "SGD" else float("inf"))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=STEPS, cycle_momentum=False)
