@@ -203,11 +203,11 @@ def table(runs: list[dict[str, Any]]) -> str:
         if best is None:
             continue
         tested = _returns(runs, name, best, TESTING)
-        mean = statistics.mean(tested) if tested else 0.0
+        mean = f"{statistics.mean(tested):.0f}" if tested else "–"
         spread = f" ± {statistics.stdev(tested):.0f}" if len(tested) > 1 else ""
         firsts = [_returns(runs, name, pair, CHOOSING) for pair in SETTINGS]
         lines.append(
-            f"| {name} | {mean:.0f}{spread} | {', '.join(f'{one:.0f}' for one in sorted(tested))} "
+            f"| {name} | {mean}{spread} | {', '.join(f'{one:.0f}' for one in sorted(tested))} "
             f"| {best[0]:g}, {best[1] or '–'} | {' | '.join(f'{statistics.mean(f):.0f}' if f else '–' for f in firsts)} |"
         )
     return "\n".join(lines)
