@@ -20,7 +20,7 @@ class Machine:
     """A computer and its software.
 
     Attributes:
-        processor: Name of the CPU.
+        processor: Name of the CPU, and the widest instructions that torch uses of it.
         cores: Number of cores that the system shows.
         device: Name of the accelerator, or cpu.
         system: Operating system and architecture.
@@ -80,4 +80,5 @@ def _arithmetic(device: str) -> str:
 
 def _processor() -> str:
     named = re.search(r"^model name\s*:\s*(.+)$", _CPUS.read_text(), re.MULTILINE) if _CPUS.exists() else None
-    return named[1] if named else platform.processor() or platform.machine()
+    name = named[1] if named else platform.processor() or platform.machine()
+    return f"{name} ({torch.backends.cpu.get_cpu_capability()})"
