@@ -339,12 +339,18 @@ def test_compiles_whole(kind):
     torch.testing.assert_close(compiled(x)[0], model(x)[0])
 
 
-def test_autocast_and_half_precision():
-    model = random_network("lstm", dtype=torch.float32)
+@pytest.mark.parametrize("options", [{}, {"recurrent_dropout": 0.25}, {"variances": "follow"}], ids=name_of)
+@every_kind
+def test_autocast_and_half_precision(kind, options):
+    model = random_network(kind, dtype=torch.float32, **options).eval()
     x = torch.randn(5, 2, 3)
-    right = model(x)[0]
+    right, state = model(x)
     with torch.autocast("cpu", torch.bfloat16):
         mixed = model(x)[0]
+        again = model.train()(x, state)[0]  # a state of full precision, and zoneout at random
+        packed = model.eval()(pack_sequence([x[:, 0], x[:2, 1]]))[0]
+    assert again.shape == right.shape
+    torch.testing.assert_close(pad_packed_sequence(packed)[0][:, 0].float(), right[:, 0], rtol=0.05, atol=0.05)
     torch.testing.assert_close(mixed.float(), right, rtol=0.05, atol=0.05)
     mixed.sum().backward()
     half = model.bfloat16()

@@ -71,5 +71,5 @@ def gru_step(drive: Tensor, state: tuple[Tensor, ...], block: Block) -> tuple[Te
     """y = (1 − z) n + z y, where n = tanh(drive + r (W y + b)), for r and z at drive + W y + b."""
     y = state[0]
     (xr, xz, xn), (hr, hz, hn) = (part.chunk(3, dim=-1) for part in (drive, F.linear(y, block.weight_hh, block.bias_hh)))
-    n = torch.tanh(torch.addcmul(xn, torch.sigmoid(xr + hr), hn))
-    return (torch.lerp(n, y, torch.sigmoid(xz + hz)),)
+    n, z = torch.tanh(torch.addcmul(xn, torch.sigmoid(xr + hr), hn)), torch.sigmoid(xz + hz)
+    return (torch.lerp(n.to(y.dtype), y, z.to(y.dtype)),)  # autocast has gates in lower precision than the state

@@ -63,7 +63,8 @@ def zoneout(old: tuple[Tensor, ...], new: tuple[Tensor, ...], keep: float, *, tr
     >>> zoneout((torch.zeros(2),), (torch.ones(2),), 0.25, training=False)
     (tensor([0.7500, 0.7500]),)
     """
-    pairs = zip(old, new, strict=True)
+    # Under autocast the first state may be wider than what comes of it.
+    pairs = [(a.to(b.dtype), b) for a, b in zip(old, new, strict=True)]
     if not training:
         return tuple(torch.lerp(b, a, keep) for a, b in pairs)
     return tuple(torch.where(torch.rand_like(b) < keep, a, b) for a, b in pairs)
