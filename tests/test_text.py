@@ -139,6 +139,7 @@ def test_drawing_repeats_itself(corpus):
     a, b, c = (continued(model, corpus.test[:5], 30, seed=seed) for seed in (0, 0, 1))
     assert torch.equal(a, b)
     assert not torch.equal(a, c)
+    assert torch.equal(continued(model, corpus.test[:5], 0), corpus.test[:0])
 
 
 @every_norm
@@ -249,6 +250,11 @@ def test_texts_that_cannot_be_read(tmp_path, monkeypatch):
         divided("half", "abc" * 100, held_out=0.5)
     with pytest.raises(NormPropError, match="--model charlstm"):
         load("shakespeare")
+
+
+def test_a_run_needs_no_sample(corpus, tmp_path):
+    assert train_text(TINY, corpus=corpus, out=tmp_path, sample=0).sample == ""
+    assert (tmp_path / "sample.txt").read_text() == ""
 
 
 @every_norm

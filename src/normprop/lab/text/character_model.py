@@ -147,4 +147,4 @@ def continued(model: CharacterLSTM, start: Tensor, count: int, *, seed: int = 0,
         chances = torch.softmax(scores[-1].cpu() / temperature, -1)
         drawn.append(torch.multinomial(chances, 1, generator=generator))
         x = drawn[-1].to(device)
-    return torch.cat(drawn).flatten()
+    return torch.cat(drawn).flatten() if drawn else start[:0]
