@@ -72,7 +72,7 @@ class Cover:
         return {"lane": self.lane, "path": self.path}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(**state)  # type: ignore[misc]  # a copy starts anew
+        self.lane, self.path, self.lock = state["lane"], state["path"], threading.RLock()
 
     def __call__(self, layer: nn.Module, args: Any) -> None:
         """Before the layer's forward.

@@ -51,9 +51,10 @@ def _are_ours(hooks: Mapping[int, Any]) -> bool:
 
 
 def _found(root: nn.Module, names: Sequence[str]) -> nn.Module | None:
-    module: nn.Module | None = root
+    module = root
     for name in names:
-        module = module._modules.get(name)  # type: ignore[union-attr]  # the loop ends at None
-        if module is None:
+        inside = module._modules.get(name)
+        if inside is None:
             return None
+        module = inside
     return module

@@ -20,7 +20,7 @@ def _plain(module: Any) -> Callable[..., Any]:
     """The forward of the torch class that a norm-act module extends; frozen ones are an affine."""
     if isinstance(module, FrozenBatchNormAct2d):
         return _frozen
-    forward: Callable[..., Any] = next(c for c in type(module).__mro__ if c.__module__.startswith("torch.")).forward  # type: ignore[attr-defined]
+    forward: Callable[..., Any] = next(c for c in type(module).__mro__ if c.__module__.startswith("torch.")).forward  # type: ignore[attr-defined]  # torch's modules have one
     return forward
 
 

@@ -167,7 +167,7 @@ def sample_gradients(layer: ChannelAffine, activations: Sequence[Tensor], backpr
     return {parameter: gradient for parameter, gradient in found.items() if parameter.requires_grad}
 
 
-@register_norm_sampler(ChannelAffine)  # type: ignore[untyped-decorator]
+@register_norm_sampler(ChannelAffine)  # type: ignore[untyped-decorator]  # opacus has no types
 def sample_norms(layer: ChannelAffine, activations: Sequence[Tensor], backprops: Tensor) -> dict[nn.Parameter, Tensor]:
     """Their lengths, ``(N,)``."""
     return {p: gradient.norm(dim=1) for p, gradient in sample_gradients(layer, activations, backprops).items()}
