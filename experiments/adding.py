@@ -15,14 +15,13 @@ import argparse
 import json
 import math
 import statistics
-import time
 from pathlib import Path
 
+import memory_task
 import torch
 from torch import Tensor, nn
 
 from normprop.lab.text.character_model import RECURRENT_NORMS, recurrent_norm
-from normprop.lab.training.schedules import build_schedule
 from normprop.lab.whole_file import write_whole
 
 RESULTS = Path(__file__).parent / "results" / "recurrent" / "adding.json"
@@ -55,7 +54,11 @@ def sequences(length: int, count: int, generator: torch.Generator) -> tuple[Tens
 @torch.no_grad()
 def error(model: Adder, length: int) -> float:
     x, y = sequences(length, TESTED, torch.Generator().manual_seed(10_000))
-    return nn.functional.mse_loss(model(x), y).item()
+    return _mistake(model, x, y).item()
+
+
+def _mistake(model: Adder, x: Tensor, y: Tensor) -> Tensor:
+    return nn.functional.mse_loss(model(x), y)
 
 
 def trained(
@@ -64,21 +67,9 @@ def trained(
     """Errors of one run, ten times while it goes on, and its CPU time."""
     torch.manual_seed(seed)
     model = Adder(norm, gain, forget_bias)
-    optimizer = torch.optim.Adam(model.parameters(), lr=lr)
-    schedule = build_schedule(optimizer, "onecycle", total_steps=updates, halve_every=1)
-    generator, errors, seconds = torch.Generator().manual_seed(seed + 1), [], 0.0
-    for update in range(1, updates + 1):
-        began = time.process_time()
-        x, y = sequences(length, BATCH, generator)
-        loss = nn.functional.mse_loss(model(x), y)
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        seconds += time.process_time() - began
-        if update % (updates // 10) == 0:
-            errors.append(error(model, length))
+    batch = lambda generator: _mistake(model, *sequences(length, BATCH, generator))
+    look = lambda: error(model, length)
+    errors, seconds = memory_task.trained(model, batch, look, rate=lr, updates=updates, looks=10, seed=seed + 1)
     return {"errors": errors, "seconds": seconds}
 
 

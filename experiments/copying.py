@@ -14,16 +14,15 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
-import time
 from pathlib import Path
 
+import memory_task
 import torch
 from runs_file import Run, once, parser, read
 from torch import Tensor, nn
 
 import normprop
 from normprop.lab.text.character_model import RECURRENT_NORMS, recurrent_norm
-from normprop.lab.training.schedules import build_schedule
 
 RESULTS = Path(__file__).parent / "results" / "recurrent" / "copying.jsonl"
 KINDS, HIDDEN, BATCH, TESTED = 8, 64, 32, 1000
@@ -60,22 +59,10 @@ def trained(norm: str, rate: float, forget_bias: float, length: int, symbols: in
     """Bits an answer at eight times of one run, and its CPU time."""
     torch.manual_seed(seed)
     model = Copier(norm, forget_bias)
-    optimizer = torch.optim.Adam(model.parameters(), lr=rate)
-    schedule = build_schedule(optimizer, "onecycle", total_steps=updates, halve_every=1)
-    generator, bits, seconds = torch.Generator().manual_seed(seed + 1), [], 0.0
     tested = sequences(symbols, length, TESTED, torch.Generator().manual_seed(10_000))
-    for update in range(1, updates + 1):
-        began = time.process_time()
-        found = loss(model, *sequences(symbols, length, BATCH, generator))
-        optimizer.zero_grad()
-        found.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        seconds += time.process_time() - began
-        if update % (updates // 8) == 0:
-            with torch.no_grad():
-                bits.append(loss(model, *tested).item() / math.log(2))
+    batch = lambda generator: loss(model, *sequences(symbols, length, BATCH, generator))
+    look = torch.no_grad()(lambda: loss(model, *tested).item() / math.log(2))
+    bits, seconds = memory_task.trained(model, batch, look, rate=rate, updates=updates, looks=8, seed=seed + 1)
     values = (norm, rate, forget_bias, length, symbols, updates, seed)
     return dict(zip(KEYS, values, strict=True)) | {"bits": bits, "seconds": seconds}
 
