@@ -85,10 +85,14 @@ def principal_directions(
 def common_share(layer: Callable[[Tensor, int], Tensor], batches: int, form: Form, given: Operands) -> float:
     """How many times more than other filters' one of equal weights varies, for inputs in units of their predicted √v.
 
-    That is ``qᵀ C q / (tr C / n)`` with q = √v/|√v|, averaged over groups: 1 for independent inputs, n for equal ones.
+    That is ``qᵀ C q / (tr C / n)`` with q = √v/|√v|, averaged over groups: 1 for independent inputs, n for equal ones
+    (derived). The trace is estimated with a few drawn filters.
 
     Args:
         layer: see `principal_directions`, and so on.
+
+    Raises:
+        NotFiniteError: there are values that can't be squared.
     """
     assert given.weight is not None
     covariance = _Covariance(layer, batches, form._replace(center=0.0), given)
