@@ -67,7 +67,7 @@ HOOKS: dict[str, Callable[[nn.Module], Any]] = {
 }
 
 
-@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("when", ["before", "after", "later"])
 @pytest.mark.parametrize("kind", HOOKS)
 @pytest.mark.parametrize("name", ["residual", "pre-activation", "mlp", "decoder"])
 def test_hooks_act_as_in_the_network(name: str, kind: str, when: str) -> None:
@@ -85,8 +85,15 @@ def test_hooks_act_as_in_the_network(name: str, kind: str, when: str) -> None:
             converted = normprop.convert(original)
         else:
             converted = normprop.convert(original)
-            HOOKS[kind](original.get_submodule(path))
-            HOOKS[kind](converted.get_submodule(path))
+            if when == "later":
+                converted(x)
+            unhooked = original(x)
+            handles = [HOOKS[kind](network.get_submodule(path)) for network in (original, converted)]
+            close(converted(x), original(x), 1e-10)
+            close(converted(x), original(x), 1e-10)
+            handles[1].remove()
+            close(converted(x), unhooked, 1e-10)
+            continue
         close(converted(x), original(x), 1e-10)
 
 
@@ -371,9 +378,12 @@ class Adapted(nn.Module):
         return self.base(x) * 1.5 + self.up(self.down(x))
 
 
+@pytest.mark.parametrize("ran", [False, True])
 @pytest.mark.parametrize("path", ["conv1", "stem.0", "skip.0"])
-def test_adapters_act_as_in_the_network(path: str) -> None:
+def test_adapters_act_as_in_the_network(path: str, ran: bool) -> None:
     model, converted, x = pair("residual")
+    if ran:
+        converted(x)
     parent, _, name = path.rpartition(".")
     base = model.get_submodule(path)
     assert isinstance(base, nn.Conv2d)
@@ -392,7 +402,9 @@ def test_adapters_act_as_in_the_network(path: str) -> None:
 
 def test_layers_that_were_replaced_or_pruned_are_refused_when_they_run() -> None:
     _, converted, x = pair("residual")
+    converted(x)
     replaced = copy.deepcopy(converted)
+    replaced(x)
     replaced.conv1 = nn.Conv2d(8, 8, 3, padding=1).double()
     with pytest.raises(NormPropError, match=r"(?s)bn1.*conv1.*Convert again"):
         replaced(x)
@@ -423,11 +435,24 @@ def test_parametrised_weights(when: str) -> None:
         converted = normprop.convert(model)
     else:
         converted = normprop.convert(model)
+        converted(x)
         parametrize.register_parametrization(converted.get_submodule("conv1"), "weight", Half())
         close(converted(x), normprop.fold(converted)(x), 1e-10)
         return
     close(converted(x), model(x), 1e-10)
     assert converted.get_parameter("conv1.parametrizations.weight.original") is not None
+
+
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_computed_gains_are_refused(name: str) -> None:
+    norm = nn.BatchNorm2d(4)
+    converted = normprop.convert(nn.Sequential(nn.Conv2d(3, 4, 3), copy.deepcopy(norm)))
+    parametrize.register_parametrization(norm, name, Half())
+    with pytest.raises(NormPropError, match=r"γ or β of 1 is computed"):
+        normprop.convert(nn.Sequential(nn.Conv2d(3, 4, 3), norm))
+    parametrize.register_parametrization(converted.get_submodule("1"), name, Half())
+    with pytest.raises(NormPropError, match=r"γ or β of 1"):
+        converted(torch.randn(1, 3, 8, 8))
 
 
 @pytest.mark.parametrize(

@@ -336,3 +336,94 @@ def test_what_nothing_reads_gets_no_gradient() -> None:
         scale.weight.square().sum().backward(retain_graph=True)
         found = {name.partition(".")[0] for name, p in model.named_parameters() if p.grad is not None}
         assert found == set(used.split())
+
+
+def _halved(parameter: nn.Parameter) -> Tensor:
+    parameter.data.mul_(0.5)
+    return parameter.data
+
+
+# What code that sets `Tensor.data` leaves there: other numbers, other memory, another order in it, half as many.
+SET: dict[str, Any] = {
+    "other memory": lambda p: p.data.clone() * 1.5,
+    "other numbers": _halved,
+    "channels last": lambda p: p.data.contiguous(memory_format=torch.channels_last) if p.dim() == 4 else p.data,
+    "transposed": lambda p: p.data.transpose(0, 1) if p.dim() == 4 and p.shape[0] == p.shape[1] else p.data,
+    "a view": lambda p: torch.stack([p.data, p.data], -1)[..., 1],
+    "part of another": lambda p: torch.cat([p.data, p.data])[: len(p)],
+}
+
+
+@pytest.mark.parametrize("way", SET)
+@pytest.mark.parametrize("between", ["forwards", "forward and backward"])
+def test_parameters_whose_data_is_set(way: str, between: str) -> None:
+    model = converted("residual", preserve=False)
+    x = torch.randn(2, 3, 12, 12, dtype=torch.float64)
+    model(x).square().sum().backward()
+    if between == "forwards":
+        for parameter in model.parameters():
+            parameter.data = SET[way](parameter)
+        expected = copy.deepcopy(model)(x)
+        torch.testing.assert_close(model(x), expected, rtol=1e-12, atol=1e-12)
+        for _, found, plain in both(model):
+            close(found, plain)
+            close(gradients(found, parameters(model)), gradients(plain, parameters(model)), 1e-11)
+        return
+    loss = model(x).square().sum()
+    model.zero_grad()
+    kept = {name: parameter.data for name, parameter in model.named_parameters()}
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
+    del kept  # the memory that the forward read may be somebody else's from here on
+    loss.backward()
+    found = [p.grad for p in parameters(model)]
+    model.zero_grad()
+    model(x).square().sum().backward()
+    for one, other in zip(found, parameters(model), strict=True):
+        torch.testing.assert_close(one, other.grad)
+
+
+def test_half_as_many_numbers_in_the_same_memory_are_noticed() -> None:
+    model = converted("residual", preserve=False)
+    x = torch.randn(2, 3, 12, 12, dtype=torch.float64)
+    model(x)
+    site = model.get_submodule("bn1")
+    site.weight.data = site.weight.data[: len(site.weight) // 2]  # type: ignore[union-attr]
+    with pytest.raises(RuntimeError):
+        model(x)
+
+
+def test_a_forward_reads_modules_once_and_then_what_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+    from normprop.conversion import compiled_segment
+
+    model = converted("residual", preserve=False)
+    x = torch.randn(2, 3, 12, 12, dtype=torch.float64)
+    model(x)
+    asked = []
+    own = compiled_segment._read
+    monkeypatch.setattr(compiled_segment, "_read", lambda *args: asked.append(1) or own(*args))
+    model(x).square().sum().backward()
+    torch.optim.SGD(model.parameters(), 1e-3).step()
+    model(x)
+    assert not asked
+    site: Any = model.get_submodule("bn1")
+    site.bias = nn.Parameter(site.bias.detach() + 1)
+    model(x)
+    assert asked == [1]
+    model.float()
+    model(x.float())
+    assert asked == [1, 1]
+
+
+def test_what_was_read_goes_with_the_network() -> None:
+    import gc
+    import weakref
+
+    model = converted("residual", preserve=False)
+    model(torch.randn(2, 3, 12, 12, dtype=torch.float64))
+    copied = copy.deepcopy(model)
+    parameter = weakref.ref(model.get_parameter("bn1.weight"))
+    del model
+    gc.collect()
+    assert parameter() is None
+    assert copied is not None

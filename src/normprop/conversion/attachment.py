@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from normprop.conversion.lane import Lane, lane_of
-from normprop.conversion.placement import is_covered
+from normprop.conversion.placement import is_bare, is_covered
 from normprop.conversion.program_calls import raw
 from normprop.conversion.run import Run
 from normprop.errors import NormPropError
@@ -85,8 +85,12 @@ class Cover:
         if ready is None:
             self._cover(run, layer, args)
             return
+        entry, weight, bias, site = ready
+        if not (is_compiling() or _is_untouched(layer, site) or is_bare(layer, site)):
+            run.placements.clear()
+            self._cover(run, layer, args)
+            return
         run.calls[self.path] = 1
-        entry, weight, bias = ready
         if weight.dtype is not (kind := raw(layer, "weight").dtype):
             weight, bias = weight.to(kind), bias.to(kind)
         if not is_compiling():
@@ -300,6 +304,16 @@ def check_inputs(lane: Lane, args: Any) -> None:
                 f"the input is {str(given.dtype).removeprefix('torch.')}, the network takes floating-point numbers.\n"
                 "Scale it as the training data was scaled: x.float() / 255, then standardised."
             )
+
+
+def _is_untouched(layer: nn.Module, site: nn.Module | None) -> bool:
+    """What most layers whose hook is running are, quicker than `is_bare`: nobody has hooked them or their site besides."""
+    own = layer.__dict__
+    if len(own["_forward_hooks"]) != 1 or own["_backward_hooks"] or own["_backward_pre_hooks"] or "forward" in own:
+        return False
+    if own["_parameters"].get("weight") is None:
+        return False
+    return site is None or not (site._forward_pre_hooks or site._backward_hooks or site._backward_pre_hooks)
 
 
 def _computed(layer: nn.Module) -> bool:

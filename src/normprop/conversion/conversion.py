@@ -21,6 +21,7 @@ from normprop.conversion.refusals import (
     check_combination,
     check_options,
     check_statistics,
+    refuse_computed_gains,
     refuse_nothing,
     refuse_owned_weights,
     warn_of_uncentred,
@@ -107,6 +108,7 @@ def convert(
     if not plans[False] and not plans[True]:
         refuse_nothing(root)
     refuse_batch_statistics(walks, plans)
+    refuse_computed_gains(root, (plan.path for of in plans.values() for plan in of))
     for mode, walk in walks.items():
         refuse_owned_weights(walk, plans[mode])
         walk.require(nodes_behind(walk, plans[mode], plans[mode]))

@@ -14,7 +14,7 @@ from torch.compiler import is_compiling
 from normprop.conversion.entry import Entry
 from normprop.conversion.lane_errors import ambiguous, refuse_sample_gradients, unrecorded_call
 from normprop.conversion.lane_programs import LanePrograms
-from normprop.conversion.placement import is_attached, is_plain
+from normprop.conversion.placement import Placement, is_attached, is_plain
 from normprop.conversion.program_calls import raw
 from normprop.conversion.run import Handed, Run
 from normprop.errors import NormPropError
@@ -112,15 +112,27 @@ class Lane(LanePrograms):
         run.handed.clear()
         run.values = {}
         if self.observer is None:
-            entries = [entry for entry in self.entries[root.training] if is_attached(root, entry)]
+            entries, sites = self._attached(run, root)
             run.values = self.evaluate(root, entries) if self.shared is None else self.shared(root, entries)
             run.ready = {}
             layers = self.layers[root.training]
-            for entry in entries:
+            for entry, site in zip(entries, sites, strict=True):
                 scale = run.values[entry.key]
                 if entry.layer is not None and scale.weight is not None and len(layers.get(entry.layer, ())) == 1:
-                    run.ready[entry.layer] = entry, scale.weight, scale.offset
+                    run.ready[entry.layer] = entry, scale.weight, scale.offset, site
         run.root = root
+
+    def _attached(self, run: Run, root: nn.Module) -> tuple[Sequence[Entry], Sequence[nn.Module | None]]:
+        """The entries whose layers will ask for their effective weight, and their sites."""
+        if is_compiling():
+            entries = [entry for entry in self.entries[root.training] if is_attached(root, entry)]
+            return entries, [None] * len(entries)
+        known = run.placements.get(root.training)
+        if known is None or not known.holds(root):
+            known = Placement(root, self.entries[root.training])
+            if "_is_replica" not in root.__dict__:  # which live for one forward
+                run.placements[root.training] = known
+        return known.attached, known.sites
 
     def end(self) -> None:
         """The network's forward is over."""
@@ -148,9 +160,10 @@ class Lane(LanePrograms):
         """
         run = self.run()
         scale = run.values.get(entry.key)
-        if scale is None:
-            root = run.root or self.root
-            if self.observer is not None or not is_plain(root, entry, layer):
+        root = run.root or self.root
+        plain = self.observer is None and is_plain(root, entry, layer)
+        if scale is None or not plain:
+            if not plain:
                 refuse_sample_gradients(layer, entry)
                 filters, factor, offset = self.parts(root, entry, layer)
                 bias = raw(layer, "bias")

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from normprop.conversion.entry import Entry, Key
 from normprop.conversion.lane_errors import refuse_shards
-from normprop.conversion.placement import is_attached
+from normprop.conversion.placement import is_attached, module_of
 from normprop.conversion.program import Program, written
 from normprop.conversion.program_calls import raw, site_at
 from normprop.graph.node import Node
@@ -88,7 +88,7 @@ class LanePrograms:
         if torch.compiler.is_compiling():
             runs = bool(entries) and is_native_whole(root) and _written_ahead(self, root, tuple(e.key for e in entries))
         else:
-            runs = bool(entries) and is_native(root)
+            runs = bool(entries) and is_native(_constant(root, entries[0]))
             if runs:
                 self._write_compiled(root, entries)
         return self.programs["compiled", *(entry.key for entry in entries)] if runs else None
@@ -148,6 +148,12 @@ def _written_ahead(lane: LanePrograms, root: nn.Module, keys: tuple[Key, ...]) -
     """Write the program in compiled segments that a graph is about to read; runs while the graph is traced."""
     lane._write_compiled(root, [lane.by_site[site][call] for site, call in keys])
     return True
+
+
+def _constant(root: nn.Module, entry: Entry) -> Tensor | None:
+    """A tensor of a network's first site."""
+    site = module_of(root, entry.site_names)
+    return None if site is None else site._parameters.get("shift")
 
 
 def _same(tensor: Tensor) -> Tensor:

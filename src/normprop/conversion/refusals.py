@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.utils import parametrize
 
 from normprop.conversion.lane import lanes_in
 from normprop.conversion.site_plan import SitePlan, nodes_behind
@@ -139,3 +140,35 @@ def refuse_owned_weights(walk: Walk, plans: Sequence[SitePlan]) -> None:
             "Use torch.nn.utils.parametrizations.weight_norm or spectral_norm; prune with parametrize, or make it permanent "
             "with torch.nn.utils.prune.remove."
         )
+
+
+def refuse_computed_gains(root: nn.Module, paths: Iterable[str]) -> None:
+    """Refuse BatchNorms whose γ or β something computes: sites learn theirs, and calibration writes to them.
+
+    Args:
+        root: the network.
+        paths: of the BatchNorms that get sites.
+
+    Raises:
+        NormPropError: naming each.
+    """
+    found = [path for path in dict.fromkeys(paths) if _computes(_module_at(root, path))]
+    if found:
+        raise NormPropError(
+            f"γ or β of {', '.join(found)} is computed by a parametrisation or a hook.\n"
+            "Remove it, with torch.nn.utils.parametrize.remove_parametrizations for one; the layers before may keep theirs."
+        )
+
+
+def _computes(norm: nn.Module | None) -> bool:
+    if norm is None:
+        return False
+    owned = any(type(hook).__module__ in _OWNERS for hook in norm._forward_pre_hooks.values())
+    return owned or parametrize.is_parametrized(norm)
+
+
+def _module_at(root: nn.Module, path: str) -> nn.Module | None:
+    try:
+        return root.get_submodule(path)
+    except AttributeError:  # a site without a BatchNorm
+        return None

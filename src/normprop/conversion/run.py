@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from normprop.conversion.entry import Entry, Key
+from normprop.conversion.placement import Placement
 from normprop.sites.reference import Scale
 
 
@@ -43,8 +44,9 @@ class Run:
         root: the network whose forward runs; None outside of it.
         values: scales by entry, as far as they are known.
         calls: how often every layer and site has run.
-        ready: entry, weight and bias of layers that run once in a forward, with nothing in between, until they run.
+        ready: entry, weight, bias and site of layers that run once in a forward, with nothing in between, until they run.
         handed: for each site, what layers before it gave.
+        placements: of the networks' entries, by mode; kept from one forward to the next.
         open: layers that run now: the hook that covers each, its entry, what is still to be applied after it, and what the
             layer's own attributes were.
     """
@@ -52,8 +54,9 @@ class Run:
     root: nn.Module | None = None
     values: dict[Key, Scale] = field(default_factory=dict)
     calls: dict[str, int] = field(default_factory=dict)
-    ready: dict[str, tuple[Entry, Tensor, Tensor]] = field(default_factory=dict)
+    ready: dict[str, tuple[Entry, Tensor, Tensor, nn.Module | None]] = field(default_factory=dict)
     handed: dict[str, list[Handed]] = field(default_factory=dict)
+    placements: dict[bool, Placement] = field(default_factory=dict)
     open: list[tuple[Any, Entry | None, Any, Any, Any]] = field(default_factory=list)
 
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ from normprop.sites.reference import plain_scale
 from normprop.sites.rows import Form, Operands
 from normprop.sites.site import widened
 
-_DERIVED = ("layouts", "readers", "spans", "widths", "_forms", "_sources")
+_DERIVED = ("layouts", "readers", "readings", "spans", "widths", "_forms", "_sources")
 
 
 class Kind(IntEnum):
@@ -262,6 +263,11 @@ class Segment:
     def layouts(self) -> dict[Any, NativeLayout]:
         """As compiled functions read it, for all that this depends on; those that were made."""
         return {}
+
+    @functools.cached_property
+    def readings(self) -> WeakKeyDictionary[Any, Any]:
+        """What the last runs found in each network that has it, by the first of its sites."""
+        return WeakKeyDictionary()
 
     def __getstate__(self) -> dict[str, Any]:
         """All but what is derived."""

@@ -13,6 +13,7 @@ from torch import Tensor
 from normprop.conversion.activation_setting import Setting
 from normprop.conversion.segment import Found, Parts, Segment
 from normprop.conversion.segment_calls import apart, computed, gradients
+from normprop.conversion.segment_frame import Frame
 from normprop.double_backward import gradients_again
 from normprop.sites.c_engine import Layer
 from normprop.sites.rows import Form
@@ -111,7 +112,8 @@ def _segment(name: str, tensors: list[Tensor]) -> list[Tensor]:
     traced = _TRACED[name]
     segment = traced.segment
     found, every = traced.placed(tensors)
-    memory, columns, filters = computed(segment, found, segment.parts(every))
+    parts = segment.parts(every)
+    memory, columns, filters = computed(segment, Frame(segment, found, parts), parts)
     outputs = [memory, columns]
     for multiplied, f, b in zip(filters, *(row.split(segment.widths) for row in columns[:2]), strict=True):
         outputs += f.clone() if multiplied is None else multiplied, b.clone()
@@ -148,7 +150,8 @@ def _segment_backward(
     parts, rest = segment.parts(every), iter(grads)
     flat = [next(rest) if here else None for here in arrived]
     memory, columns = kept
-    by_weights, others = gradients(segment, found, parts, (memory, columns), flat, wanted, inside=inside)
+    frame = Frame(segment, found, parts)
+    by_weights, others = gradients(segment, frame, parts, (memory, columns), flat, wanted, inside=inside)
     return [others, *(t for t in by_weights if t is not None)]
 
 

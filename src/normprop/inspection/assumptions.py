@@ -235,9 +235,9 @@ class Assumptions:
             whole = self.roots[sources[0]] if len(sources) == 1 else frozenset([(node, ())])
             # A list of pieces is no part yet: its entries are.
             return whole if not hasattr(node.value, "shape") else frozenset((n, (*path, node)) for n, path in whole)
-        if rule in _JOINS | _SCALAR | _MOVES | _REPEATS | _TOGETHER or self.walk.rules[node].training_only:
-            return frozenset(root for source in sources for root in self.roots[source])
-        return frozenset([(node, ())])
+        if rule in _SUMS:  # with weights, whose sums are numbers of their own
+            return frozenset([(node, ())])
+        return frozenset(root for source in sources for root in self.roots[source])
 
     def _overlap(self, a: Node, b: Node) -> bool:
         """Whether two nodes hold functions of the same numbers."""

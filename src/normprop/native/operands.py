@@ -30,9 +30,9 @@ def is_traced() -> bool:
     )
 
 
-def is_native(root: nn.Module) -> bool:
-    """Whether there are compiled functions, and a network's operations are neither written down nor looked at."""
-    first = next(root.parameters(), None)
+def is_native(first: Tensor | None) -> bool:
+    """Whether there are compiled functions, a network's tensor is one for them, and operations are neither written down nor
+    looked at."""
     return (
         first is not None
         and first.is_cpu

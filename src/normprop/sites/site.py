@@ -85,10 +85,16 @@ class Site(nn.Module):
         """Normalise x, which has its channels along dimension 1.
 
         Raises:
-            NormPropError: the site belongs to no network, or is reached on a path that was not recorded.
+            NormPropError: the site belongs to no network, or is reached on a path that was not recorded; something computes
+                its γ or β.
         """
         x = self.normalize(x)
-        for module in self._modules.values():
+        for name, module in self._modules.items():
+            if name == "parametrizations":
+                raise NormPropError(
+                    f"a parametrisation computes γ or β of {self.path}, which a site learns itself.\n"
+                    "Remove it with torch.nn.utils.parametrize.remove_parametrizations."
+                )
             x = module(x)  # type: ignore[misc]  # no entry is None
         return x
 
