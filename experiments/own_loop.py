@@ -28,7 +28,7 @@ from normprop.lab.samples.datasets import load
 from normprop.optim import AdaptiveGradientClipping
 
 OUT = Path(__file__).resolve().parent / "results" / "own_loop" / "runs.jsonl"
-NETWORKS = ("BatchNorm", "converted", "kept calibrated", "centring measured")
+NETWORKS = ("BatchNorm", "converted", "kept calibrated", "centring measured", "uncentred")
 RATES = {("AdamW", 8): (1e-3, 3e-3), ("AdamW", 64): (1e-3,), ("SGD", 8): (0.03,)}
 CLIPS, STEPS, TRAINED, HELD_OUT = (0.0, 0.05), 500, 4000, 2000
 KEYS = ("network", "optimizer", "batch", "rate", "clip", "seed")
@@ -56,13 +56,14 @@ def train(sets: dict[str, tuple[Tensor, Tensor]], what: tuple[Any, ...]) -> dict
     x, y = sets["train"]
     model: nn.Module = build("resnet8", shape=tuple(x.shape[1:]), classes=10, norm=normalizer("batch"), width=0.5)
     if network != "BatchNorm":
-        model = normprop.convert(model, example=x[:2])
+        model = normprop.convert(model, example=x[:2], center=False if network == "uncentred" else "auto")
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, rate) if name == "AdamW" else torch.optim.SGD(trained, rate, momentum=0.9)
     began = time.perf_counter()
     handle = None
-    if network in ("kept calibrated", "centring measured"):
-        handle = normprop.keep_calibrated(model, optimizer, x, clip=clip, center=network == "centring measured")
+    if network in ("kept calibrated", "centring measured", "uncentred"):
+        options = {"shrinkage": 0.1} if network == "uncentred" else {"center": network == "centring measured"}
+        handle = normprop.keep_calibrated(model, optimizer, x, clip=clip, **options)
     elif clip:
         AdaptiveGradientClipping(optimizer, clip=clip, up_to=0.1 if name == "SGD" else float("inf"))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=STEPS, cycle_momentum=False)

@@ -14,7 +14,7 @@ from normprop.conversion.placement import is_attached, module_of
 from normprop.conversion.program import Program, written
 from normprop.conversion.program_calls import raw, site_at
 from normprop.graph.node import Node
-from normprop.graph.recorder import unrecorded
+from normprop.graph.unrecorded import unrecorded
 from normprop.native.operands import is_native, is_native_whole
 from normprop.sites.reference import Scale, inverse_root
 from normprop.sites.site import Site, site_parts

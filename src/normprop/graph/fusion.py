@@ -15,7 +15,7 @@ from torch import nn
 from normprop.errors import NormPropError
 from normprop.graph.elementwise_operation import Fetch, Operation, OperationReader
 from normprop.graph.node import Node
-from normprop.graph.recorder import Record
+from normprop.graph.record import Record
 from normprop.rules import elementwise
 from normprop.rules.composed import Program, Step, composed, find_bends
 from normprop.rules.table import Rule

@@ -13,7 +13,8 @@ from normprop.errors import NormPropError, TracingError
 from normprop.graph.copies import meta_copy, running_copy
 from normprop.graph.example_inputs import Inputs, Shape, Shapes, candidates, first_kinds, kinds_seen, no_inputs
 from normprop.graph.node import Node, map_nodes
-from normprop.graph.recorder import Leaf, Record, Recorder
+from normprop.graph.record import Record
+from normprop.graph.recorder import Leaf, Recorder
 from normprop.graph.rule_search import expand_site, table_with, walk_over
 from normprop.graph.walk import Walk
 from normprop.precision import reference_tensor

@@ -14,7 +14,7 @@ from normprop.channel_moments import Moments
 from normprop.graph.example_inputs import Inputs
 from normprop.graph.fusion import Fused, Fusion
 from normprop.graph.node import Node
-from normprop.graph.recorder import Record
+from normprop.graph.record import Record
 from normprop.graph.walk import Walk, standing_for
 from normprop.rules import attention, pooling, reduction
 from normprop.rules.elementwise import module_activation as activation

@@ -15,7 +15,7 @@ from normprop.errors import UnsupportedOpError
 from normprop.graph.example_inputs import Inputs, Shape
 from normprop.graph.fusion import Fused
 from normprop.graph.node import Node, map_nodes, nodes_in, placed, run
-from normprop.graph.recorder import Record
+from normprop.graph.record import Record
 from normprop.precision import reference_tensor
 from normprop.rules.composed import composed
 from normprop.rules.table import Rule, Standing, describe
