@@ -4,7 +4,7 @@
     python experiments/common_share.py    # a minute
 
 r of docs/method.md, "How far": how many times more than other filters one of equal weights would vary. It is measured by
-`keep_calibrated` with ``center=True``, layer by layer, each behind layers that are centred so already. Layers with one input
+`keep_calibrated`, layer by layer, each behind layers that are centred so already. Layers with one input
 channel aren't centred, and left out. Data as in own_loop.py, detection.py and segmentation.py; 64 states of CartPole under
 a random policy.
 """
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torchvision.models.segmentation import lraspp_mobilenet_v3_large
 
 import normprop
+from normprop.conversion.calibration import COMMON
 from normprop.lab.networks.models import build
 from normprop.lab.networks.normalizers import normalizer
 from normprop.sites.site import Site
@@ -30,7 +31,7 @@ from normprop.sites.site import Site
 def shares(model: nn.Module, samples: Tensor) -> list[str]:
     """Kernel, inputs and r of each layer."""
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    normprop.keep_calibrated(model, optimizer, samples, samples=len(samples), center=True)
+    normprop.keep_calibrated(model, optimizer, samples, samples=len(samples))
     found = []
     for entry in normprop.lane(model).all_entries():
         site = model.get_submodule(entry.site)
@@ -39,7 +40,7 @@ def shares(model: nn.Module, samples: Tensor) -> list[str]:
         weight = model.get_submodule(entry.layer).get_parameter("weight")
         if weight.shape[1] > 1:
             kernel = "×".join(map(str, weight.shape[2:])) or "linear"
-            found.append(f"{kernel}, {weight.shape[1]}: {1 / (1 - site.center):.1f}")
+            found.append(f"{kernel}, {weight.shape[1]}: {(1 - site.center) ** (-1 / COMMON):.1f}")
     return found
 
 

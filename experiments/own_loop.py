@@ -28,7 +28,7 @@ from normprop.lab.samples.datasets import load
 from normprop.optim import AdaptiveGradientClipping
 
 OUT = Path(__file__).resolve().parent / "results" / "own_loop" / "runs.jsonl"
-NETWORKS = ("BatchNorm", "converted", "kept calibrated", "centring measured", "uncentred")
+NETWORKS = ("BatchNorm", "converted", "kept calibrated", "centred", "uncentred")
 RATES = {("AdamW", 8): (1e-3, 3e-3), ("AdamW", 64): (1e-3,), ("SGD", 8): (0.03,)}
 CLIPS, STEPS, TRAINED, HELD_OUT = (0.0, 0.05), 500, 4000, 2000
 KEYS = ("network", "optimizer", "batch", "rate", "clip", "seed")
@@ -61,7 +61,7 @@ def train(sets: dict[str, tuple[Tensor, Tensor]], what: tuple[Any, ...]) -> dict
     optimizer = torch.optim.AdamW(trained, rate) if name == "AdamW" else torch.optim.SGD(trained, rate, momentum=0.9)
     began = time.perf_counter()
     handle = None
-    if network in ("kept calibrated", "centring measured", "uncentred"):
+    if network in ("kept calibrated", "centred", "uncentred"):
         options = {"shrinkage": 0.1} if network == "uncentred" else {"center": network == "centring measured"}
         handle = normprop.keep_calibrated(model, optimizer, x, clip=clip, **options)
     elif clip:

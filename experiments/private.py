@@ -33,7 +33,7 @@ from normprop.lab.samples.datasets import load
 
 OUT = Path(__file__).resolve().parent / "results" / "private" / "runs.jsonl"
 WAYS = ("GroupNorm", "no normaliser", "PrivateNetwork", "WholeNetwork")
-RATES, CLIPS, EPSILONS, SEEDS = (1e-3, 4e-3), (0.1, 1.0), (3.0, 8.0), 3
+RATES, CLIPS, EPSILONS, SEEDS = (1e-3, 4e-3, 1.6e-2), (0.1, 1.0), (3.0, 8.0), 3
 TRAINED, HELD_OUT, BATCH, EPOCHS, DELTA = 20000, 5000, 400, 5, 1e-5
 MEAN, STD = 0.286, 0.353
 KEYS = ("way", "epsilon", "rate", "clip", "seed")

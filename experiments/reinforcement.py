@@ -34,7 +34,7 @@ from normprop.optim import AdaptiveGradientClipping
 
 OUT = Path(__file__).resolve().parent / "results" / "reinforcement" / "runs.jsonl"
 # once: calibrated when learning begins and not again.
-CONVERTED = ("normprop", "measured", "uncentred", "uncentred, once")
+CONVERTED = ("normprop", "centred", "uncentred", "uncentred, once")
 CRITICS = (*CONVERTED, "BatchNorm", "LayerNorm", "none")
 # Rate and clipping.
 SETTINGS = ((1e-3, 0.0), (1e-3, 0.05), (3e-3, 0.0))

@@ -22,7 +22,7 @@ LAYERS: dict[str, Callable[[int, int], nn.Module]] = {
     "none": baselines.nothing,
 }
 NAMES = ("normprop", "batch", *LAYERS)
-CONVERTED = ("normprop", "measured", "uncentred")
+CONVERTED = ("normprop", "centred", "uncentred")
 
 
 def with_normalizer(network: nn.Module, name: str, samples: Tensor) -> nn.Module:
@@ -69,8 +69,8 @@ PARAMETRIZATIONS: dict[str, Callable[[], nn.Module]] = {"ws": Standardised, "mab
 def conversion(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """Options of `convert` and of `keep_calibrated`: normprop has the defaults.
 
-    measured: filters lose as much of their means as their inputs vary in common. uncentred: filters keep their means, and
+    centred: filters lose all of their means, not as much as their inputs vary in common. uncentred: they keep them, and
     what inputs have in common is counted nearly whole (`shrinkage`), as it has to be where nothing takes it away.
     """
-    known = {"measured": ({}, {"center": True}), "uncentred": ({"center": False}, {"shrinkage": 0.1})}
+    known = {"centred": ({}, {"center": False}), "uncentred": ({"center": False}, {"shrinkage": 0.1})}
     return known.get(name, ({}, {}))

@@ -259,20 +259,47 @@ def test_filters_are_centred_as_far_as_their_inputs_vary_in_common() -> None:
     model = normprop.convert(copy.deepcopy(network))
     average = AveragedModel(model)
     optimizer = torch.optim.Adam(model.parameters())
-    handle = normprop.keep_calibrated(model, optimizer, x, samples=512, center=True)
-    assert model[1].center < 0.5 < model[4].center < 1
+    handle = normprop.keep_calibrated(model, optimizer, x, samples=512)
+    assert model[1].center < 0.1 < 0.25 < model[4].center < 1
     handle.follow(average)
     other = normprop.convert(copy.deepcopy(network))
     other.load_state_dict(model.state_dict())
     for again in (other, copy.deepcopy(model), normprop.fold(model)):
         torch.testing.assert_close(again(x), model(x), rtol=1e-10, atol=1e-10)
     assert average.module[4].center == model[4].center
-    whole = normprop.convert(copy.deepcopy(network))
-    normprop.keep_calibrated(whole, torch.optim.Adam(whole.parameters()), x)
-    assert whole[4].center == 1
-    none = normprop.convert(network, center=False)
-    normprop.keep_calibrated(none, torch.optim.Adam(none.parameters()), x, center=True)
-    assert none[4].center == 0
+
+
+@pytest.mark.parametrize(
+    ("converted", "kept", "center"),
+    [({}, {"center": False}, 1.0), ({"center": True}, {}, 1.0), ({"center": 0.5}, {}, 0.5), ({"center": False}, {}, 0.0),
+     ({"center": False}, {"center": True}, 0.0), ({"center": True}, {"center": True}, None), ({}, {"center": True}, None)],
+)  # fmt: skip
+def test_how_far_to_centre_is_measured_where_nobody_said_it(
+    converted: dict[str, Any], kept: dict[str, Any], center: float | None
+) -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(
+        nn.Linear(8, 64), nn.BatchNorm1d(64), nn.ReLU(), nn.Linear(64, 64), nn.BatchNorm1d(64), nn.ReLU()
+    )
+    model = normprop.convert(network, **converted)
+    normprop.keep_calibrated(model, torch.optim.Adam(model.parameters()), torch.randn(64, 8), **kept)
+    found = model[4].center
+    assert 0 < found < 1 if center is None else found == center
+
+
+def test_a_trained_network_is_centred_no_further() -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(8, 64), nn.BatchNorm1d(64), nn.ReLU(), nn.Linear(64, 64), nn.BatchNorm1d(64))
+    network(torch.randn(64, 8))  # has statistics now
+    for norm in (network[1], network[4]):
+        nn.init.uniform_(norm.weight, 0.5, 2)
+        nn.init.normal_(norm.bias)
+    x = torch.randn(64, 8)
+    model = normprop.convert(network.eval())
+    expected = model(x)
+    normprop.keep_calibrated(model, torch.optim.Adam(model.parameters()), x)
+    assert model[4].center == 0
+    torch.testing.assert_close(model(x), expected)
 
 
 def test_gains_and_offsets_go_without_decay() -> None:

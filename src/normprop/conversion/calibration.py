@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -16,13 +15,16 @@ from normprop.conversion.epsilon import bounded
 from normprop.conversion.lane import Lane, converted_lane
 from normprop.conversion.lockstep import LockStep
 from normprop.conversion.measuring_mode import measuring, take_paths_of_training
+from normprop.conversion.site_constants import Statistics, free_sites, keep_function, own_output, set_constants
 from normprop.errors import NormPropError, NotFiniteError
 from normprop.graph.example_inputs import Inputs, batch_inputs
 from normprop.precision import full_precision
 from normprop.sites.directions import common_share, principal_directions
 from normprop.sites.site import Site, SiteArguments, site_operands, site_statistics
 
-Statistics = tuple[Tensor, Tensor]
+# Power of r by which what inputs have in common is brought down. ½ makes it level; of ½, ¾ and 1 this was best, or within
+# what seeds differ by, in classification, detection and Q-learning (docs/tasks.md).
+COMMON = 0.75
 # Samples that directions are measured on at least.
 _FEWEST = 2
 
@@ -154,7 +156,7 @@ def preserve_(
         site: Any = root.get_submodule(entry.site)
         _, mean, var = site_statistics(lane.arguments(root, entry))
         if entry.site in biases:
-            target = _own_output(site, biases[entry.site], mean, var, first=entry.call == 0)
+            target = own_output(site, biases[entry.site], mean, var, first=entry.call == 0)
         elif entry.key in statistics:
             target = statistics[entry.key]
         else:
@@ -260,17 +262,17 @@ class _Calibration:
         self.done.add(entry.key)
 
     def _set_center(self, entry: Entry, site: Site, call: SiteArguments, run: Callable[[Tensor, int], Tensor]) -> None:
-        """Take as much of the filters' mean as brings down what they have in common to below what others vary (derived).
+        """Take so much of the filters' mean that what they have in common moves an output no more than other things do.
 
-        With w − c mean(w) in place of w what the mean adds to an output, and its gradient, are 1 − c times as large. An
-        input of equal numbers varies r times as much as others, and 1 − c = 1/r.
+        With w − c mean(w) in place of w what the mean adds to an output, and its gradient, are 1 − c times as large. A
+        filter of equal weights varies r times as much as others; at 1 − c = 1/√r it would be level with them (derived).
         """
         self.centred.discard(entry.site)
         form, given = site_operands(call)
         if given.weight is None or form.transposed or site.center == 0:
             return
         with full_precision(given.shift):
-            site.center = 1.0 - 1.0 / max(common_share(run, len(self.batches), form, given), 1.0)
+            site.center = 1.0 - max(common_share(run, len(self.batches), form, given), 1.0) ** -COMMON
 
     def _set_directions(self, entry: Entry, site: Site, call: SiteArguments, run: Callable[[Tensor, int], Tensor]) -> None:
         """Measure those of the input of the layer before a site."""
@@ -329,51 +331,3 @@ def _measured(outputs: Iterable[Tensor], channel: int) -> Statistics:
     if not bool(torch.isfinite(square).all()):
         raise NotFiniteError("values after a layer are not finite.")
     return mean, (square / count - mean.square()).clamp(min=0.0)
-
-
-def set_constants(site: Site, call: int, target: Statistics, mean: Tensor, var: Tensor) -> None:
-    """d and k with which a site's computed mean and variance become given ones."""
-    shift, scale = (t[call] if t.dim() == 2 else t for t in (site.shift, site.scale))
-    var = torch.where(var > 0, var, 1.0)
-    shift.copy_((target[0].to(mean.dtype) - mean) / var.sqrt())
-    scale.copy_(target[1].to(var.dtype) / var)
-
-
-def free_sites(model: nn.Module) -> set[nn.Module]:
-    """Sites whose γ and β are nobody else's."""
-    holders = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
-    sites = (module for module in model.modules() if isinstance(module, Site))
-    return {site for site in sites if all(holders[id(p)] == 1 for p in (site.weight, site.bias) if p is not None)}
-
-
-def keep_function(site: Site, factor: Tensor, offset: Tensor, measured: Statistics, *, free: bool) -> Statistics:
-    """Statistics with which a site's factor and offset stay, the measured ones if γ and β can take up the difference.
-
-    Args:
-        site: whose γ and β are changed if they are free.
-        factor: γ/√(kV) as it is.
-        offset: as it is.
-        measured: mean and variance.
-        free: whether γ and β are this call's alone.
-    """
-    if site.weight is not None and site.bias is not None and free:
-        mean, var = (t.to(factor.dtype) for t in measured)
-        site.weight.copy_(factor * var.sqrt())
-        site.bias.copy_(offset + mean * factor)
-        return measured
-    gamma = torch.ones_like(factor) if site.weight is None else site.weight.to(factor.dtype)
-    beta = torch.zeros_like(offset) if site.bias is None else site.bias.to(offset.dtype)
-    safe = torch.where(factor == 0, 1.0, factor)
-    mean = torch.where(factor == 0, measured[0].to(factor.dtype), (beta - offset) / safe)
-    return mean, torch.where(factor == 0, measured[1].to(factor.dtype), (gamma / safe).square())
-
-
-def _own_output(site: Site, bias: Tensor | None, mean: Tensor, var: Tensor, *, first: bool) -> Statistics:
-    """Statistics with which ``γ (z − mean)/√var + β`` is ``z + b``; the site's first call sets γ and β."""
-    assert site.weight is not None
-    assert site.bias is not None
-    offset = torch.zeros_like(mean) if bias is None else bias.to(mean.dtype)
-    if first:
-        site.weight.copy_(torch.where(var > 0, var, 1.0).sqrt())
-        site.bias.copy_(mean + offset)
-    return site.bias - offset, site.weight.square()

@@ -114,7 +114,7 @@ def convert(
         walk.require(nodes_behind(walk, plans[mode], plans[mode]))
     if center is True:
         warn_of_uncentred([*plans[False], *plans[True]])
-    settings = _Settings(walks, plans, input, method, keep)
+    settings = _Settings(walks, plans, input, method, keep, center_open=center == "auto")
     prepare_native()
     agreement = Agreement(model, walks[False].example) if keep and not looks_at_batch(model) else None
     converted = settings.install(root)
@@ -132,12 +132,21 @@ class _Settings:
         input: as the user gave it.
         method: as for `convert`.
         keep: whether the function is kept.
+        center_open: whether nobody said how far to centre.
     """
 
     def __init__(
-        self, walks: dict[bool, Walk], plans: dict[bool, list[SitePlan]], input: Any, method: str, keep: bool
+        self,
+        walks: dict[bool, Walk],
+        plans: dict[bool, list[SitePlan]],
+        input: Any,
+        method: str,
+        keep: bool,
+        *,
+        center_open: bool,
     ) -> None:
         self.walks, self.plans, self.input, self.method, self.keep = walks, plans, input, method, keep
+        self.center_open = center_open
 
     def install(self, root: nn.Module) -> nn.Module:
         """Give a network its sites and its lane; it is changed itself, or a `Site` returned if it is a BatchNorm."""
@@ -150,7 +159,7 @@ class _Settings:
         inputs = install_inputs(root, self.walks[False], self.input)
         entries, layers, standards = self._entries(inputs)
         lane = Lane(root, entries, layers, self.walks[False].example, self.method)
-        lane.standards = standards
+        lane.standards, lane.center_open = standards, self.center_open
         lane.filters = filters_of_sites(root, self.walks, self.plans)
         for entry in lane.all_entries():
             site: Any = root.get_submodule(entry.site)

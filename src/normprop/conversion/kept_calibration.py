@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -40,7 +40,7 @@ def keep_calibrated(
     every: int = 200,
     clip: float | None = None,
     decay: bool = True,
-    center: bool = False,
+    center: Literal["auto"] | bool = "auto",
     seed: int = 0,
 ) -> KeptCalibration:
     """Start a converted network well and keep it so, in a training loop of your own: one line, before the first step.
@@ -73,9 +73,10 @@ def keep_calibrated(
         clip: the largest ratio of a gradient to what it changes, 0 for no clipping; by default 0.05, which Muon's parameters
             go without.
         decay: False moves γ and β to parameter groups without weight decay.
-        center: True measures for each layer of a fresh network, as `convert` made it, how much of their mean its filters
-            are to lose: all but 1/r of it, where a filter of equal weights would vary r times as much as others do. Those
-            that `convert` centred not at all stay so.
+        center: True measures for each layer of a fresh network how much of their mean its filters are to lose: all but r^-¾
+            of it, where a filter of equal weights would vary r times as much as others do. Those that `convert` centred not
+            at all stay so. False leaves all as `convert` made them; by default that goes for networks that were converted
+            with a `center`.
         seed: of the choice of samples.
 
     Returns:
@@ -114,7 +115,8 @@ def keep_calibrated(
         source = SampleSource(data, lane.example, network, count=samples, seed=seed)
     handle = KeptCalibration(network, lane, optimizers, source, every=every, clip=clip)
     if source is not None and not any(one.state for one in optimizers):
-        handle.start(directions if shrinkage < 1 else 0, shrinkage, center=center)
+        measured = lane.center_open if center == "auto" else center
+        handle.start(directions if shrinkage < 1 else 0, shrinkage, center=measured)
     _LOG.info("%s", handle)
     return handle
 
@@ -152,8 +154,8 @@ class KeptCalibration:
         ]
         self._handle = optimizers[-1].register_step_post_hook(lambda *_: self._stepped())
 
-    def start(self, directions: int, shrinkage: float, *, center: bool = False) -> None:
-        """Start β and calibrate, or calibrate alone where the network is trained."""
+    def start(self, directions: int, shrinkage: float, *, center: bool) -> None:
+        """Start β, measure how far to centre and calibrate; or calibrate alone where the network is trained."""
         assert self._source is not None
         began = time.perf_counter()
         batches = self._source.draw(0)

@@ -40,6 +40,7 @@ class Lane(LanePrograms):
 
     Attributes:
         filters: weights that nothing but sites reads, as `normprop.optim` takes them.
+        center_open: whether nobody said how far filters are centred, so that `keep_calibrated` may measure it.
         initial: γ and β that a fresh network started with, by site; of a trained one nothing.
         observer: what calibration puts between layers and sites while it runs.
         shared: scales that micro-batches share, see `accumulate`.
@@ -58,6 +59,7 @@ class Lane(LanePrograms):
         self.example = example
         self.method = method
         self.filters: list[dict[str, Any]] = []
+        self.center_open = False
         self.initial: dict[str, tuple[float, float]] = {}
         self.observer: Any = None
         self.shared: Any = None

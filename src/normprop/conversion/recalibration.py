@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from normprop.conversion.calibration import Statistics, calibrate, free_sites, keep_function, samples, set_constants
+from normprop.conversion.calibration import calibrate, samples
 from normprop.conversion.entry import Entry, Key
 from normprop.conversion.epsilon import bounded
 from normprop.conversion.lane import Lane, converted_lane, sites_of
 from normprop.conversion.output_statistics import output_statistics
+from normprop.conversion.site_constants import Statistics, free_sites, keep_function, set_constants
 from normprop.errors import NormPropError
 from normprop.graph.example_inputs import Inputs
 from normprop.optim import FIRST_MOMENTS, MAXIMA, SECOND_MOMENTS

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from normprop.conversion.batch_norms import is_frozen
-from normprop.conversion.calibration import Statistics
+from normprop.conversion.site_constants import Statistics
 from normprop.conversion.site_plan import SitePlan
 from normprop.graph.copies import put_module
 from normprop.graph.input_moments import input_moments
