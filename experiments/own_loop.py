@@ -62,7 +62,7 @@ def train(sets: dict[str, tuple[Tensor, Tensor]], what: tuple[Any, ...]) -> dict
     began = time.perf_counter()
     handle = None
     if network in ("kept calibrated", "centred", "uncentred"):
-        options = {"shrinkage": 0.1} if network == "uncentred" else {"center": network == "centring measured"}
+        options: Any = {"centred": {"center": False}, "uncentred": {"shrinkage": 0.1}}.get(network, {})
         handle = normprop.keep_calibrated(model, optimizer, x, clip=clip, **options)
     elif clip:
         AdaptiveGradientClipping(optimizer, clip=clip, up_to=0.1 if name == "SGD" else float("inf"))
