@@ -135,6 +135,41 @@ def _noting(seen: list[tuple[str, list[Tensor]]]) -> Callable[..., None]:
     return note
 
 
+def test_after_a_hook_has_gone_a_layer_runs_with_its_effective_weight_again() -> None:
+    _, converted, x = pair("residual")
+    layer = converted.get_submodule("conv1")
+    run = normprop.lane(converted).run()
+    converted(x)
+    handle = layer.register_forward_hook(lambda *_: None)
+    for _ in range(2):
+        converted(x)
+    assert [entry.layer for entry in run.placements[converted.training].apart] == ["conv1"]
+    handle.remove()
+    converted(x)
+    assert not run.placements[converted.training].apart
+
+
+@pytest.mark.parametrize("kind", ["forward", "backward"])
+def test_hooks_that_a_hook_of_the_network_puts_on_its_layers_act(kind: str) -> None:
+    model, converted, x = pair("residual")
+    for network in (model, converted):
+        network(x)
+        outputs: list[Tensor] = []
+
+        def put(root: nn.Module, _: Any, outputs: list[Tensor] = outputs) -> None:
+            layer = root.get_submodule("conv1")
+            if kind == "forward":
+                layer.register_forward_hook(lambda _, __, out: outputs.append(out.detach().clone()))
+            else:
+                layer.register_full_backward_hook(lambda _, __, grads: outputs.append(grads[0].clone()))
+
+        handle = network.register_forward_pre_hook(put)
+        network(x.clone().requires_grad_()).square().sum().backward()
+        handle.remove()
+        network.noted = outputs
+    close(converted.noted[0], model.noted[0], 1e-9)
+
+
 def test_hooks_see_what_a_layer_gives() -> None:
     model, converted, x = pair("residual")
     seen: dict[str, list[Tensor]] = {"model": [], "converted": []}

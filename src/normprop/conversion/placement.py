@@ -23,12 +23,14 @@ class Placement:
 
     Attributes:
         attached: those entries, as `is_attached` finds them.
-        sites: of these, as far as they are called.
+        apart: the others.
+        sites: of those, as far as they are called.
     """
 
     def __init__(self, root: nn.Module, entries: Sequence[Entry]) -> None:
         self.root = root
         self.attached = [entry for entry in entries if is_attached(root, entry)]
+        self.apart = [entry for entry in entries if entry not in self.attached]
         self.sites = [None if entry.bare else module_of(root, entry.site_names) for entry in self.attached]
         ways = (names for entry in entries for names in (entry.site_names, entry.layer_names))
         edges = dict.fromkeys(names[:end] for names in ways for end in range(1, len(names) + 1))
@@ -36,8 +38,10 @@ class Placement:
         self._modules = self._present()
 
     def holds(self, root: nn.Module) -> bool:
-        """Whether a network is the same, of the same modules."""
-        return root is self.root and self._present() == self._modules
+        """Whether a network is the same, of the same modules, and what stood between a layer and its site is there still."""
+        if root is not self.root or self._present() != self._modules:
+            return False
+        return not any(is_attached(root, entry) for entry in self.apart)
 
     def _present(self) -> list[Any]:
         return [parent._modules.get(name) for parent, name in self._edges]
