@@ -198,13 +198,13 @@ class Recorder(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if self.within:
-            return func(*self.tensors.alike(args), **self.tensors.alike(kwargs))
+            return _copied(func, func(*self.tensors.alike(args), **self.tensors.alike(kwargs)))
         given = tensors_in((args, kwargs))
         self.pending = func, tuple(self.tensors.known[id(t)][1] for t in given if id(t) in self.tensors.known)
         alike, named = self.tensors.alike(args), self.tensors.alike(kwargs)
         run = tensors_in((alike, named))
         versions = [t._version for t in run]
-        result = func(*alike, **named)
+        result = _copied(func, func(*alike, **named))
         changed = [(t, r) for t, r, version in zip(given, run, versions, strict=True) if r._version != version]
         if not changed and not tensors_in(result):
             return result
@@ -273,6 +273,11 @@ class Recorder(TorchFunctionMode):
         wanted = wanted.replace(".", "_")
         self.names[wanted] += 1
         return wanted if self.names[wanted] == 1 else f"{wanted}_{self.names[wanted] - 1}"
+
+
+def _copied(function: Any, result: Any) -> Any:
+    """What a function returns, in memory of its own where a CPU gives it that and the meta device may not."""
+    return result.clone() if function is torch.channel_shuffle else result
 
 
 class _Expanded:
