@@ -86,7 +86,7 @@ class Cover:
             self._cover(run, layer, args)
             return
         entry, weight, bias, site = ready
-        if not (is_compiling() or _is_untouched(layer, site) or is_bare(layer, site)):
+        if not (is_compiling() or is_bare(layer, site)):
             run.placements.clear()
             self._cover(run, layer, args)
             return
@@ -304,16 +304,6 @@ def check_inputs(lane: Lane, args: Any) -> None:
                 f"the input is {str(given.dtype).removeprefix('torch.')}, the network takes floating-point numbers.\n"
                 "Scale it as the training data was scaled: x.float() / 255, then standardised."
             )
-
-
-def _is_untouched(layer: nn.Module, site: nn.Module | None) -> bool:
-    """What most layers whose hook is running are, quicker than `is_bare`: nobody has hooked them or their site besides."""
-    own = layer.__dict__
-    if len(own["_forward_hooks"]) != 1 or own["_backward_hooks"] or own["_backward_pre_hooks"] or "forward" in own:
-        return False
-    if own["_parameters"].get("weight") is None:
-        return False
-    return site is None or not (site._forward_pre_hooks or site._backward_hooks or site._backward_pre_hooks)
 
 
 def _computed(layer: nn.Module) -> bool:

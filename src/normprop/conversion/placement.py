@@ -76,7 +76,8 @@ def is_bare(layer: nn.Module, site: nn.Module | None) -> bool:
     own = layer.__dict__
     if own["_backward_hooks"] or own["_backward_pre_hooks"] or "forward" in own:
         return False
-    if not is_covered(layer) or not _are_ours(own["_forward_hooks"]):
+    hooks = own["_forward_hooks"]  # one of a covered layer's is ours
+    if not is_covered(layer) or (len(hooks) > 1 and not _are_ours(hooks)):
         return False
     if site is None:
         return True

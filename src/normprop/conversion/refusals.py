@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.utils import parametrize
 
 from normprop.conversion.lane import lanes_in
+from normprop.conversion.placement import module_of
 from normprop.conversion.site_plan import SitePlan, nodes_behind
 from normprop.errors import NormPropError
 from normprop.graph.walk import Walk
@@ -152,7 +153,7 @@ def refuse_computed_gains(root: nn.Module, paths: Iterable[str]) -> None:
     Raises:
         NormPropError: naming each.
     """
-    found = [path for path in dict.fromkeys(paths) if _computes(_module_at(root, path))]
+    found = [path for path in dict.fromkeys(paths) if _computes(module_of(root, path.split(".")))]
     if found:
         raise NormPropError(
             f"γ or β of {', '.join(found)} is computed by a parametrisation or a hook.\n"
@@ -165,10 +166,3 @@ def _computes(norm: nn.Module | None) -> bool:
         return False
     owned = any(type(hook).__module__ in _OWNERS for hook in norm._forward_pre_hooks.values())
     return owned or parametrize.is_parametrized(norm)
-
-
-def _module_at(root: nn.Module, path: str) -> nn.Module | None:
-    try:
-        return root.get_submodule(path)
-    except AttributeError:  # a site without a BatchNorm
-        return None

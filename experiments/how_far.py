@@ -1,0 +1,59 @@
+"""How far to centre: what other powers of r are worth where `keep_calibrated` sets c = 1 − r^−p, see docs/method.md.
+
+    pip install gymnasium
+    python experiments/how_far.py    # a quarter of an hour of a core
+
+One rate and one clipping for each task, as docs/tasks.md has them. The networks are those of own_loop.py, detection.py,
+reinforcement.py and segmentation.py, kept calibrated by default but for the power.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+import detection
+import own_loop
+import reinforcement
+import segmentation
+from scenes import training_and_test
+
+from normprop.conversion import calibration
+
+POWERS = (1.0, 0.75, 0.5)
+
+
+def tasks() -> dict[str, tuple[range, Callable[[int], dict[str, Any]]]]:
+    """Seeds of each task, and what makes a run of one."""
+    images, scenes = own_loop.data(), training_and_test(detection.SIZE)
+    own = lambda *what: lambda seed: own_loop.train(images, ("kept calibrated", *what, 0.05, seed))
+    segmented = lambda seed: segmentation.train("normprop", 1, 3e-3, 0.05, seed, segmentation.STEPS, segmentation.SIZE)
+    return {
+        "own loop, AdamW": (range(5), own("AdamW", 8, 3e-3)),
+        "own loop, SGD": (range(5), own("SGD", 8, 0.03)),
+        "detection": (range(3), lambda seed: detection.train(scenes, ("normprop", 1e-3, 0.05, seed))),
+        "Q-learning": (range(2, 7), lambda seed: reinforcement.train(("normprop", 1e-3, 0.05, seed))),
+        "segmentation": (range(3), segmented),
+    }
+
+
+def main() -> None:
+    known = tasks()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--powers", nargs="+", type=float, default=POWERS)
+    parser.add_argument("--tasks", nargs="+", default=tuple(known), choices=tuple(known))
+    options = parser.parse_args()
+    for task in options.tasks:
+        seeds, run = known[task]
+        for power in options.powers:
+            calibration.COMMON = power
+            found = [run(seed)["test"] for seed in seeds]
+            print(
+                f"{task}, p = {power:g}: {statistics.mean(found):.1f} of", ", ".join(f"{t:.1f}" for t in found), flush=True
+            )
+
+
+if __name__ == "__main__":
+    main()
