@@ -62,7 +62,7 @@ def principal_directions(
     size = (2, len(rows), followed, rows.shape[-1])
     start, probes = covariance.within(torch.randn(size, generator=generator).to(rows))
     found = _orthonormal(start)
-    for _ in range(_ROUNDS):
+    for _ in range(_ROUNDS if followed < room else 0):  # all that there are need not be turned
         found = _orthonormal(covariance(found))
     products = found @ covariance(found).mT
     if not bool(torch.isfinite(products).all()):
