@@ -103,7 +103,10 @@ class Study:
         return dataclasses.replace(self.base, **changes).resolved()
 
 
-_SHORT = Recipe(data="cifar10", model="resnet8", batch_size=64, epochs=2, train_images=8000, validation=3000, dtype="bf16")
+_SHORT = Recipe(
+    data="cifar10", model="resnet8", batch_size=64, epochs=2, train_images=8000, validation=3000, dtype="bf16",
+    keep_calibrated=False,
+)  # fmt: skip
 _RESNET20 = dataclasses.replace(_SHORT, model="resnet20", epochs=3, train_images=10_000, validation=5000, clip=0.05)
 _RATES = {"rate 0.1": {"lr": 0.1}, "rate 0.4": {"lr": 0.4}}
 _WIDE_RATES = {"rate 0.1": {"lr": 0.1}, "rate 0.9": {"lr": 0.9}}

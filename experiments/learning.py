@@ -34,8 +34,10 @@ _LARGE = "--norms normprop batch --batch-sizes 64 256 --rates 0.05 0.1 0.2 0.4 0
 _FEW = _LARGE.replace("0.05 0.1 0.2 0.4 0.8", "0.03 0.1 0.3 0.9")
 _HIGH = _FEW.replace("0.03 0.1 0.3 0.9", "0.1 0.3 0.9 2.7")
 _SMALL = f"--norms {_ALL} --batch-sizes 1 2 4 8 --rates 0.03 0.1 0.3 1 --clips 0 0.05 --validation 2000"
-_SEEDS = "--seeds 3 --finalists 1"
-_MORE_SEEDS = "--seeds 3 --finalists 2"
+# What they were run with before `normprop.keep_calibrated` became the default.
+_CALIBRATED = "--no-keep-calibrated"
+_SEEDS = f"--seeds 3 --finalists 1 {_CALIBRATED}"
+_MORE_SEEDS = f"--seeds 3 --finalists 2 {_CALIBRATED}"
 COMPARISONS = {
     "resnet8": f"--data cifar10 --model resnet8 --train-images 20000 --epochs 3 {_LARGE} {_MORE_SEEDS}",
     "resnet20": f"--data cifar10 --model resnet20 --train-images 10000 --epochs 3 {_HIGH} {_SEEDS}",

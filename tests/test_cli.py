@@ -191,8 +191,8 @@ def test_the_demo_says_what_it_found_and_no_more():
 def test_the_demos_recipes_differ_only_where_they_say():
     recipes = [recipe_of(norm, size, 4, 0).resolved() for _, norm, size in SETTINGS]
     varying = {f for f in vars(recipes[0]) if len({getattr(r, f) for r in recipes}) > 1}
-    assert varying == {"norm", "batch_size", "lr", "clip", "calibrate", "directions", "shrinkage", "recalibrate", "beta"}
-    assert {r.norm for r in recipes if r.calibrate} == {"normprop"}
+    assert varying == {"norm", "batch_size", "lr", "clip", "keep_calibrated", "center", "beta"}
+    assert {r.norm for r in recipes if r.keep_calibrated} == {"normprop"}
     assert len({round(r.lr / r.batch_size**0.75, 9) for r in recipes}) == 1
     assert len({round(r.clip * r.batch_size**0.5, 9) for r in recipes}) == 1
 

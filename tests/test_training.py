@@ -426,7 +426,7 @@ def test_batch_data_normalisation_and_bf16_train(digits):
 
 
 def test_normprop_is_calibrated_on_training_samples_before_the_first_step(digits):
-    start = dataclasses.replace(TINY, norm="normprop", epochs=0)
+    start = dataclasses.replace(TINY, norm="normprop", epochs=0, keep_calibrated=False)
     constants = lambda run: torch.cat([t for k, t in run.model.state_dict().items() if k.endswith(".scale")])
     assert start.resolved().calibrate == 256
     assert (constants(train(start, images=digits)) != 1).all()
@@ -441,7 +441,7 @@ def test_normprop_is_calibrated_on_training_samples_before_the_first_step(digits
 
 
 def test_directions_count_whole_where_nothing_is_clipped():
-    recipe = dataclasses.replace(TINY, norm="normprop")
+    recipe = dataclasses.replace(TINY, norm="normprop", keep_calibrated=False)
     shrinkage = lambda **changes: dataclasses.replace(recipe, **changes).resolved().shrinkage
     assert shrinkage(clip=0.0) == 0.0 < shrinkage() < 1.0
     assert shrinkage(clip=0.0, shrinkage=0.5) == 0.5
@@ -482,7 +482,7 @@ def test_a_deep_calibrated_network_starts_above_0(digits):
         if isinstance(m, Site)
         for b in m.bias.tolist()
     }
-    assert values() <= {0.5, 1.0}
+    assert values() <= {0.5, 1.0} >= values(keep_calibrated=False)
     assert values(beta=0.0) == values(calibrate=0) == {0.0}
 
 
@@ -508,6 +508,32 @@ def test_a_network_that_cannot_be_measured_any_more_has_diverged(digits):
     run = train(dataclasses.replace(TINY, norm="normprop", recalibrate=32), images=broken, observer=Break())
     assert run.rows[-1].diverged
     assert run.rows[-1].step == 1
+
+
+def test_normprop_is_kept_calibrated_unless_told_how_to_calibrate():
+    recipe = dataclasses.replace(TINY, norm="normprop")
+    found = lambda **changes: dataclasses.replace(recipe, **changes).resolved()
+    default = found()
+    assert (default.keep_calibrated, default.center, default.calibrate) == (True, "measured", 0)
+    assert default == default.resolved() == found(keep_calibrated=True)
+    assert found(center="whole").center == "whole"
+    for own in ({"calibrate": 0}, {"calibrate": 64}, {"directions": 4}, {"shrinkage": 0.5}, {"recalibrate": 0}, {"beta": 0.5}):
+        asked = found(**own)
+        assert (asked.keep_calibrated, asked.center) == (False, "whole"), own
+        assert asked.calibrate == own.get("calibrate", 256)
+    for norm in ("paper", "batch", "none"):
+        assert (found(norm=norm).keep_calibrated, found(norm=norm).center) == (False, "whole")
+    with pytest.raises(NormPropError, match="--center measured"):
+        found(center="measured", calibrate=64)
+
+
+def test_filters_of_a_kept_network_lose_as_much_of_their_mean_as_the_recipe_says(digits):
+    start = dataclasses.replace(TINY, norm="normprop", epochs=0)
+    centers = lambda **changes: {
+        m.center for m in train(dataclasses.replace(start, **changes), images=digits).model.modules() if isinstance(m, Site)
+    }
+    assert len(centers()) > 2
+    assert centers(center="whole") == {0.0, 1.0}  # filters of one channel aren't centred
 
 
 def test_only_normalised_filters_keep_unit_length(digits):

@@ -59,8 +59,8 @@ def demo(*, out: Path = Path("normprop-demo.png"), epochs: int = 3, seeds: int =
     screen.print(
         f"Digits (1,437 training images of 8×8), {epochs} epochs, {seeds} seeds. The same for all: the paper's network "
         "at a quarter of its width, He initialisation, SGD with momentum 0.9 and weight decay 5e-4, one-cycle rate "
-        f"{_RATE:g}·(b/64)^¾, adaptive gradient clipping at {_CLIP:g}/√(b/64), where b is the batch size. NormProp's "
-        f"constants are set from {recipes[0].resolved().calibrate} training images before the first step.",
+        f"{_RATE:g}·(b/64)^¾, adaptive gradient clipping at {_CLIP:g}/√(b/64), where b is the batch size. NormProp is kept "
+        "calibrated, on 16 training images at a time.",
         soft_wrap=True,
     )
     bar = partial(track, total=len(recipes), console=screen, transient=True, disable=not screen.is_terminal)

@@ -33,6 +33,9 @@ class Grid(Setting):
     """Highest learning rates at batch size 64; at another they are multiplied by (batch size / 64)^¾."""
     clips: tuple[float, ...] = (0.0, 0.05)
     """Adaptive gradient clippings at batch size 64, 0 for none; at another they are divided by √(batch size / 64)."""
+    keep_calibrated: bool = True
+    """Let `normprop.keep_calibrated` see to calibration, as in a loop of one's own; without it normprop is calibrated on 256
+    samples, after every 6,400 again, and its filters are centred whole."""
     seeds: int = 1
     """Number of runs of each, with seeds from 0."""
     finalists: int | None = None
@@ -76,6 +79,7 @@ class Grid(Setting):
         if min(self.seeds, self.epochs) < 1 or min(self.clips) < 0:
             raise NormPropError("--seeds or --epochs is below 1, or one of --clips below 0.\nUse 1 or more; 0 doesn't clip.")
         shared = {field.name: getattr(self, field.name) for field in dataclasses.fields(Setting)}
+        shared["keep_calibrated"] = None if self.keep_calibrated else False
         runs = [
             Recipe(**shared, norm=norm, batch_size=size, lr=rate_at(size, rate), clip=clip_at(size, clip), seed=seed)
             for seed in range(self.seeds)

@@ -16,7 +16,7 @@ from filelock import FileLock
 
 from normprop.errors import NormPropError
 from normprop.lab.training.history import Row
-from normprop.lab.training.recipe import Recipe
+from normprop.lab.training.recipe import ADDED, Recipe
 
 RUNS = "runs.jsonl"
 
@@ -75,7 +75,7 @@ class Record:
             ValueError, TypeError, KeyError, AttributeError: for another line.
         """
         found: dict[str, Any] = json.loads(line)
-        recipe, rows = Recipe(**found.pop("recipe")), tuple(Row(**row) for row in found.pop("rows"))
+        recipe, rows = Recipe(**ADDED | found.pop("recipe")), tuple(Row(**row) for row in found.pop("rows"))
         return cls(recipe=recipe, rows=rows, findings=tuple(found.pop("findings", ())), **found)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from normprop.errors import NormPropError
 from normprop.lab.training.history import Row
-from normprop.lab.training.recipe import Recipe
+from normprop.lab.training.recipe import ADDED, Recipe
 from normprop.lab.whole_file import write_whole
 
 
@@ -93,7 +93,7 @@ def read(folder: Path, cell: str) -> CellFile | None:
         return None
     try:
         found: dict[str, Any] = json.loads(path.read_bytes())
-        file = CellFile(**found | {"recipe": Recipe(**found["recipe"])})
+        file = CellFile(**found | {"recipe": Recipe(**ADDED | found["recipe"])})
         assert all(row["epoch"] == i for i, row in enumerate(file.rows, 1))
     except (ValueError, TypeError, KeyError, AssertionError) as error:
         raise NormPropError(

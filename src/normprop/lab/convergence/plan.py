@@ -156,9 +156,11 @@ class Plan:
 _SHORT = Short(images=10_000, validation=5000, epochs=3)
 _RATES, _CLIPS = (0.1, 0.2, 0.4, 0.8), (0.0, 0.05)
 _MOBILENET = "normprop.lab.networks.mobilenet:mobilenet"
-_AUGMENTED = Recipe(data="cifar10", epochs=30, flips=True, crops=4, dtype="bf16", batch_size=128)
+_AUGMENTED = Recipe(data="cifar10", epochs=30, flips=True, crops=4, dtype="bf16", batch_size=128, center="whole")
 # The paper's rate halved eight times, its 200 epochs compressed to 40, and its batch size; no augmentation.
-_PAPER = Recipe(data="cifar10", model="nin", width=0.5, epochs=40, schedule="halving", halve_every=5, dtype="bf16")
+_PAPER = Recipe(
+    data="cifar10", model="nin", width=0.5, epochs=40, schedule="halving", halve_every=5, dtype="bf16", center="whole"
+)
 
 
 def _group(name: str, title: str, seeds: int, seconds: float, base: Recipe, **changes: Any) -> Group:
@@ -190,7 +192,9 @@ PLANS = {
             Group(
                 name,
                 title,
-                Recipe(data="digits", model="resnet8", width=0.25, epochs=3, train_images=240, batch_size=size),
+                Recipe(
+                    data="digits", model="resnet8", width=0.25, epochs=3, train_images=240, batch_size=size, center="whole"
+                ),
                 (0, 1),
                 (0.1, 0.3),
                 (0.0, 0.05),

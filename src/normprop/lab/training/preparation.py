@@ -61,8 +61,7 @@ def build_model(recipe: Recipe, images: Images, group: Processes) -> nn.Module:
 def kept(recipe: Recipe, model: nn.Module, optimizer: Optimizer, images: Images, group: Processes) -> KeptCalibration | None:
     """`keep_calibrated` where the recipe asks for it, without clipping, which is the recipe's own.
 
-    Filters stay centred as `convert` has them, as in everything that was measured with recipes. The samples of a measurement
-    depend on (seed, step) alone, so that a resumed run takes the same.
+    The samples of a measurement depend on (seed, step) alone, so that a resumed run takes the same.
     """
     if not recipe.keep_calibrated:
         return None
@@ -72,7 +71,7 @@ def kept(recipe: Recipe, model: nn.Module, optimizer: Optimizer, images: Images,
         x: Tensor = standardize(placed(some(images, derived(recipe.seed, -2, step), _KEPT), group))
         return x
 
-    return keep_calibrated(network, optimizer, samples, clip=0.0, center=False)
+    return keep_calibrated(network, optimizer, samples, clip=0.0, center=recipe.center == "measured")
 
 
 @torch.no_grad()

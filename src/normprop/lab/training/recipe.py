@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypedDict
 
 from normprop.errors import NormPropError
-from normprop.lab.networks.normalizers import normalizer
+from normprop.lab.networks.normalizers import Normalizer, normalizer
 from normprop.lab.samples.images import Images
 from normprop.lab.training.schedules import Schedule
 
@@ -28,7 +28,7 @@ OptimizerName = Literal["sgd", "adam", "adamw", "rmsprop"]
 # Rates as multiples of SGD's.
 RATES: dict[OptimizerName, float] = {"sgd": 1.0, "adam": 0.03, "adamw": 0.03, "rmsprop": 0.01}
 # What recipes had before they said so.
-_ADDED = {"optimizer": "sgd", "keep_calibrated": False}
+ADDED: dict[str, Any] = {"optimizer": "sgd", "keep_calibrated": False, "center": "whole"}
 # The rate at batch size 64 above which clipping gets tighter, so that steps don't get longer.
 CLIP_UP_TO = 0.1
 # Defaults of calibration: principal directions of inputs, their shrinkage where clipping restrains the gradients already,
@@ -102,9 +102,15 @@ class Recipe(Setting):
     clip: float | None = None
     """Adaptive gradient clipping at this ratio of gradient to weight, 0 for none; by default 0.05·√(64 / batch size)
     for normprop, paper and nf, none for the others. Above a rate of 0.1·(batch size / 64)^¾ the ratio falls as 1/rate."""
+    keep_calibrated: bool | None = None
+    """Let `normprop.keep_calibrated` start β, calibrate, and calibrate again, as it does in a loop of one's own; gradients
+    are clipped as --clip says. By default so for normprop, unless one of the next five options says otherwise."""
+    center: Literal["measured", "whole"] | None = None
+    """How much of its mean every filter of a network that is kept calibrated loses: as much as suits its input, by
+    measurement, or all. By default measured; whole without --keep-calibrated."""
     calibrate: int | None = None
     """Number of training samples from which normprop's constants are set before the first step; 0 keeps those that are
-    computed for independent inputs. By default 256; other normalisers have no such constants."""
+    computed for independent inputs. By default 256 where calibration isn't kept; other normalisers have no constants."""
     directions: int | None = None
     """Number of principal directions of every layer's input that calibration measures; by default 8."""
     shrinkage: float | None = None
@@ -115,9 +121,6 @@ class Recipe(Setting):
     beta: float | None = None
     """Initial β of every normaliser; above 0 a ReLU cuts off less. By default 0, and for a calibrated normprop the first of
     0, ½ and 1 with which the network doesn't stretch small differences too much."""
-    keep_calibrated: bool = False
-    """Let `normprop.keep_calibrated` start β, calibrate, and calibrate again, as it does in a loop of one's own; gradients
-    are clipped as --clip says."""
     seed: int = 0
     """Seed of initialisation, order, augmentation, dropout and the samples for calibration."""
 
@@ -142,13 +145,18 @@ class Recipe(Setting):
             raise NormPropError(
                 f"--norm {self.norm} has nothing to calibrate.\nLeave out --calibrate, or use --norm normprop."
             )
-        if self.keep_calibrated and (norm.method != "exact" or self.calibrate or self.beta is not None):
+        keeps = self._keeps_calibrated(norm)
+        if keeps and (norm.method != "exact" or self.calibrate or self.beta is not None):
             raise NormPropError(
                 "--keep-calibrated is for --norm normprop, and sees to calibration and β itself.\n"
                 "Leave out --calibrate and --beta, or --keep-calibrated."
             )
+        if self.center == "measured" and not keeps:
+            raise NormPropError(
+                "--center measured is for --keep-calibrated, which measures it.\nLeave out one or the other."
+            )
         calibrate = norm.calibrate if self.calibrate is None else self.calibrate
-        calibrate = 0 if self.keep_calibrated else calibrate
+        calibrate = 0 if keeps else calibrate
         for name in ("directions", "shrinkage", "recalibrate"):
             if getattr(self, name) and not calibrate:
                 raise NormPropError(f"{_flag(name)} needs calibration.\nUse --calibrate 256, or leave it out.")
@@ -164,14 +172,22 @@ class Recipe(Setting):
             self,
             lr=rate_at(self.batch_size, norm.rate * RATES[self.optimizer]) if self.lr is None else self.lr,
             clip=clip,
+            keep_calibrated=keeps,
+            center=self.center or ("measured" if keeps else "whole"),
             calibrate=calibrate,
             directions=_DIRECTIONS if calibrate and self.directions is None else self.directions,
             shrinkage=shrinkage if calibrate and self.shrinkage is None else self.shrinkage,
             recalibrate=_RECALIBRATE if calibrate and self.recalibrate is None else self.recalibrate,
-            beta=0.0 if self.beta is None and not (calibrate or self.keep_calibrated) else self.beta,
+            beta=0.0 if self.beta is None and not (calibrate or keeps) else self.beta,
             validation=self.validation or 0,
             halve_every=self.halve_every or max(1, self.epochs // 8),
         )
+
+    def _keeps_calibrated(self, norm: Normalizer) -> bool:
+        if self.keep_calibrated is not None:
+            return self.keep_calibrated
+        own = (self.calibrate, self.directions, self.shrinkage, self.recalibrate, self.beta)
+        return norm.calibrate > 0 and all(value is None for value in own)
 
     def covariance(self) -> _Covariance:
         """The arguments with which `normprop.calibrate` is to measure the covariance of inputs."""
@@ -200,7 +216,7 @@ class Recipe(Setting):
 
         More epochs are no obstacle under a schedule that doesn't depend on the end.
         """
-        earlier = _ADDED | earlier
+        earlier = ADDED | earlier
         open_ended = self.schedule in ("constant", "halving")
         return [
             f"{_flag(name)} {earlier.get(name)} → {value}"
