@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 import pickle
 from typing import Any
 
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 
 import normprop
 from normprop import NormPropError
-from normprop.sites.directions import common_share, principal_directions
+from normprop.sites.directions import principal_directions
 from normprop.sites.rows import Form, Operands, to_rows
 from normprop.sites.site import Site
 from tests.test_calibrate import images
@@ -88,21 +87,6 @@ def test_a_shrunken_covariance_adds_its_part_of_the_variance() -> None:
     assert torch.allclose(quarter, 0.25 * full + 0.75 * nothing)
     for model in networks.values():
         assert torch.allclose(model(images(96)), networks[0.0](images(96)))
-
-
-@pytest.mark.parametrize("groups", [1, 2])
-@pytest.mark.parametrize("shared", [0.0, 0.5, 1.0])
-def test_what_inputs_have_in_common_is_counted(shared: float, groups: int) -> None:
-    """Var Σ x_j = n (1 + (n − 1) ρ) for n inputs of variance 1 and correlation ρ, in units of their predicted deviations."""
-    torch.manual_seed(0)
-    units = torch.tensor([1.0, 2.0, 0.5, 3.0] * groups, dtype=DOUBLE)
-    one = lambda: math.sqrt(1 - shared) * torch.randn(20000, 4) + math.sqrt(shared) * torch.randn(20000, 1)
-    x = torch.cat([one() for _ in range(groups)], 1).double() * units
-    layer = lambda filters, _: F.conv1d(x[..., None], filters, groups=groups)
-    weight = torch.empty(3 * groups, 4, 1, dtype=DOUBLE)
-    found = [common_share(layer, 1, Form(groups, center=c), operands(weight, units.square())) for c in (0.0, 1.0)]
-    assert found[0] == found[1]
-    assert found[0] == pytest.approx(1 + 3 * shared, rel=0.35), "others are a few drawn filters"
 
 
 def test_filters_too_small_for_any_have_none() -> None:

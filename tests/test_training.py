@@ -514,17 +514,24 @@ def test_normprop_is_kept_calibrated_unless_told_how_to_calibrate():
     recipe = dataclasses.replace(TINY, norm="normprop")
     found = lambda **changes: dataclasses.replace(recipe, **changes).resolved()
     default = found()
-    assert (default.keep_calibrated, default.center, default.calibrate) == (True, "measured", 0)
+    assert (default.keep_calibrated, default.center, default.calibrate) == (True, "partly", 0)
     assert default == default.resolved() == found(keep_calibrated=True)
     assert found(center="whole").center == "whole"
-    for own in ({"calibrate": 0}, {"calibrate": 64}, {"directions": 4}, {"shrinkage": 0.5}, {"recalibrate": 0}, {"beta": 0.5}):
+    for own in (
+        {"calibrate": 0},
+        {"calibrate": 64},
+        {"directions": 4},
+        {"shrinkage": 0.5},
+        {"recalibrate": 0},
+        {"beta": 0.5},
+    ):
         asked = found(**own)
         assert (asked.keep_calibrated, asked.center) == (False, "whole"), own
         assert asked.calibrate == own.get("calibrate", 256)
     for norm in ("paper", "batch", "none"):
         assert (found(norm=norm).keep_calibrated, found(norm=norm).center) == (False, "whole")
-    with pytest.raises(NormPropError, match="--center measured"):
-        found(center="measured", calibrate=64)
+    with pytest.raises(NormPropError, match="--center partly"):
+        found(center="partly", calibrate=64)
 
 
 def test_filters_of_a_kept_network_lose_as_much_of_their_mean_as_the_recipe_says(digits):

@@ -19,12 +19,9 @@ from normprop.conversion.site_constants import Statistics, free_sites, keep_func
 from normprop.errors import NormPropError, NotFiniteError
 from normprop.graph.example_inputs import Inputs, batch_inputs
 from normprop.precision import full_precision
-from normprop.sites.directions import common_share, principal_directions
+from normprop.sites.directions import principal_directions
 from normprop.sites.site import Site, SiteArguments, site_operands, site_statistics
 
-# Power of r by which what inputs have in common is brought down. ½ makes it level; of ½, ¾ and 1 this was best, or within
-# what seeds differ by, in classification, detection and Q-learning (docs/tasks.md).
-COMMON = 0.75
 # Samples that directions are measured on at least.
 _FEWEST = 2
 
@@ -94,7 +91,6 @@ def calibrate_keeping(
     shrinkage: float,
     kept: Collection[str],
     patches: int | None = None,
-    centred: Collection[str] = (),
 ) -> None:
     """`calibrate` with the function of some sites preserved, and that of others not.
 
@@ -106,9 +102,8 @@ def calibrate_keeping(
         shrinkage: below 1 where there are directions.
         kept: paths of the sites whose function stays.
         patches: how many positions of a layer's input suffice for its directions; None for all.
-        centred: paths of sites for which it is measured how much of their mean the filters before are to lose.
     """
-    _Calibration(model, lane, batches, directions, shrinkage, kept, patches, centred).run()
+    _Calibration(model, lane, batches, directions, shrinkage, kept, patches).run()
 
 
 def samples(data: Any, device: torch.device, example: Inputs, model: nn.Module) -> list[Inputs]:
@@ -175,7 +170,6 @@ class _Calibration:
         shrinkage: of their covariance.
         keep: sites whose function stays.
         patches: positions of a layer's input that suffice for its directions; None for all.
-        centred: sites whose layers' filters are centred as far as their inputs vary in common.
     """
 
     def __init__(
@@ -187,11 +181,9 @@ class _Calibration:
         shrinkage: float,
         keep: Collection[str],
         patches: int | None = None,
-        centred: Collection[str] = (),
     ) -> None:
         self.model, self.lane, self.batches = model, lane, batches
         self.directions, self.shrinkage, self.patches = directions, shrinkage, patches
-        self.centred = set(centred)
         self.kept = self._functions(keep)
         self.free = free_sites(model)
         self.done: set[Key] = set()
@@ -235,8 +227,6 @@ class _Calibration:
         few = inputs if self.patches is None else [_first_samples(args, self.patches) for args in inputs]
         call = self.lane.arguments(self.model, entry)
         on_few: Callable[[Tensor, int], Tensor] = lambda filters, batch: _output(layer, filters, few[batch])
-        if entry.site in self.centred:
-            self._set_center(entry, site, call, on_few)
         self._set_directions(entry, site, call, on_few)
         filters, mean, var = site_statistics(call)
         assert filters is not None
@@ -260,19 +250,6 @@ class _Calibration:
             target = keep_function(site, *self.kept[entry.key], target, free=free)
         set_constants(site, entry.call, target, mean, var)
         self.done.add(entry.key)
-
-    def _set_center(self, entry: Entry, site: Site, call: SiteArguments, run: Callable[[Tensor, int], Tensor]) -> None:
-        """Take so much of the filters' mean that what they have in common moves an output no more than other things do.
-
-        With w − c mean(w) in place of w what the mean adds to an output, and its gradient, are 1 − c times as large. A
-        filter of equal weights varies r times as much as others; at 1 − c = 1/√r it would be level with them (derived).
-        """
-        self.centred.discard(entry.site)
-        form, given = site_operands(call)
-        if given.weight is None or form.transposed or site.center == 0:
-            return
-        with full_precision(given.shift):
-            site.center = 1.0 - max(common_share(run, len(self.batches), form, given), 1.0) ** -COMMON
 
     def _set_directions(self, entry: Entry, site: Site, call: SiteArguments, run: Callable[[Tensor, int], Tensor]) -> None:
         """Measure those of the input of the layer before a site."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -23,6 +23,8 @@ from normprop.graph.example_inputs import Inputs
 from normprop.optim import AdaptiveGradientClipping, clips
 
 _LOG = logging.getLogger("normprop")
+# Power of a filter's number of inputs that is left of its mean. ½ follows from what is said at `_center_partly`.
+COMMON = 0.5
 # The first step after which to calibrate again; then twice as late each time, until `every` is less.
 _FIRST = 16
 # Images of a batch that tell where β is to start, and positions of a layer's input for its directions.
@@ -73,10 +75,10 @@ def keep_calibrated(
         clip: the largest ratio of a gradient to what it changes, 0 for no clipping; by default 0.05, which Muon's parameters
             go without.
         decay: False moves γ and β to parameter groups without weight decay.
-        center: True measures for each layer of a fresh network how much of their mean its filters are to lose: all but r^-¾
-            of it, where a filter of equal weights would vary r times as much as others do. Those that `convert` centred not
-            at all stay so. False leaves all as `convert` made them; by default that goes for networks that were converted
-            with a `center`.
+        center: True leaves filters of a fresh network 1/√n of their mean, n being how many inputs a filter has: whatever
+            inputs have in common moves an output no more than other things do then (docs/method.md). Those that `convert`
+            didn't centre stay so. False leaves all as `convert` made them; by default that goes for networks that were
+            converted with a `center`.
         seed: of the choice of samples.
 
     Returns:
@@ -115,8 +117,8 @@ def keep_calibrated(
         source = SampleSource(data, lane.example, network, count=samples, seed=seed)
     handle = KeptCalibration(network, lane, optimizers, source, every=every, clip=clip)
     if source is not None and not any(one.state for one in optimizers):
-        measured = lane.center_open if center == "auto" else center
-        handle.start(directions if shrinkage < 1 else 0, shrinkage, center=measured)
+        partly = lane.center_open if center == "auto" else center
+        handle.start(directions if shrinkage < 1 else 0, shrinkage, center=partly)
     _LOG.info("%s", handle)
     return handle
 
@@ -155,17 +157,18 @@ class KeptCalibration:
         self._handle = optimizers[-1].register_step_post_hook(lambda *_: self._stepped())
 
     def start(self, directions: int, shrinkage: float, *, center: bool) -> None:
-        """Start β, measure how far to centre and calibrate; or calibrate alone where the network is trained."""
+        """Set how far to centre, start β and calibrate; or calibrate alone where the network is trained."""
         assert self._source is not None
         began = time.perf_counter()
         batches = self._source.draw(0)
         fresh, trained = _fresh_sites(self._network, self._lane)
+        if center:
+            _center_partly(self._network, self._lane, fresh)
         if fresh and not trained:
             self._started = f"{self._start_biases(batches)}, calibrated"
         else:
             self._started = f"trained function kept{f', {len(fresh)} fresh ones calibrated' if fresh else ''}"
-        measured = fresh if center else ()
-        calibrate_keeping(self._network, self._lane, batches, directions, shrinkage, trained, _PATCHES, measured)
+        calibrate_keeping(self._network, self._lane, batches, directions, shrinkage, trained, _PATCHES)
         self._agree()
         self._note(began)
 
@@ -299,6 +302,17 @@ def _fresh_sites(network: nn.Module, lane: Lane) -> tuple[list[str], list[str]]:
         new = new or are_initial(site, path, lane.initial)
         (fresh if new and site.bias is not None else trained).append(path)
     return fresh, trained
+
+
+def _center_partly(network: nn.Module, lane: Lane, fresh: Collection[str]) -> None:
+    """Leave the filters before fresh sites n^-½ of the mean that `convert` takes, so that of n inputs' covariance the part
+    that they have in common, which is n times the others' at most, weighs no more than these (derived).
+    """
+    for entry in lane.all_entries():
+        site: Any = network.get_submodule(entry.site)
+        if entry.layer is not None and entry.site in fresh and site.center:
+            weight: Any = network.get_submodule(entry.layer).weight
+            site.center = 1.0 - (weight.numel() // site.shift.shape[-1]) ** -COMMON
 
 
 def _part_affines(lane: Lane, optimizers: Sequence[Optimizer]) -> None:

@@ -15,8 +15,6 @@ _MORE = 4
 _ROUNDS = 2
 # The variance that directions are compared with is at least this part of the mean over all of them.
 _LEAST = 0.01
-# Filters that tell how much others vary.
-_PROBES = 8
 
 
 def principal_directions(
@@ -80,31 +78,6 @@ def principal_directions(
     sign = torch.gather(top, -1, top.abs().argmax(-1, keepdim=True)).sign()
     top = top * sign * ((1.0 - shrinkage) * excess.clamp(min=0)).sqrt().unsqueeze(-1)
     return from_rows(top, given.weight, form)
-
-
-def common_share(layer: Callable[[Tensor, int], Tensor], batches: int, form: Form, given: Operands) -> float:
-    """How many times more than other filters' one of equal weights varies, for inputs in units of their predicted √v.
-
-    That is ``qᵀ C q / (tr C / n)`` with q = √v/|√v|, averaged over groups: 1 for independent inputs, n for equal ones
-    (derived). The trace is estimated with a few drawn filters.
-
-    Args:
-        layer: see `principal_directions`, and so on.
-
-    Raises:
-        NotFiniteError: there are values that can't be squared.
-    """
-    assert given.weight is not None
-    covariance = _Covariance(layer, batches, form._replace(center=0.0), given)
-    known = torch.where(covariance.inverse > 0, covariance.inverse.reciprocal(), 0.0)
-    generator = torch.Generator().manual_seed(0)
-    probes = torch.randn((len(known), _PROBES, known.shape[-1]), generator=generator).to(known)
-    looked = torch.nn.functional.normalize(torch.cat([known, probes], 1), dim=-1)
-    values = (looked * covariance(looked)).sum(-1)
-    if not bool(torch.isfinite(values).all()):
-        raise NotFiniteError("values in front of a layer are not finite, or too large to be squared.")
-    typical = float(values[:, 1:].mean())
-    return float(values[:, 0].mean()) / typical if typical > 0 else 1.0
 
 
 class _Covariance:

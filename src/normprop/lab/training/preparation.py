@@ -71,7 +71,7 @@ def kept(recipe: Recipe, model: nn.Module, optimizer: Optimizer, images: Images,
         x: Tensor = standardize(placed(some(images, derived(recipe.seed, -2, step), _KEPT), group))
         return x
 
-    return keep_calibrated(network, optimizer, samples, clip=0.0, center=recipe.center == "measured")
+    return keep_calibrated(network, optimizer, samples, clip=0.0, center=recipe.center == "partly")
 
 
 @torch.no_grad()

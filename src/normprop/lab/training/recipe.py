@@ -105,9 +105,9 @@ class Recipe(Setting):
     keep_calibrated: bool | None = None
     """Let `normprop.keep_calibrated` start β, calibrate, and calibrate again, as it does in a loop of one's own; gradients
     are clipped as --clip says. By default so for normprop, unless one of the next five options says otherwise."""
-    center: Literal["measured", "whole"] | None = None
-    """How much of its mean every filter of a network that is kept calibrated loses: as much as suits its input, by
-    measurement, or all. By default measured; whole without --keep-calibrated."""
+    center: Literal["partly", "whole"] | None = None
+    """Whether filters of a network that is kept calibrated lose all but 1/√n of their mean, as they do by default, or all of
+    it; without --keep-calibrated it is all."""
     calibrate: int | None = None
     """Number of training samples from which normprop's constants are set before the first step; 0 keeps those that are
     computed for independent inputs. By default 256 where calibration isn't kept; other normalisers have no constants."""
@@ -151,10 +151,8 @@ class Recipe(Setting):
                 "--keep-calibrated is for --norm normprop, and sees to calibration and β itself.\n"
                 "Leave out --calibrate and --beta, or --keep-calibrated."
             )
-        if self.center == "measured" and not keeps:
-            raise NormPropError(
-                "--center measured is for --keep-calibrated, which measures it.\nLeave out one or the other."
-            )
+        if self.center == "partly" and not keeps:
+            raise NormPropError("--center partly is for --keep-calibrated, which sees to it.\nLeave out one or the other.")
         calibrate = norm.calibrate if self.calibrate is None else self.calibrate
         calibrate = 0 if keeps else calibrate
         for name in ("directions", "shrinkage", "recalibrate"):
@@ -173,7 +171,7 @@ class Recipe(Setting):
             lr=rate_at(self.batch_size, norm.rate * RATES[self.optimizer]) if self.lr is None else self.lr,
             clip=clip,
             keep_calibrated=keeps,
-            center=self.center or ("measured" if keeps else "whole"),
+            center=self.center or ("partly" if keeps else "whole"),
             calibrate=calibrate,
             directions=_DIRECTIONS if calibrate and self.directions is None else self.directions,
             shrinkage=shrinkage if calibrate and self.shrinkage is None else self.shrinkage,
