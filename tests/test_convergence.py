@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -214,6 +215,18 @@ def test_what_was_lost_or_damaged_is_said(tmp_path):
     path.write_text(path.read_text()[:-100])
     with pytest.raises(NormPropError, match="no cell of this version"):
         states([cell], folders)
+
+
+def test_another_seed_needs_no_short_runs(whole, tmp_path):
+    """The files of cells suffice, without the folders in which the first seed chose its rate."""
+    folders, cell = Folders(tmp_path), dataclasses.replace(CELLS[1], seed=1)
+    shutil.copytree(whole.cells, folders.cells)
+    continue_queue([cell], folders, load)
+    first, second = (cell_file.read(folders.cells, one.name) for one in (CELLS[1], cell))
+    assert second.finished
+    assert second.choice == first.choice
+    assert dataclasses.replace(second.recipe, seed=first.recipe.seed) == first.recipe
+    assert not folders.choice(cell).exists()
 
 
 def test_the_command_lists_trains_and_reports(whole, tmp_path, capsys):

@@ -89,6 +89,8 @@ def _finish(
         return
     images = load(cell.group.base.data)
     if file is None:
+        file = _chosen_before(cell, folders)
+    if file is None:
         runs = choice.try_all(cell, folders.choice(cell), images, device)
         if len(runs) < len(cell.group.candidates(cell.norm)):
             return  # another process is choosing
@@ -103,6 +105,18 @@ def _finish(
         )
     train(file.recipe, out=folders.state(cell), resume=resume, device=device, images=images, observer=recording)
     shutil.rmtree(folders.state(cell), ignore_errors=True)
+
+
+def _chosen_before(cell: Cell, folders: Folders) -> CellFile | None:
+    """A fresh file with the choice that another seed's has, of the same group and normaliser; None without one."""
+    for seed in cell.group.seeds:
+        other = cell_file.read(folders.cells, dataclasses.replace(cell, seed=seed).name)
+        if other is not None and other.choice:
+            recipe = cell.group.recipe(cell.norm, cell.seed, other.recipe.lr, other.recipe.clip)
+            file = CellFile(cell.name, recipe, other.choice, [], [])
+            file.write(folders.cells)
+            return file
+    return None
 
 
 class _Recording(Observer):
