@@ -37,7 +37,7 @@ _RATE, _CLIP = 0.1, 0.05  # at batch size 64
 _TEST_IMAGES = 360
 
 
-def demo(*, out: Path = Path("normprop-demo.png"), epochs: int = 3, seeds: int = 2, workers: int | None = None) -> None:
+def demo(*, out: Path = Path("normprop-demo.png"), epochs: int = 6, seeds: int = 2, workers: int | None = None) -> None:
     """Train one network with NormProp, BatchNorm and GroupNorm, at several batch sizes, on scikit-learn's digits.
 
     Nothing is downloaded. The results are a table, a figure and what they show; about two minutes on two cores.
