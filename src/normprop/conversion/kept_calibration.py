@@ -305,8 +305,8 @@ def _fresh_sites(network: nn.Module, lane: Lane) -> tuple[list[str], list[str]]:
 
 
 def _center_partly(network: nn.Module, lane: Lane, fresh: Collection[str]) -> None:
-    """Leave the filters before fresh sites n^-½ of the mean that `convert` takes, so that of n inputs' covariance the part
-    that they have in common, which is n times the others' at most, weighs no more than these (derived).
+    """Leave filters before fresh sites n^-½ of the mean that `convert` takes: what a filter's n inputs have in common varies
+    up to n times as much as anything else, and moves an output no more than that then (derived).
     """
     for entry in lane.all_entries():
         site: Any = network.get_submodule(entry.site)

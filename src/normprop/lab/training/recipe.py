@@ -104,7 +104,8 @@ class Recipe(Setting):
     for normprop, paper and nf, none for the others. Above a rate of 0.1·(batch size / 64)^¾ the ratio falls as 1/rate."""
     keep_calibrated: bool | None = None
     """Let `normprop.keep_calibrated` start β, calibrate, and calibrate again, as it does in a loop of one's own; gradients
-    are clipped as --clip says. By default so for normprop, unless one of the next five options says otherwise."""
+    are clipped as --clip says. By default so for normprop, unless one of --calibrate, --directions, --shrinkage,
+    --recalibrate and --beta is given."""
     center: Literal["partly", "whole"] | None = None
     """Whether filters of a network that is kept calibrated lose all but 1/√n of their mean, as they do by default, or all of
     it; without --keep-calibrated it is all."""
