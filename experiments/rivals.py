@@ -69,7 +69,7 @@ PARAMETRIZATIONS: dict[str, Callable[[], nn.Module]] = {"ws": Standardised, "mab
 def conversion(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """Options of `convert` and of `keep_calibrated`: normprop has the defaults.
 
-    centred: filters lose all of their means, not as much as their inputs vary in common. uncentred: they keep them, and
+    centred: filters lose all of their means, not all but 1/√n. uncentred: they keep them, and
     what inputs have in common is counted nearly whole (`shrinkage`), as it has to be where nothing takes it away.
     """
     known = {"centred": ({}, {"center": False}), "uncentred": ({"center": False}, {"shrinkage": 0.1})}

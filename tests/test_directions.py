@@ -89,6 +89,23 @@ def test_a_shrunken_covariance_adds_its_part_of_the_variance() -> None:
         assert torch.allclose(model(images(96)), networks[0.0](images(96)))
 
 
+@pytest.mark.parametrize("inputs", range(2, 13))
+def test_directions_of_small_filters_are_eigenvectors(inputs: int) -> None:
+    """Where as many are followed as there are, nothing is iterated: their covariance is exact."""
+    torch.manual_seed(inputs)
+    x = torch.randn(200, inputs, dtype=DOUBLE) @ torch.randn(inputs, inputs, dtype=DOUBLE)
+    values, vectors = torch.linalg.eigh(x.T.cov(correction=0))
+    kept = min(8, inputs - 1)
+    rest = values[: inputs - kept].mean()
+    given = operands(torch.empty(5, inputs, dtype=DOUBLE), None)
+    found = principal_directions(lambda filters, _: F.linear(x, filters), 1, Form(), given, 8)
+    assert found is not None
+    mean = values.mean()
+    excess = values.flip(0)[:kept] / torch.maximum(rest, 0.01 * mean) - 1
+    expected = vectors.flip(1)[:, :kept] * excess.clamp(min=0).sqrt()
+    torch.testing.assert_close(found.T @ found, expected @ expected.T, rtol=1e-8, atol=1e-8 * float(excess.max()))
+
+
 def test_filters_too_small_for_any_have_none() -> None:
     x = torch.randn(50, 3, dtype=DOUBLE)
     layer = lambda filters, _: F.linear(x[:, : filters.shape[1]], filters)

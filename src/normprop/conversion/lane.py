@@ -40,7 +40,7 @@ class Lane(LanePrograms):
 
     Attributes:
         filters: weights that nothing but sites reads, as `normprop.optim` takes them.
-        center_open: whether nobody said how far filters are centred, so that `keep_calibrated` may measure it.
+        center_open: whether nobody said how far filters are centred, so that `keep_calibrated` may leave part of their mean.
         initial: γ and β that a fresh network started with, by site; of a trained one nothing.
         observer: what calibration puts between layers and sites while it runs.
         shared: scales that micro-batches share, see `accumulate`.

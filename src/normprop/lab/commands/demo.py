@@ -22,6 +22,7 @@ from normprop.lab.figures.image import image
 from normprop.lab.pages.text_table import Table
 from normprop.lab.training.history import Row
 from normprop.lab.training.loop import train
+from normprop.lab.training.preparation import KEPT
 from normprop.lab.training.recipe import Recipe, clip_at, rate_at
 from normprop.lab.whole_file import check_folder, write_whole
 
@@ -60,7 +61,7 @@ def demo(*, out: Path = Path("normprop-demo.png"), epochs: int = 6, seeds: int =
         f"Digits (1,437 training images of 8×8), {epochs} epochs, {seeds} seeds. The same for all: the paper's network "
         "at a quarter of its width, He initialisation, SGD with momentum 0.9 and weight decay 5e-4, one-cycle rate "
         f"{_RATE:g}·(b/64)^¾, adaptive gradient clipping at {_CLIP:g}/√(b/64), where b is the batch size. NormProp is kept "
-        "calibrated, on 16 training images at a time.",
+        f"calibrated, on {KEPT} training images at a time.",
         soft_wrap=True,
     )
     bar = partial(track, total=len(recipes), console=screen, transient=True, disable=not screen.is_terminal)

@@ -90,11 +90,11 @@ def _finish(
     images = load(cell.group.base.data)
     if file is None:
         file = _chosen_before(cell, folders)
-    if file is None:
-        runs = choice.try_all(cell, folders.choice(cell), images, device)
-        if len(runs) < len(cell.group.candidates(cell.norm)):
-            return  # another process is choosing
-        file = CellFile(cell.name, choice.chosen(cell, runs), choice.account(runs), [], [])
+        if file is None:
+            runs = choice.try_all(cell, folders.choice(cell), images, device)
+            if len(runs) < len(cell.group.candidates(cell.norm)):
+                return  # another process is choosing
+            file = CellFile(cell.name, choice.chosen(cell, runs), choice.account(runs), [], [])
         file.write(folders.cells)
     recording = _Recording(cell, file, folders, images, observer)
     resume = (folders.state(cell) / CHECKPOINT).exists()
@@ -113,9 +113,7 @@ def _chosen_before(cell: Cell, folders: Folders) -> CellFile | None:
         other = cell_file.read(folders.cells, dataclasses.replace(cell, seed=seed).name)
         if other is not None and other.choice:
             recipe = cell.group.recipe(cell.norm, cell.seed, other.recipe.lr, other.recipe.clip)
-            file = CellFile(cell.name, recipe, other.choice, [], [])
-            file.write(folders.cells)
-            return file
+            return CellFile(cell.name, recipe, other.choice, [], [])
     return None
 
 

@@ -25,7 +25,7 @@ from normprop.lab.training.recipe import Recipe
 # Number of training samples from which frozen statistics are measured.
 _MEASURED = 512
 # Number of training samples of each measurement of `keep_calibrated`, its own default.
-_KEPT = 16
+KEPT = 16
 
 
 def prepared(images: Images, recipe: Recipe) -> Images:
@@ -68,7 +68,7 @@ def kept(recipe: Recipe, model: nn.Module, optimizer: Optimizer, images: Images,
     standardize, network = model.children()
 
     def samples(step: int) -> Tensor:
-        x: Tensor = standardize(placed(some(images, derived(recipe.seed, -2, step), _KEPT), group))
+        x: Tensor = standardize(placed(some(images, derived(recipe.seed, -2, step), KEPT), group))
         return x
 
     return keep_calibrated(network, optimizer, samples, clip=0.0, center=recipe.center == "partly")
