@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import ctypes
 import pickle
 from collections.abc import Iterator
 from typing import Any
@@ -13,13 +12,12 @@ import torch
 from torch import Tensor, nn
 
 import normprop
-from normprop.activations.compiled_curves import native_curve
+from normprop.activations import fast_moments
+from normprop.activations.compiled_curves import curve_moments, native_curve
 from normprop.activations.fast_moments import lane_moments
 from normprop.conversion.activation_setting import module_setting
 from normprop.conversion.lane import Lane
-from normprop.conversion.segment import Kind
-from normprop.native.library import NativeLayout, library
-from normprop.native.structures import MomentOperation, SiteScaling
+from normprop.native.library import library
 from tests.zoo import FAST, SMALL, build, randomise
 
 pytestmark = pytest.mark.skipif(isinstance(library(), str), reason=f"no compiled functions: {library()}")
@@ -242,7 +240,7 @@ def test_activations_that_change() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("activation", [a for a in ACTIVATIONS if not isinstance(a, nn.LeakyReLU | nn.Softshrink)], ids=repr)
-def test_curves(activation: nn.Module, dtype: torch.dtype) -> None:
+def test_curves(activation: nn.Module, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Means and variances of all sizes, at the bends and far from them."""
     known = module_setting(activation)
     assert isinstance(known, tuple)
@@ -254,8 +252,9 @@ def test_curves(activation: nn.Module, dtype: torch.dtype) -> None:
         for t in torch.meshgrid(torch.tensor([-s for s in sizes[1:]] + sizes), torch.tensor(sizes), indexing="ij")
     )
     mean, var = mean.to(dtype), std.to(dtype).square()
-    found = moved(curve, mean, var)
+    found = curve_moments(curve, mean, var)
     name, settings = known
+    monkeypatch.setattr(fast_moments, "handles", lambda *_: False)
     given = mean.clone().requires_grad_(), var.clone().requires_grad_()
     first, second = lane_moments(name, *given, dict(settings))
     slopes = [g for value in (first, second) for g in torch.autograd.grad(value.sum(), given, retain_graph=True)]
@@ -265,23 +264,6 @@ def test_curves(activation: nn.Module, dtype: torch.dtype) -> None:
     relative = 1e-12 if dtype == torch.float64 else 1e-6
     for one, other, natural in zip(found, [first, second, *slopes], rounding, strict=True):
         assert ((one - other).abs().double() <= relative * other.abs() + 1e-13 * natural).all()
-
-
-def moved(curve: Any, mean: Tensor, var: Tensor) -> list[Tensor]:
-    """What one activation alone makes of moments: both, and the derivatives by mean and variance of one and the other."""
-    count = len(mean)
-    native = library()
-    assert not isinstance(native, str)
-    steps = (MomentOperation * 2)()
-    steps[0].kind, steps[0].size, steps[0].a_size, steps[0].b_size = Kind.GIVEN, count, count, count
-    steps[0].mean, steps[0].var, steps[0].first, steps[0].second = 0, count, 0, 1
-    steps[1].kind, steps[1].size, steps[1].a_size = Kind.CURVED, count, count
-    steps[1].mean, steps[1].var, steps[1].a_mean, steps[1].a_var = 2 * count, 3 * count, 0, count
-    steps[1].slopes, steps[1].curve = 4 * count, ctypes.addressof(curve)
-    layout = NativeLayout(steps, (SiteScaling * 0)(), 0, 0, (curve,))
-    memory = mean.new_empty(8 * count)
-    native.lane(mean.dtype, layout, [mean.data_ptr(), var.data_ptr()], [], memory.data_ptr(), memory.data_ptr())
-    return list(memory[2 * count :].reshape(6, count))
 
 
 def test_a_small_network_is_one_segment() -> None:

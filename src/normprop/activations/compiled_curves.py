@@ -14,6 +14,7 @@ from torch import Tensor
 
 from normprop.activations.panels import DOUBLE, SINGLE, lane_panels
 from normprop.activations.piecewise import Piecewise
+from normprop.native.library import library
 from normprop.native.structures import Curve
 
 _TOGETHER, _MOST_NODES = 8, 512  # as in curves.h
@@ -62,6 +63,22 @@ def native_curve(name: str, parameters: tuple[tuple[str, Any], ...], exact: bool
     found.keep("places", _doubles(t for nodes, _ in rules for t in nodes))
     found.keep("weights", _doubles(t for _, weights in rules for t in weights))
     return found
+
+
+def curve_moments(curve: Curve, mean: Tensor, var: Tensor) -> list[Tensor]:
+    """E f, Var f, ∂E/∂m, ∂E/∂v, ∂Var/∂m and ∂Var/∂v for u ~ N(m, v), ``(n,)`` each, by the compiled functions.
+
+    Args:
+        curve: f.
+        mean: m, ``(n,)``, on the CPU, in single or double precision.
+        var: v.
+    """
+    native = library()
+    assert not isinstance(native, str)
+    numbers = mean.new_empty(8, len(mean))
+    numbers[0], numbers[1] = mean, var
+    native.curve(curve, numbers)
+    return list(numbers[2:].unbind())
 
 
 def _padded(numbers: Tensor, with_: float) -> list[float]:

@@ -11,10 +11,12 @@ from torch import Tensor, nn
 
 from normprop.activations.activation_moments import activation_moments
 from normprop.activations.catalogue import outline
+from normprop.activations.compiled_curves import curve_moments, native_curve
 from normprop.activations.panels import DOUBLE, SINGLE, Panels, lane_panels
 from normprop.activations.small_variance import continued
 from normprop.double_backward import gradients_again
-from normprop.native.operands import is_traced
+from normprop.native.operands import handles, is_traced
+from normprop.native.structures import Curve
 from normprop.precision import working_dtype
 
 # Nodes of one pass on a CPU: their vectors stay in the cache, and the allocator has blocks of that size at hand.
@@ -26,9 +28,9 @@ Plain = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 def lane_moments(name: str, mean: Tensor, var: Tensor, parameters: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
     """E f and Var f of a named activation for u ~ N(mean, var), as exact as the dtype of a lane can show.
 
-    Smooth activations and continuous piecewise polynomials take one autograd function, exact to 1e-10 of the natural
-    scale (single precision: 1e-6). Everything else takes `activation_moments`, as do all of them under `torch.compile`,
-    `torch.export` and the transforms of `torch.func`, and where they are differentiated twice.
+    Smooth activations and continuous piecewise polynomials take one autograd function, compiled where it can be, exact to
+    1e-10 of the natural scale (single precision: 1e-6). Everything else takes `activation_moments`, as do all of them under
+    `torch.compile`, `torch.export` and the transforms of `torch.func`, and where they are differentiated twice.
 
     Args:
         name: as for `activation_moments`.
@@ -48,8 +50,17 @@ def lane_moments(name: str, mean: Tensor, var: Tensor, parameters: Mapping[str, 
     panels = _panels(name, mean, var, parameters)
     if panels is None:
         return plain(mean, var)
-    first, second = _LaneMoments.apply(*torch.broadcast_tensors(mean, var), panels, plain)
+    first, second = _LaneMoments.apply(
+        *torch.broadcast_tensors(mean, var), panels, _curve(name, mean, var, parameters), plain
+    )
     return first, second
+
+
+def _curve(name: str, mean: Tensor, var: Tensor, parameters: Mapping[str, Any]) -> Curve | None:
+    """The activation for the compiled functions, if they take it and such moments."""
+    if not handles((mean, var), mean.dtype):
+        return None
+    return native_curve(name, tuple(sorted(parameters.items())), mean.dtype == torch.float64)
 
 
 def _panels(name: str, mean: Tensor, var: Tensor, parameters: Mapping[str, Any]) -> Panels | None:
@@ -133,13 +144,11 @@ class _LaneMoments(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, mean: Tensor, var: Tensor, panels: Panels, plain: Plain) -> tuple[Tensor, Tensor]:
-        work = working_dtype(mean.device)
-        m, v = mean.reshape(-1).to(work), var.reshape(-1).to(work)
-        passes = _passes(panels, m)
-        slopes = any(ctx.needs_input_grad)
-        parts = [_sums(panels, *few, slopes) for few in zip(m.chunk(passes), v.chunk(passes), strict=True)]
-        found = parts[0] if len(parts) == 1 else [torch.cat(column) for column in zip(*parts, strict=True)]
+    def forward(
+        ctx: Any, mean: Tensor, var: Tensor, panels: Panels, curve: Curve | None, plain: Plain
+    ) -> tuple[Tensor, Tensor]:
+        m, v = mean.reshape(-1), var.reshape(-1)
+        found = curve_moments(curve, m, v) if curve else _all_sums(panels, m, v, slopes=any(ctx.needs_input_grad))
         found = [x.reshape(mean.shape) for x in found]
         ctx.save_for_backward(mean, var, *found[2:])
         ctx.plain = plain
@@ -148,15 +157,24 @@ class _LaneMoments(torch.autograd.Function):
         return found[0].to(dtype), found[1].to(dtype)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         mean, var, *slopes = ctx.saved_tensors
         if torch.is_grad_enabled():
             by_mean, by_var = gradients_again(lambda given: ctx.plain(*given), (mean, var), grads)
-            return by_mean, by_var, None, None
+            return by_mean, by_var, None, None, None
         first, second = grads
         by_mean = torch.addcmul(first * slopes[0], second, slopes[2])
         by_var = torch.addcmul(first * slopes[1], second, slopes[3])
-        return by_mean.to(mean.dtype), by_var.to(var.dtype), None, None
+        return by_mean.to(mean.dtype), by_var.to(var.dtype), None, None, None
+
+
+def _all_sums(panels: Panels, mean: Tensor, var: Tensor, *, slopes: bool) -> list[Tensor]:
+    """`_sums` of any number of moments in the precision of sums, some at a time."""
+    work = working_dtype(mean.device)
+    m, v = mean.to(work), var.to(work)
+    passes = _passes(panels, m)
+    parts = [_sums(panels, *few, slopes) for few in zip(m.chunk(passes), v.chunk(passes), strict=True)]
+    return parts[0] if len(parts) == 1 else [torch.cat(column) for column in zip(*parts, strict=True)]
 
 
 def _sums(panels: Panels, mean: Tensor, var: Tensor, slopes: bool) -> list[Tensor]:

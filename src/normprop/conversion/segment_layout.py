@@ -9,13 +9,10 @@ from typing import NamedTuple
 from normprop.activations.compiled_curves import native_curve
 from normprop.conversion.activation_setting import Setting
 from normprop.conversion.segment import Kind, Segment
-from normprop.native.library import NativeLayout
+from normprop.native.library import NODES, NativeLayout
 from normprop.native.structures import Curve, MomentOperation, SiteScaling
 from normprop.sites.c_engine import geometry
 from normprop.sites.rows import Form
-
-# About how many numbers of a weight one channel of an activation costs.
-_NODES = 64
 
 
 class LayoutKey(NamedTuple):
@@ -62,7 +59,7 @@ def laid_out(segment: Segment, key: LayoutKey) -> NativeLayout:
             assert curve is not None
             curves.append(curve)
             o.curve, o.slopes = ctypes.addressof(curve), step.b.mean
-            numbers += step.out.size * _NODES
+            numbers += step.out.size * NODES
         elif step.kind is Kind.MAPPED:
             m = segment.maps[step.source]
             o.first, o.second = maps + 2 * step.source, maps + 2 * step.source + 1 if m.offset else -1

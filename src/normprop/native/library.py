@@ -26,6 +26,8 @@ _FLAGS = ("-std=c11", "-O3", "-march=native", "-fno-math-errno", "-ffp-contract=
 _SUFFIXES = {torch.float32: "float", torch.float64: "double"}
 # With fewer numbers than this, handing work to other threads takes longer than doing it.
 _WORTH_SHARING = 1 << 15
+# About how many numbers of a weight one channel of an activation costs.
+NODES = 64
 
 
 class Library:
@@ -39,6 +41,7 @@ class Library:
         pointer, number = ctypes.c_void_p, ctypes.c_int64
         self._scales = _typed(compiled, "scales", [pointer, pointer, number, pointer, number], ctypes.c_int)
         self._rectifiers = _typed(compiled, "rectifiers", [pointer, number, ctypes.c_double], None)
+        self._curve = _typed(compiled, "curve", [pointer, pointer, number, pointer, number], None)
         laid = [pointer, number, pointer, number, number, pointer, pointer]
         self._lane = _typed(compiled, "lane", [*laid, pointer, pointer, pointer, number], ctypes.c_int)
         gradients = [*laid, pointer, pointer, pointer, pointer, number, pointer, pointer, number]
@@ -77,6 +80,18 @@ class Library:
             slope: of the rectifier below zero.
         """
         self._rectifiers[dtype](_Fields(tensors), count, slope)
+
+    def curve(self, curve: Curve, numbers: torch.Tensor) -> None:
+        """Moments behind one activation, and their derivatives.
+
+        Args:
+            curve: the activation.
+            numbers: ``(8, n)``, contiguous: means and variances in the first two rows; what comes out is written into the
+                others, as E f, Var f, ∂E/∂m, ∂E/∂v, ∂Var/∂m and ∂Var/∂v.
+        """
+        size = numbers.shape[1]
+        threads = torch.get_num_threads() if size * NODES >= _WORTH_SHARING else 1
+        self._curve[numbers.dtype](ctypes.byref(curve), numbers.data_ptr(), size, self._parallel, threads)
 
     def lane(
         self,

@@ -48,6 +48,25 @@ static void NAME(curve_some)(void *data)
         }
 }
 
+static void NAME(curved)(const operation *o, REAL *x, parallel_t parallel, int64_t threads)
+{
+    NAME(curving) job = {.operation = o, .numbers = x};
+    if (parallel && threads > 1 && o->size > 64)
+        parallel(NAME(curve_some), &job, (unsigned)threads, 0);
+    else
+        NAME(curve_some)(&job);
+}
+
+/* One activation alone: `x` has `size` means, then as many variances, and gets both of what comes out and four derivatives. */
+void NAME(curve)(const curve *c, REAL *x, int64_t size, parallel_t parallel, int64_t threads)
+{
+    const operation o = {
+        .kind = CURVED, .size = size, .a_var = size, .a_size = size,
+        .mean = 2 * size, .var = 3 * size, .slopes = 4 * size, .curve = c,
+    };
+    NAME(curved)(&o, x, parallel, threads);
+}
+
 /* A linear map without a site: E = W m + offset, Var = W² v, W in filters of `inputs` channels with some taps each. */
 static void NAME(map)(const operation *o, REAL *const *tensors, REAL *x)
 {
@@ -111,11 +130,7 @@ void NAME(moments)(const operation *all, int64_t count, REAL *const *tensors, RE
     for (int64_t i = 0; i < count; i++) {
         const operation *o = &all[i];
         if (o->kind == CURVED) {
-            NAME(curving) job = {.operation = o, .numbers = x};
-            if (parallel && threads > 1 && o->size > 64)
-                parallel(NAME(curve_some), &job, (unsigned)threads, 0);
-            else
-                NAME(curve_some)(&job);
+            NAME(curved)(o, x, parallel, threads);
             continue;
         }
         if (o->kind == MAPPED) {
