@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import normprop
 from normprop import NormPropError
+from normprop.sites import directions as module
 from normprop.sites.directions import principal_directions
 from normprop.sites.rows import Form, Operands, to_rows
 from normprop.sites.site import Site
@@ -52,7 +53,7 @@ def test_they_are_those_of_the_unfolded_covariance(options: dict[str, Any], grou
     weight = torch.empty(4 * groups, 6 // groups, 3, 3, dtype=DOUBLE)
     form = Form(groups, center=center)
     layer = lambda filters, batch: F.conv2d(x[8 * batch : 8 * batch + 8], filters, groups=groups, **options)
-    found = principal_directions(layer, 5, form, operands(weight, var), 3)
+    found = principal_directions(layer, 5, form, operands(weight, var), 3, channel=1)
     assert found is not None
     assert found.shape == (3 * groups, 6 // groups, 3, 3)
     for group, rows in enumerate(to_rows(found, form)):
@@ -98,7 +99,7 @@ def test_directions_of_small_filters_are_eigenvectors(inputs: int) -> None:
     kept = min(8, inputs - 1)
     rest = values[: inputs - kept].mean()
     given = operands(torch.empty(5, inputs, dtype=DOUBLE), None)
-    found = principal_directions(lambda filters, _: F.linear(x, filters), 1, Form(), given, 8)
+    found = principal_directions(lambda filters, _: F.linear(x, filters), 1, Form(), given, 8, channel=-1)
     assert found is not None
     mean = values.mean()
     excess = values.flip(0)[:kept] / torch.maximum(rest, 0.01 * mean) - 1
@@ -106,19 +107,44 @@ def test_directions_of_small_filters_are_eigenvectors(inputs: int) -> None:
     torch.testing.assert_close(found.T @ found, expected @ expected.T, rtol=1e-8, atol=1e-8 * float(excess.max()))
 
 
+@pytest.mark.parametrize("groups", [1, 4])
+@pytest.mark.parametrize("center", [0.0, 0.75, 1.0])
+def test_measured_whole_and_iterated_they_are_the_same(groups: int, center: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In several batches of several samples, and with a channel that doesn't vary."""
+    generator = torch.Generator().manual_seed(1)
+    x = F.avg_pool2d(torch.randn(6, 4, 12, 12, dtype=DOUBLE, generator=generator), 3, 1) + 0.5
+    x[:, 1] = 2.0
+    var = torch.tensor([0.1, 0.0, 0.2, 0.3], dtype=DOUBLE)
+    weight = torch.empty(8, 4 // groups, 3, 2, dtype=DOUBLE)
+    layer = lambda filters, batch: F.conv2d(x[3 * batch :][:3], filters, groups=groups, padding=1)
+    form, given = Form(groups, center=center), operands(weight, var)
+    found = []
+    for room in (module._ROOM, 0):
+        monkeypatch.setattr(module, "_ROOM", room)
+        monkeypatch.setattr(module, "_ROUNDS", 60)
+        one = principal_directions(layer, 2, form, given, 2, channel=1)
+        assert one is not None
+        rows = to_rows(one, form)
+        found.append(rows.mT @ rows)
+    whole, iterated = found
+    if groups == 1:  # what is left of many is estimated where they are iterated
+        whole, iterated = (F.normalize(t.flatten(), dim=0) for t in (whole, iterated))
+    torch.testing.assert_close(whole, iterated, rtol=0, atol=0.02 if groups == 1 else 1e-6)
+
+
 def test_filters_too_small_for_any_have_none() -> None:
     x = torch.randn(50, 3, dtype=DOUBLE)
     layer = lambda filters, _: F.linear(x[:, : filters.shape[1]], filters)
     for inputs, center, count in ((1, 0.0, 0), (2, 1.0, 0), (3, 1.0, 1), (3, 0.75, 2), (3, 0.0, 2)):
         given = operands(torch.empty(5, inputs, dtype=DOUBLE), None)
-        found = principal_directions(layer, 1, Form(center=center), given, 8)
+        found = principal_directions(layer, 1, Form(center=center), given, 8, channel=-1)
         assert (0 if found is None else len(found)) == count
 
 
 def test_an_input_that_does_not_vary_gives_nothing() -> None:
     x = torch.ones(50, 6, dtype=DOUBLE)
     given = operands(torch.empty(5, 6, dtype=DOUBLE), torch.tensor([0.0, 1, 1, 1, 1, 1], dtype=DOUBLE))
-    found = principal_directions(lambda filters, _: F.linear(x, filters), 1, Form(), given, 2)
+    found = principal_directions(lambda filters, _: F.linear(x, filters), 1, Form(), given, 2, channel=-1)
     assert found is not None
     assert torch.equal(found, torch.zeros_like(found))
 

@@ -258,7 +258,15 @@ class _Calibration:
         layers = {other.layer for other in self.lane.all_entries() if other.site == entry.site}
         if given.weight is not None and not form.transposed and self.directions and len(layers) == 1:
             with full_precision(given.shift):
-                found = principal_directions(run, len(self.batches), form, given, self.directions, shrinkage=self.shrinkage)
+                found = principal_directions(
+                    run,
+                    len(self.batches),
+                    form,
+                    given,
+                    self.directions,
+                    channel=entry.options["channel"],
+                    shrinkage=self.shrinkage,
+                )
         several = site.shift.dim() == 2
         if found is None:
             if site.directions is not None:
