@@ -105,6 +105,7 @@ class EffectiveTensors:
         self.sources: list[Tensor] = []
         self.versions: list[int] = []
         self.settle()
+        self.first = [leaf.detach().clone() for leaf in self.leaves]  # until the first forward
 
     def _install(
         self, path: str, entries: Sequence[Entry], values: Sequence[tuple[Tensor, Tensor]], trained: Sequence[bool]
@@ -138,17 +139,25 @@ class EffectiveTensors:
     def settle(self) -> None:
         """Take the leaves as they are: what changed them was right to."""
         self.versions = [leaf._version for leaf in self.leaves]
+        self.first = []
 
     def refresh(self) -> None:
         """Compute effective tensors from the model's present parameters, and write them into the leaves.
 
         Raises:
-            NormPropError: the leaves were changed by something else, or parameters were frozen or unfrozen since.
+            NormPropError: the leaves were changed by something else, also by a broadcast before the first forward; or
+                parameters were frozen or unfrozen since.
         """
         if self.versions != [leaf._version for leaf in self.leaves]:
             raise NormPropError(
                 "something else has changed effective tensors, which are computed from the model's parameters.\n"
                 "Give the optimizer model.parameters(), and pass private.optimizer(optimizer) on."
+            )
+        if any(not torch.equal(leaf, first) for leaf, first in zip(self.leaves, self.first, strict=False)):
+            raise NormPropError(
+                "effective tensors were written to from outside, as DifferentiallyPrivateDistributedDataParallel does with "
+                "those of process 0.\nStart all processes from the same parameters: for t in model.state_dict().values(): "
+                "torch.distributed.broadcast(t, 0)."
             )
         sources = [t for part in self.parts for pair in _values(part.lane, part.root, part.entries) for t in pair]
         if torch.is_grad_enabled():

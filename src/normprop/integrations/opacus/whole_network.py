@@ -44,8 +44,8 @@ class WholeNetwork(nn.Module):
         self.names = {name: name.replace(".", "/") for name, p in network.named_parameters() if p.requires_grad}
         if not self.names:
             raise NormPropError("the network has no trainable parameter.\nUnfreeze those that are to be trained.")
-        for name, flat in self.names.items():
-            self.register_parameter(flat, network.get_parameter(name))
+        for name, parameter in network.named_parameters():  # frozen ones too: processes are to start alike
+            self.register_parameter(name.replace(".", "/"), parameter)
         self.training = network.training
 
     @property
