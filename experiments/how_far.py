@@ -5,7 +5,8 @@
 
 n is how many inputs a filter has; at p = ∞ filters lose all of their mean, at 0 nothing. One rate and one clipping for each
 task, as docs/tasks.md has them. The networks are those of own_loop.py, detection.py, reinforcement.py, segmentation.py and
-`normprop demo`, kept calibrated by default but for the power.
+`normprop demo`, kept calibrated by default but for the power, and for which filters start with all of their mean: every
+second by default, all with --every 1, none with --every 0.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import segmentation
 import torch
 from scenes import training_and_test
 
-from normprop.conversion import kept_calibration
+from normprop.conversion import partial_centering
 from normprop.lab.commands.demo import recipe_of
 from normprop.lab.training.loop import train
 
@@ -55,17 +56,19 @@ def main() -> None:
     known = tasks()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--powers", nargs="+", type=float, default=POWERS)
+    parser.add_argument(
+        "--every", type=int, default=partial_centering.EVERY, help="which filters start with their mean; 0: none"
+    )
     parser.add_argument("--tasks", nargs="+", default=tuple(known), choices=tuple(known))
     options = parser.parse_args()
     torch.set_num_threads(1)
     for task in options.tasks:
         seeds, run = known[task]
         for power in options.powers:
-            kept_calibration.COMMON = power
+            partial_centering.COMMON, partial_centering.EVERY = power, options.every
             found = [run(seed)["test"] for seed in seeds]
-            print(
-                f"{task}, p = {power:g}: {statistics.mean(found):.1f} of", ", ".join(f"{t:.1f}" for t in found), flush=True
-            )
+            title = f"{task}, p = {power:g}, every {options.every}"
+            print(f"{title}: {statistics.mean(found):.1f} of", ", ".join(f"{t:.1f}" for t in found), flush=True)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import normprop
 from normprop import NormPropError
+from normprop.sites.rows import Form, to_rows
 from normprop.sites.site import Site
 from tests.test_calibrate import images
 from tests.zoo import Gated, PreActivation, Residual, Shared
@@ -285,6 +286,24 @@ def test_what_all_inputs_have_in_common_moves_an_output_no_more_than_other_thing
             assert site.center == 0, "filters of one channel aren't centred"
         else:
             torch.testing.assert_close(together, alone, rtol=0.05 * inputs**0.5, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_every_second_filter_starts_with_the_mean_that_it_was_given(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    network = Mixed().to(dtype)
+    given = [layer.weight.detach().clone() for layer in network.layers]
+    model = normprop.convert(network)
+    normprop.keep_calibrated(model, torch.optim.Adam(model.parameters()), images(32).to(dtype))
+    close = {"rtol": 1e-9, "atol": 1e-12} if dtype == torch.float64 else {"rtol": 0.05, "atol": 0.01}
+    for layer, site, before in zip(model.layers, model.norms, given, strict=True):
+        form = Form(layer.groups if isinstance(layer, nn.modules.conv._ConvNd) else 1, isinstance(layer, nn.ConvTranspose2d))
+        old, new = (to_rows(t, form).flatten(0, 1).double() for t in (before, layer.weight.detach()))
+        means, found = old.mean(1, keepdim=True), new - site.center * new.mean(1, keepdim=True)
+        kept = torch.ones_like(means) * (1 - site.center)
+        if site.center:
+            kept[::2] = 1.0
+        torch.testing.assert_close(found, old - means + kept * means, **close)
 
 
 def test_how_far_filters_are_centred_goes_with_all_that_a_network_is_copied_to() -> None:

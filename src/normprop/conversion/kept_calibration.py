@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from normprop.conversion.calibration import calibrate_keeping
-from normprop.conversion.initial_values import are_initial
+from normprop.conversion.fresh_sites import fresh_sites
 from normprop.conversion.lane import Lane, lane_of
+from normprop.conversion.partial_centering import center_partly
 from normprop.conversion.recalibration import affines_of, follow, measure_again, take_along
 from normprop.conversion.sample_source import SampleSource
 from normprop.conversion.stretch import search_beta_
@@ -23,8 +24,6 @@ from normprop.graph.example_inputs import Inputs
 from normprop.optim import AdaptiveGradientClipping, clips
 
 _LOG = logging.getLogger("normprop")
-# Power of a filter's number of inputs that is left of its mean. ½ follows from what is said at `_center_partly`.
-COMMON = 0.5
 # The first step after which to calibrate again; then twice as late each time, until `every` is less.
 _FIRST = 16
 # Images of a batch that tell where β is to start, and positions of a layer's input for its directions.
@@ -76,9 +75,10 @@ def keep_calibrated(
             go without.
         decay: False moves γ and β to parameter groups without weight decay.
         center: True leaves filters of a fresh network 1/√n of their mean, n being how many inputs a filter has: whatever
-            inputs have in common moves an output no more than other things do then (docs/method.md). Those that `convert`
-            didn't centre stay so. False leaves all as `convert` made them; by default that goes for networks that were
-            converted with a `center`.
+            inputs have in common moves an output no more than other things do then. Every second filter starts with the
+            mean that it was given nevertheless (docs/method.md): it is multiplied by √n in the network's weights. Filters
+            that `convert` didn't centre stay so. False leaves all as `convert` made them; by default that goes for networks
+            that were converted with a `center`.
         seed: of the choice of samples.
 
     Returns:
@@ -161,9 +161,9 @@ class KeptCalibration:
         assert self._source is not None
         began = time.perf_counter()
         batches = self._source.draw(0)
-        fresh, trained = _fresh_sites(self._network, self._lane)
+        fresh, trained = fresh_sites(self._network, self._lane)
         if center:
-            _center_partly(self._network, self._lane, fresh)
+            center_partly(self._network, self._lane, fresh)
         if fresh and not trained:
             self._started = f"{self._start_biases(batches)}, calibrated"
         else:
@@ -290,29 +290,6 @@ def _check_trained(network: nn.Module, optimizers: Sequence[Optimizer]) -> None:
         raise NormPropError(
             "the optimizer has no parameter of this network.\nMake the optimizer after convert, from model.parameters()."
         )
-
-
-def _fresh_sites(network: nn.Module, lane: Lane) -> tuple[list[str], list[str]]:
-    """Sites as their network started, or as a new BatchNorm does: β zero, and γ of one value; and the others."""
-    fresh, trained = list[str](), list[str]()
-    for path in dict.fromkeys(entry.site for entry in lane.all_entries()):
-        site: Any = network.get_submodule(path)
-        values: list[Tensor] = [t.detach() for t in (site.bias, site.weight) if t is not None]
-        new = (site.bias is None or not bool(site.bias.any())) and all(bool((t == t.flatten()[:1]).all()) for t in values)
-        new = new or are_initial(site, path, lane.initial)
-        (fresh if new and site.bias is not None else trained).append(path)
-    return fresh, trained
-
-
-def _center_partly(network: nn.Module, lane: Lane, fresh: Collection[str]) -> None:
-    """Leave filters before fresh sites n^-½ of the mean that `convert` takes: what a filter's n inputs have in common varies
-    up to n times as much as anything else, and moves an output no more than that then (derived).
-    """
-    for entry in lane.all_entries():
-        site: Any = network.get_submodule(entry.site)
-        if entry.layer is not None and entry.site in fresh and site.center:
-            weight: Any = network.get_submodule(entry.layer).weight
-            site.center = 1.0 - (weight.numel() // site.shift.shape[-1]) ** -COMMON
 
 
 def _part_affines(lane: Lane, optimizers: Sequence[Optimizer]) -> None:
