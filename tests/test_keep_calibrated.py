@@ -306,6 +306,32 @@ def test_every_second_filter_starts_with_the_mean_that_it_was_given(dtype: torch
         torch.testing.assert_close(found, old - means + kept * means, **close)
 
 
+def test_weights_that_others_use_stay_as_they_were() -> None:
+    """A weight that two layers hold, one of them without a site; one layer before two sites is changed once."""
+
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second, self.twice = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+            self.norms = nn.ModuleList(nn.BatchNorm1d(8) for _ in range(3))
+            self.second.weight = self.first.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.norms[0](self.first(x)).relu()
+            x = self.norms[2](self.twice(self.norms[1](self.twice(x)).relu())).relu()
+            return self.second(x)
+
+    torch.manual_seed(0)
+    network = Tied()
+    first, twice = network.first.weight.detach().clone(), network.twice.weight.detach().clone()
+    model = normprop.convert(network)
+    normprop.keep_calibrated(model, torch.optim.Adam(model.parameters()), torch.randn(32, 8))
+    assert torch.equal(model.first.weight, first)
+    means = twice.mean(1, keepdim=True)
+    expected = twice + (torch.arange(8)[:, None] % 2 == 0) * means * (1 / (1 - model.norms[1].center) - 1)
+    torch.testing.assert_close(model.twice.weight.detach(), expected)
+
+
 def test_how_far_filters_are_centred_goes_with_all_that_a_network_is_copied_to() -> None:
     torch.manual_seed(0)
     layers = [m for i in (8, 64) for m in (nn.Linear(i, 64), nn.BatchNorm1d(64), nn.ReLU())]

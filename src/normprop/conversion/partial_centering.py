@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection
 from typing import Any
 
@@ -24,24 +25,26 @@ def center_partly(network: nn.Module, lane: Lane, fresh: Collection[str]) -> Non
     up to n times as much as anything else, and moves an output no more than that then (derived).
 
     The mean of every second filter is multiplied by √n, so that it starts as it was. Its share of the filter is learned as
-    slowly as that of the others.
+    slowly as that of the others. Weights that several modules hold, or that something computes, stay.
 
     Args:
         network: a converted network; its weights and its sites' `center` are changed.
         lane: its lane.
         fresh: paths of sites as they started.
     """
-    seen = set[str]()
+    holders = Counter(id(parameter) for _, parameter in network.named_parameters(remove_duplicate=False))
+    raised = set[str]()
     for entry in lane.all_entries():
         site: Any = network.get_submodule(entry.site)
         if entry.layer is None or entry.site not in fresh or not site.center:
             continue
         layer: Any = network.get_submodule(entry.layer)
         site.center = 1.0 - (layer.weight.numel() // site.shift.shape[-1]) ** -COMMON
-        if site.center < 1 and EVERY and entry.layer not in seen and "weight" in layer._parameters:
+        weight = layer._parameters.get("weight")
+        if site.center < 1 and EVERY and entry.layer not in raised and weight is not None and holders[id(weight)] == 1:
+            raised.add(entry.layer)
             form, _ = site_operands(lane.arguments(network, entry))
-            rows = to_rows(layer.weight, form)
+            rows = to_rows(weight, form)
             numbers = torch.arange(rows.shape[0] * rows.shape[1], device=rows.device).view(*rows.shape[:2], 1)
             more = rows.mean(-1, keepdim=True) * (1.0 / (1.0 - site.center) - 1.0)
-            layer.weight.copy_(from_rows(torch.where(numbers % EVERY == 0, rows + more, rows), layer.weight, form))
-            seen.add(entry.layer)
+            weight.copy_(from_rows(torch.where(numbers % EVERY == 0, rows + more, rows), weight, form))
