@@ -1,7 +1,7 @@
 """How far to centre: what other powers of n are worth where `keep_calibrated` sets c = 1 − n^−p, see docs/method.md.
 
     pip install gymnasium
-    python experiments/how_far.py    # half an hour of a core
+    python experiments/how_far.py    # half an hour of a core; --every 0 and --every 1 for other starts
 
 n is how many inputs a filter has; at p = ∞ filters lose all of their mean, at 0 nothing. One rate and one clipping for each
 task, as docs/tasks.md has them. The networks are those of own_loop.py, detection.py, reinforcement.py, segmentation.py and
