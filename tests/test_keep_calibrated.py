@@ -19,7 +19,7 @@ from normprop import NormPropError
 from normprop.sites.rows import Form, to_rows
 from normprop.sites.site import Site
 from tests.test_calibrate import images
-from tests.zoo import Gated, PreActivation, Residual, Shared
+from tests.zoo import SMALL, Gated, PreActivation, Residual, Shared
 
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "SGD": lambda p: torch.optim.SGD(p, lr=0.02),
@@ -306,30 +306,72 @@ def test_every_second_filter_starts_with_the_mean_that_it_was_given(dtype: torch
         torch.testing.assert_close(found, old - means + kept * means, **close)
 
 
-def test_weights_that_others_use_stay_as_they_were() -> None:
-    """A weight that two layers hold, one of them without a site; one layer before two sites is changed once."""
+class Reused(nn.Module):
+    """Weights that several things read: two layers before sites, a layer without one, a second call, a product."""
 
-    class Tied(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.first, self.second, self.twice = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
-            self.norms = nn.ModuleList(nn.BatchNorm1d(8) for _ in range(3))
-            self.second.weight = self.first.weight
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("tied", "other", "half_tied", "bare", "twice", "again", "read"):
+            self.add_module(name, nn.Linear(8, 8))
+        self.norms = nn.ModuleList(nn.BatchNorm1d(8) for _ in range(6))
+        self.other.weight, self.bare.weight = self.tied.weight, self.half_tied.weight
 
-        def forward(self, x: Tensor) -> Tensor:
-            x = self.norms[0](self.first(x)).relu()
-            x = self.norms[2](self.twice(self.norms[1](self.twice(x)).relu())).relu()
-            return self.second(x)
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norms[0](self.tied(x)).relu()
+        x = self.norms[1](self.other(x)).relu()
+        x = self.norms[2](self.half_tied(x)).relu()
+        x = self.norms[3](self.twice(x)).relu()
+        x = self.norms[4](self.again(x)).relu()
+        x = self.norms[5](self.read(x)).relu()
+        return self.bare(x) + self.again(x) + x @ self.read.weight
 
+
+def test_means_are_raised_once_and_where_nothing_but_sites_reads_them() -> None:
     torch.manual_seed(0)
-    network = Tied()
-    first, twice = network.first.weight.detach().clone(), network.twice.weight.detach().clone()
+    network = Reused()
+    before = {name: weight.detach().clone() for name, weight in network.named_parameters()}
     model = normprop.convert(network)
     normprop.keep_calibrated(model, torch.optim.Adam(model.parameters()), torch.randn(32, 8))
-    assert torch.equal(model.first.weight, first)
-    means = twice.mean(1, keepdim=True)
-    expected = twice + (torch.arange(8)[:, None] % 2 == 0) * means * (1 / (1 - model.norms[1].center) - 1)
-    torch.testing.assert_close(model.twice.weight.detach(), expected)
+    for name in ("tied", "half_tied", "twice", "again", "read"):
+        old, new = before[f"{name}.weight"], model.get_parameter(f"{name}.weight").detach()
+        raised = old.mean(1, keepdim=True) * (1 / (1 - model.norms[0].center) - 1)
+        expected = old + (torch.arange(8)[:, None] % 2 == 0) * raised if name in ("tied", "twice") else old
+        torch.testing.assert_close(new, expected, msg=name)
+
+
+def test_a_weight_that_a_trained_site_reads_too_stays() -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 8), nn.BatchNorm1d(8))
+    network[3].weight = network[0].weight
+    before = network[0].weight.detach().clone()
+    model = normprop.convert(network)
+    nn.init.uniform_(model[4].weight, 0.5, 2)
+    nn.init.normal_(model[4].bias)
+    normprop.keep_calibrated(model, torch.optim.Adam(model.parameters()), torch.randn(64, 8))
+    assert 0 < model[1].center < 1
+    assert torch.equal(model[0].weight, before)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_every_second_filter_of_any_network_starts_as_it_was(name: str) -> None:
+    torch.manual_seed(0)
+    make, shape = SMALL[name][:2]
+    network, x = make().double(), torch.randn(16, *shape, dtype=torch.float64)
+    before = {key: p.detach().clone() for key, p in network.named_parameters()}
+    model = normprop.convert(network, example=x[:2], preserve=False)
+    normprop.keep_calibrated(model, torch.optim.Adam(model.parameters()), x)
+    lane = normprop.lane(model)
+    weights = {entry["weight"]: entry for entry in lane.filters}
+    for entry in lane.all_entries():
+        key = f"{entry.layer}.weight"
+        if key in weights and weights[key]["channel_dim"] == 0:
+            site: Any = model.get_submodule(entry.site)
+            kept, old = (t.detach().flatten(1) for t in (model.get_parameter(key), before[key]))
+            kept = kept - site.center * kept.mean(1, keepdim=True)
+            if site.center < 1:
+                torch.testing.assert_close(kept[::2], old[::2], rtol=1e-9, atol=1e-12)
+            means = (1 - site.center) * old[1::2].mean(1)
+            torch.testing.assert_close(kept[1::2].mean(1), means, rtol=1e-9, atol=1e-12)
 
 
 def test_how_far_filters_are_centred_goes_with_all_that_a_network_is_copied_to() -> None:

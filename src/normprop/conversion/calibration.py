@@ -1,10 +1,10 @@
-"""Constants (d, k, U) of each site: from a BatchNorm's running statistics, or measured on data in one pass."""
+"""Constants (d, k, U) of each site, measured on data in one pass."""
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from normprop.conversion.epsilon import bounded
 from normprop.conversion.lane import Lane, converted_lane
 from normprop.conversion.lockstep import LockStep
 from normprop.conversion.measuring_mode import measuring, take_paths_of_training
-from normprop.conversion.site_constants import Statistics, free_sites, keep_function, own_output, set_constants
+from normprop.conversion.site_constants import Statistics, free_sites, keep_function, set_constants
 from normprop.errors import NormPropError, NotFiniteError
 from normprop.graph.example_inputs import Inputs, batch_inputs
 from normprop.precision import full_precision
@@ -130,33 +130,6 @@ def samples(data: Any, device: torch.device, example: Inputs, model: nn.Module) 
     if not all(bool(torch.isfinite(t).all()) for t in tensors if t.is_floating_point()):
         raise NotFiniteError("the data to measure holds values that are not finite.")
     return batches
-
-
-@torch.no_grad()
-def preserve_(
-    root: nn.Module, lane: Lane, statistics: Mapping[Key, Statistics], biases: Mapping[str, Tensor | None]
-) -> None:
-    """Set every site's constants so that it standardises by given statistics: d = (rm − E)/√V, k = (rv + ε)/V.
-
-    A site that had no BatchNorm in its place gets γ = √V and β = E + b instead, so that it gives the layer's own output;
-    later moments follow.
-
-    Args:
-        root: a network with its sites in place; changed.
-        lane: its lane.
-        statistics: mean, and variance plus ε, of a layer's output without its bias, by site and call.
-        biases: of the layers before sites that had no BatchNorm in their place, by path of the site.
-    """
-    for entry in lane.all_entries():
-        site: Any = root.get_submodule(entry.site)
-        _, mean, var = site_statistics(lane.arguments(root, entry))
-        if entry.site in biases:
-            target = own_output(site, biases[entry.site], mean, var, first=entry.call == 0)
-        elif entry.key in statistics:
-            target = statistics[entry.key]
-        else:
-            continue
-        set_constants(site, entry.call, target, mean, var)
 
 
 class _Calibration:

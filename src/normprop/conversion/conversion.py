@@ -10,13 +10,13 @@ from torch import nn
 from normprop.conversion.agreement import Agreement
 from normprop.conversion.attachment import Unrecorded, attach
 from normprop.conversion.batch_norms import is_trained, looks_at_batch
-from normprop.conversion.calibration import preserve_
 from normprop.conversion.entry import Entry
 from normprop.conversion.fingerprint import set_fingerprints_
 from normprop.conversion.initial_values import initial_values
 from normprop.conversion.lane import Lane
 from normprop.conversion.lane_writer import LaneWriter, passing_noise
 from normprop.conversion.paper_form import start_as_printed_
+from normprop.conversion.preserved_statistics import preserve_
 from normprop.conversion.refusals import (
     check_combination,
     check_options,

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.optim import Optimizer
 
+from normprop.conversion.affine_groups import part_affines
 from normprop.conversion.calibration import calibrate_keeping
 from normprop.conversion.fresh_sites import fresh_sites
 from normprop.conversion.lane import Lane, lane_of
@@ -111,7 +112,7 @@ def keep_calibrated(
             raise NormPropError(f"{name} is too small.\nUse {1 if name == 'samples' else 0} or more.")
     _check_trained(network, optimizers)
     if not decay:
-        _part_affines(lane, optimizers)
+        part_affines(lane, optimizers)
     source = None
     if data is not None:
         source = SampleSource(data, lane.example, network, count=samples, seed=seed)
@@ -290,20 +291,3 @@ def _check_trained(network: nn.Module, optimizers: Sequence[Optimizer]) -> None:
         raise NormPropError(
             "the optimizer has no parameter of this network.\nMake the optimizer after convert, from model.parameters()."
         )
-
-
-def _part_affines(lane: Lane, optimizers: Sequence[Optimizer]) -> None:
-    """Move γ and β to groups that don't decay."""
-    mine = {id(p) for pair in affines_of(lane) for p in pair}
-    for one in optimizers:
-        for group in list(one.param_groups):
-            moved = [p for p in group["params"] if id(p) in mine]
-            if not moved or not group.get("weight_decay"):
-                continue
-            if "initial_lr" in group:
-                raise NormPropError(
-                    "a scheduler knows the optimizer's groups already.\nCall keep_calibrated before the scheduler is made."
-                )
-            group["params"] = [p for p in group["params"] if id(p) not in mine]
-            others = {key: value for key, value in group.items() if key != "params"}
-            one.add_param_group({**others, "params": moved, "weight_decay": 0.0})
