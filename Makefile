@@ -42,11 +42,13 @@ slices: no-avx512 no-c two-threads inductor
 no-avx512: $(VENV)/.installed-dev
 	CFLAGS=-march=haswell ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 \
 	TORCHINDUCTOR_CACHE_DIR=$(abspath $(VENV))/inductor-avx2 $(PYTEST) \
-		$(call tests,memory_format models training nn_reference fold promises own_network scales rectifier_lane segments)
+		$(call tests,memory_format models training nn_reference fold promises own_network scales rectifier_lane \
+		activation_lane directions keep_calibrated segments)
 
 no-c: $(VENV)/.installed-dev
 	NORMPROP_NATIVE=0 $(PYTEST) \
-		$(call tests,native scales rectifier_lane directions accumulation calibrate fold promises own_network)
+		$(call tests,native scales rectifier_lane activation_lane directions accumulation calibrate keep_calibrated \
+		fold promises own_network)
 
 two-threads: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=2 $(BIN)/pytest $(call tests,memory_format models training native scales rectifier_lane segments)
