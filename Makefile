@@ -47,7 +47,7 @@ no-avx512: $(VENV)/.installed-dev
 
 no-c: $(VENV)/.installed-dev
 	NORMPROP_NATIVE=0 $(PYTEST) \
-		$(call tests,native scales rectifier_lane activation_lane directions accumulation calibrate keep_calibrated \
+		$(call tests,native scales rectifier_lane activation_lane directions accumulation calibrate \
 		fold promises own_network)
 
 two-threads: $(VENV)/.installed-dev
